@@ -1,0 +1,130 @@
+"""Torch-level FX graphs: fix sizes, copy parts, name what a part calls."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_any
+
+from .axes import run_node
+
+
+def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The inputs of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def output_node(graph: torch.fx.Graph) -> torch.fx.Node:
+    """The output node of a graph."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a value is or holds a tensor."""
+    return bool(tree_any(lambda leaf: isinstance(leaf, torch.Tensor), value))
+
+
+def fix_sizes(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> torch.fx.Graph:
+    """Copy ``graph`` with every number that is computed from sizes replaced by its value for ``inputs``.
+
+    A graph that Dynamo traced with symbolic sizes becomes one with fixed sizes; placeholders stay as they are, so that
+    the copy is called with the same arguments.
+
+    Args:
+        graph: as Dynamo made it.
+        inputs: fake tensors and numbers, one a placeholder.
+        fake_mode: the mode of the fake tensors.
+    """
+    out = torch.fx.Graph()
+    env: dict[torch.fx.Node, Any] = {}
+    fake: dict[torch.fx.Node, Any] = {}
+    feed = iter(inputs)
+    with fake_mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                copied = out.node_copy(node)
+                fake[node] = next(feed)
+                env[node] = copied if has_tensor(fake[node]) else fake[node]
+            elif node.op == "output":
+                out.output(torch.fx.map_arg(node.args[0], lambda n: env[n]))
+            else:
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: fake[n])
+                fake[node] = run_node(node, args, kwargs)
+                if has_tensor(fake[node]) or fake[node] is None or not _is_literal(fake[node]):
+                    copied = out.node_copy(node, lambda n: env[n])
+                    env[node] = copied
+                else:
+                    value = fake[node]
+                    env[node] = tuple(value) if isinstance(value, torch.Size) else value
+    return out
+
+
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, (tuple, list, torch.Size)):
+        return all(map(_is_literal, value))
+    return isinstance(value, (int, float, bool, str, torch.dtype, torch.device))
+
+
+def outline(
+    nodes: Iterable[torch.fx.Node], inputs: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node]
+) -> torch.fx.GraphModule:
+    """Copy ``nodes`` into a module of their own, called with ``inputs`` and returning ``outputs`` as a tuple."""
+    graph = torch.fx.Graph()
+    env = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        if node not in env:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[node] for node in outputs))
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def fingerprint(
+    nodes: Sequence[torch.fx.Node], inputs: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node], fake: Any
+) -> str:
+    """A hash that two parts share when one's compiled code can serve the other with other inputs."""
+    name = {node: f"in{i}" for i, node in enumerate(inputs)}
+    lines = [f"in{i} {_signature(fake[node])}" for i, node in enumerate(inputs)]
+    for i, node in enumerate(nodes):
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: torch.fx.Proxy(n))
+        lines.append(f"n{i} {node.op} {target_name(node)} {_spell(args, name)} {_spell(kwargs, name)}")
+        name[node] = f"n{i}"
+    lines.append(" ".join(name[node] for node in outputs))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def target_name(node: torch.fx.Node) -> str:
+    """What a node calls, as text."""
+    if isinstance(node.target, str):
+        return node.target
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
+
+
+def _spell(value: Any, name: dict[torch.fx.Node, str]) -> str:
+    if isinstance(value, torch.fx.Proxy):
+        return name[value.node]
+    if isinstance(value, (tuple, list)):
+        return "(" + ",".join(_spell(v, name) for v in value) + ")"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_spell(v, name)}" for k, v in sorted(value.items())) + "}"
+    if isinstance(value, slice):
+        return f"slice{_spell((value.start, value.stop, value.step), name)}"
+    return repr(value)
+
+
+def _signature(value: Any) -> str:
+    if isinstance(value, FakeTensor):
+        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
+    return repr(value)
+
+
+def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> None:
+    """Turn a node into another call in place, so that its name, users and source line stay."""
+    node.op = "call_function"
+    node.target = target
+    node.args = args
+    node.kwargs = kwargs or {}

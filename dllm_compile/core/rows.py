@@ -1,0 +1,128 @@
+"""Row sets and the two conversions between them.
+
+A *row* is one token position of one sequence. Each token-wise value of a graph carries a row set, the rows that are
+computed in this step. ``gather_rows`` narrows a value to fewer rows; ``merge_rows`` widens it again by writing the fresh
+rows into the state and reading the rest from there. An index is ``[B, K]`` int64 of token positions; ``S``, one past the
+last token, stands for "no row": it reads the last token and writes to a spare row that every state tensor has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .layout import Factor, Layout
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The rows a value is computed for, as a type.
+
+    Attributes:
+        name: what the set is called in ``explain`` and which index it reads at run time.
+        parent: a set that holds all its rows, or ``None`` when only ``ALL`` is known to.
+    """
+
+    name: str
+    parent: RowSet | None = None
+
+    def within(self, other: RowSet) -> bool:
+        """Whether every row of this set is known to be in ``other``."""
+        return other == ALL or self in (NONE, other) or (self.parent is not None and self.parent.within(other))
+
+
+ALL = RowSet("all")
+NONE = RowSet("none")
+
+
+def join(a: RowSet, b: RowSet) -> RowSet:
+    """The smallest known set that holds both."""
+    if a.within(b):
+        return b
+    return a if b.within(a) else ALL
+
+
+def rows_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Bring a tensor to ``[B, T, ...]``. Missing leading dimensions of ``x`` count as size 1."""
+    x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
+    split: list[int] = []
+    factors: list[Factor] = []
+    for extent, dim in zip(x.shape, layout, strict=True):
+        known = 1
+        for factor in dim:
+            known *= 1 if factor.kind == "T" else factor.size
+        for factor in dim:
+            factors.append(factor)
+            split.append(extent // known if factor.kind == "T" else factor.size)
+    kinds = [factor.kind for factor in factors]
+    return x.reshape(split).movedim((kinds.index("B"), kinds.index("T")), (0, 1))
+
+
+def rows_back(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Inverse of :func:`rows_first`, for any number of rows."""
+    kinds = [factor.kind for dim in layout for factor in dim]
+    x = rows.movedim((0, 1), (kinds.index("B"), kinds.index("T")))
+    if all(len(dim) == 1 for dim in layout):
+        return x
+    sizes = iter(x.shape)
+    merged: list[int] = []
+    for dim in layout:
+        extent = 1
+        for _ in dim:
+            extent *= next(sizes)
+        merged.append(extent)
+    return x.reshape(merged)
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``rows[b, index[b, k]]``; a batch of one row source serves every sequence."""
+    if rows.shape[0] == 1:
+        return rows[0][index]
+    return rows[torch.arange(rows.shape[0], device=rows.device).unsqueeze(1), index]
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Narrow: the rows ``index`` of ``x``, in the layout of ``x``.
+
+    Args:
+        x: a tensor whose batch and token axes ``layout`` names.
+        index: ``[B, K]`` int64 row numbers in ``x``; larger ones read the last row.
+        layout: where the batch and token axes are.
+
+    Returns:
+        ``x`` with ``K`` in place of its token count.
+    """
+    rows = rows_first(x, layout)
+    return rows_back(_take(rows, index.clamp(max=rows.shape[1] - 1)), layout)
+
+
+def read_rows(state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows ``index`` ``[B, K]`` of a state tensor ``[B, S + 1, ...]``, as ``[B, K, ...]``."""
+    return _take(state, index)
+
+
+def merge_rows(state: torch.Tensor, index: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Widen: write ``fresh`` into ``state`` at ``index`` and return all ``S`` rows in the layout of ``fresh``.
+
+    Args:
+        state: ``[B, S + 1, ...]``, changed in place.
+        index: ``[B, K]`` int64; ``S`` writes to the spare row.
+        fresh: the computed rows, in ``layout`` with ``K`` tokens.
+        layout: where the batch and token axes are.
+    """
+    batch = torch.arange(state.shape[0], device=state.device).unsqueeze(1)
+    state.index_put_((batch, index), rows_first(fresh, layout).to(state.dtype))
+    return read_all(state, layout)
+
+
+def store_rows(state: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Write all ``S`` rows of ``fresh`` into ``state`` ``[B, S + 1, ...]`` in place; returns ``fresh``."""
+    rows = rows_first(fresh, layout)
+    state[:, : rows.shape[1]].copy_(rows)
+    return fresh
+
+
+def read_all(state: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """All ``S`` rows of a state tensor ``[B, S + 1, ...]``, in ``layout``."""
+    return rows_back(state[:, : state.shape[1] - 1], layout)

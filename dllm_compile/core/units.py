@@ -1,0 +1,96 @@
+"""The parts a graph is cut into, and the roles in a part.
+
+A model is a *stem* (ids to the first hidden state), *layers* (hidden state to hidden state, with attention inside) and a
+*head* (hidden state to outputs). Between two parts only one value depends on the tokens: the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch.fx
+
+from .axes import Axes
+from .graph import fingerprint
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call and the narrowest values its keys and values come from.
+
+    Attributes:
+        node: the ``scaled_dot_product_attention`` call.
+        key, value: the nodes whose rows are cached; only views, casts of shape and repeats lie between them and ``node``.
+    """
+
+    node: torch.fx.Node
+    key: torch.fx.Node
+    value: torch.fx.Node
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a layer adds to the residual stream, or, where nothing is added, what it replaces the stream with.
+
+    Attributes:
+        node: the branch output, before the residual add.
+        attends: whether attention is inside.
+    """
+
+    node: torch.fx.Node
+    attends: bool
+
+
+@dataclass
+class Unit:
+    """A part of a graph that is compiled on its own.
+
+    Attributes:
+        nodes: the nodes that run here, in graph order.
+        stream: the residual stream that comes in, ``None`` for a stem.
+        outputs: live nodes that later parts or the caller read; the outgoing stream first, if there is one.
+        inputs: what else is read: weights, masks, position tables.
+        attentions, branches: the roles, in order.
+    """
+
+    nodes: list[torch.fx.Node]
+    stream: torch.fx.Node | None
+    outputs: list[torch.fx.Node]
+    inputs: list[torch.fx.Node] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    key: str = ""
+
+    def seal(self, axes: Axes) -> Unit:
+        """Fill in ``inputs`` and ``key`` from ``nodes``."""
+        inside = set(self.nodes)
+        skip = inside | ({self.stream} if self.stream is not None else set())
+        used = (n for node in self.nodes for n in node.all_input_nodes)
+        self.inputs = list(dict.fromkeys(n for n in used if n not in skip))
+        entering = [*([self.stream] if self.stream is not None else []), *self.inputs]
+        anchors = [n for a in self.attentions for n in (a.key, a.value)] + [b.node for b in self.branches]
+        self.key = fingerprint(self.nodes, entering, [*self.outputs, *anchors], axes.fake)
+        return self
+
+    def anchors(self) -> list[torch.fx.Node]:
+        """The values whose rows are kept between steps: keys, values, branch outputs."""
+        kept = [n for a in self.attentions for n in (a.key, a.value)] + [b.node for b in self.branches]
+        return list(dict.fromkeys(kept))
+
+    def mixing(self, axes: Axes) -> bool:
+        """Whether something here is not known to treat rows one by one."""
+        return any(node in axes.unproven for node in self.nodes)
+
+
+def closure(nodes: Iterable[torch.fx.Node], stop: set[torch.fx.Node]) -> set[torch.fx.Node]:
+    """All nodes that ``nodes`` are computed from, themselves included, not looking behind ``stop``."""
+    seen: set[torch.fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in seen or node in stop:
+            continue
+        seen.add(node)
+        todo.extend(node.all_input_nodes)
+    return seen

@@ -1,0 +1,38 @@
+"""What the backend did: counts of steps by variant, and the drift that ``verify`` measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Counters of one session.
+
+    Attributes:
+        sequences: generations seen.
+        steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits.
+        checked: steps that ``verify`` compared.
+        max_logit_error: largest absolute difference of a readable logit, over all checks.
+        token_flips: masked positions whose best token differed, over all checks.
+        first_divergence: step of the first flip, by row of the batch.
+        refused: what runs on plain Inductor, and why.
+    """
+
+    sequences: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
+    checked: int = 0
+    max_logit_error: float = 0.0
+    token_flips: int = 0
+    first_divergence: dict[int, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+    def count(self, step: Any) -> None:
+        """Note a step."""
+        self.steps["repeat" if step.repeat else step.assignment.name] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for printing and JSON."""
+        return {**vars(self), "steps": dict(self.steps)}

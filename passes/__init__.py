@@ -1,0 +1,40 @@
+"""The compiler, top to bottom.
+
+1. ``normalize``           one spelling, no in-place writes: everything behind it reads a functional graph
+2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
+3. ``seeds``               the input the tokens enter by
+4. (``core.axes.follow``)  where batch and tokens sit in every value
+5. ``regions``             stem, layers and head, and the roles in a layer
+6. ``cache_reuse``         row sets of the roles for each variant of a step; ``core.emit`` writes them
+
+Passes never import each other; only this page names them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dllm_compile.core.axes import Axes, follow
+from dllm_compile.core.units import Unit
+
+from .normalize import normalize
+from .regions import constants, regions
+from .spelled_attention import spelled_attention
+
+
+def normalized(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> torch.fx.Graph:
+    """Passes 1 and 2, in place, on a graph whose sizes are numbers."""
+    normalize(graph, follow(graph, inputs, fake_mode, {}).fake)
+    spelled_attention(graph, follow(graph, inputs, fake_mode, {}).fake)
+    graph.lint()
+    return graph
+
+
+def cut(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Unit], list[torch.fx.Node]]:
+    """Pass 5: the units of a graph, and the constants that several of them read."""
+    units = regions(graph, axes)
+    return units, constants(graph, units, axes)

@@ -1,0 +1,53 @@
+"""dLLM-Cache as row sets (arXiv 2506.06295, and its authors' code where the two differ).
+
+Per layer the keys, values, attention-branch and MLP-branch rows are kept. A step refreshes the prompt, the response, both
+or neither; when the response is not due, the rows whose values turned most are. The residual stream is never cached.
+
+    variant          query, key, branches    value       when (step s counted from 0)
+    full             all                     all         prompt and response due
+    response         response                response    response due
+    prompt+select    prompt and selected     all         prompt due
+    select           selected                response    neither due
+"""
+
+from __future__ import annotations
+
+from dllm_compile.core.emit import PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
+from dllm_compile.core.rows import NONE
+
+EXACT = Assignment("exact", keep=False)
+FULL = Assignment("full")
+
+_VARIANTS = (
+    FULL,
+    Assignment("response", RESPONSE, RESPONSE, RESPONSE),
+    Assignment("select", SELECTED, SELECTED, RESPONSE, pick=True),
+    Assignment("prompt+select", PROMPT_SELECTED, PROMPT_SELECTED, pick=True),
+    Assignment("values", NONE, NONE, RESPONSE),  # a share that rounds to no row still replaces the values
+    Assignment("prompt+values", PROMPT, PROMPT),
+    Assignment("keep", NONE, NONE, NONE),  # a share of 0: nothing between two refreshes
+    Assignment("prompt", PROMPT, PROMPT, PROMPT),
+)
+VARIANTS = {variant.name: variant for variant in (EXACT, *_VARIANTS)}
+
+
+def due(interval: int, step: int) -> bool:
+    """Whether something refreshed every ``interval`` steps is due at ``step`` (from 0); -1 means always."""
+    return interval == -1 or step % interval == 0
+
+
+def variant(step: int, prompt_interval: int, response_interval: int, selected: int | None) -> Assignment:
+    """Rows that layers behind the first compute at ``step``; the first layer is always ``full``.
+
+    Args:
+        step: forward calls since the sequence began, from 0.
+        prompt_interval, response_interval: steps between refreshes, at least 1, or -1 for every step.
+        selected: rows picked when the response is not due; ``None`` for a transfer ratio of 0.
+    """
+    prompt, response = due(prompt_interval, step), due(response_interval, step)
+    if response:
+        return VARIANTS["full" if prompt else "response"]
+    partial = "keep" if selected is None else "select" if selected else "values"
+    if not prompt:
+        return VARIANTS[partial]
+    return VARIANTS["prompt" if partial == "keep" else f"prompt+{partial}"]

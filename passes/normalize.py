@@ -1,0 +1,119 @@
+"""Normalize: one spelling for what the later passes read.
+
+    before:  x += y ; inv[perm] = arange ; _enter_autocast(enabled=False) ; view(s0 * 2, 64)
+    after:   x = x + y ; inv = index_put(inv, (perm,), arange) ; (gone) ; view(48, 64)
+
+Numbers are unchanged. What has no functional spelling is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx
+
+from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.graph import replace_call
+
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+}
+_NO_EFFECT = {"_log_api_usage_once", "_set_grad_enabled"}
+
+
+def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> int:
+    """Rewrite ``graph`` in place; returns how many nodes changed.
+
+    Args:
+        graph: a copy whose sizes are numbers.
+        fake: fake value of each node, to tell which nodes share memory.
+
+    Raises:
+        GraphRefused: a node changes an input in place, or a view of a value that is used later, or autocast is on.
+    """
+    changed = 0
+    for node in list(graph.nodes):
+        name = getattr(node.target, "__name__", str(node.target))
+        if name in _NO_EFFECT or name in ("_enter_autocast", "_exit_autocast"):
+            if name == "_enter_autocast":
+                _check_autocast(node)
+            changed += _drop(graph, node)
+        elif node.target in _IN_PLACE or _is_in_place_method(node) or node.target is operator.setitem:
+            _make_functional(node, fake)
+            changed += 1
+    graph.eliminate_dead_code()
+    return changed
+
+
+def _check_autocast(node: torch.fx.Node) -> None:
+    device = str(node.args[0])
+    if (len(node.args) > 2 and node.args[2] and node.args[2] is not None) or torch.is_autocast_enabled(device):
+        raise GraphRefused("autocast is on; call the model in the dtype of its weights instead", node)
+
+
+def _drop(graph: torch.fx.Graph, node: torch.fx.Node) -> int:
+    for user in list(node.users):
+        if getattr(user.target, "__name__", "") != "_exit_autocast":
+            return 0
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return 1
+
+
+def _is_in_place_method(node: torch.fx.Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_method" and name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+def _make_functional(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> None:
+    base = node.args[0]
+    assert isinstance(base, torch.fx.Node)
+    if not isinstance(fake[base], torch.Tensor):  # numbers have no memory to share
+        if node.target in _IN_PLACE:
+            replace_call(node, _IN_PLACE[node.target], node.args)
+            return
+        raise GraphRefused("an item of something that is not a tensor is assigned", node)
+    _check_unshared(node, base, fake)
+    if node.target is operator.setitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if not all(isinstance(i, torch.fx.Node) and isinstance(fake[i], torch.Tensor) for i in index):
+            raise GraphRefused("items of a tensor are assigned by position", node)
+        replace_call(node, torch.index_put, (base, index, node.args[2]))
+        fake[node] = fake[base]
+    elif node.op == "call_method":
+        functional = str(node.target)[:-1]
+        if not hasattr(torch.Tensor, functional) or functional in ("copy", "set", "resize"):
+            raise GraphRefused(f"{node.target} changes a tensor in place", node)
+        node.target = functional
+    else:
+        replace_call(node, _IN_PLACE[node.target], node.args)
+    seen = False
+    for user in list(node.graph.nodes):
+        seen = seen or user is node
+        if seen and user is not node:
+            user.replace_input_with(base, node)
+
+
+def _check_unshared(node: torch.fx.Node, base: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> None:
+    """Nothing but ``base`` itself may see the write: no input, no other view used later."""
+    storage = fake[base].untyped_storage()._cdata
+    later = False
+    for other in node.graph.nodes:
+        later = later or other is node
+        value = fake.get(other)
+        if not isinstance(value, torch.Tensor) or other in (base, node) or value.untyped_storage()._cdata != storage:
+            continue
+        if other.op == "placeholder":
+            raise GraphRefused("an input is changed in place", node)
+        order = {n: i for i, n in enumerate(node.graph.nodes)}
+        if order[other] < order[node] and any(order[user] > order[node] for user in other.users):
+            raise GraphRefused("a tensor is changed in place while a view of it is still in use", node)
+    if base.op == "placeholder":
+        raise GraphRefused("an input is changed in place", node)

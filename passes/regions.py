@@ -1,0 +1,216 @@
+"""Cut the graph at its attention calls into stem, layers and head.
+
+    before:  ids -> embedding -> [norm, qkv, attention, out, add, norm, mlp, add] x N -> norm, lm_head -> logits
+    after:   stem | layer | layer | ... | head, with the keys, values and branch outputs of each layer named
+
+A cut is a place where a single token-dependent value is alive: the residual stream. Nothing is rewritten here.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.fx
+
+from dllm_compile.core.axes import Axes, attention
+from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.graph import output_node
+from dllm_compile.core.layout import position
+from dllm_compile.core.units import Attention, Branch, Unit, closure
+
+_MOVES = {"view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten", "movedim"}
+_MOVES |= {"getitem", "repeat_interleave"}
+_ADDS = (operator.add, torch.add)
+
+
+def regions(graph: torch.fx.Graph, axes: Axes) -> list[Unit]:
+    """Units of ``graph`` in the order they run. A graph without attention is one unit.
+
+    Raises:
+        GraphRefused: attention is causal, drops out, or its tokens cannot be followed.
+    """
+    live = [node for node in graph.nodes if node in axes.live]
+    calls = [node for node in live if node.target is attention]
+    for node in calls:
+        _check_attention(node, axes)
+    cuts = _cuts(live, axes)
+    segments = _segments(live, cuts)
+    groups = _group(segments, calls)
+    units = [_unit(nodes, entering, leaving, axes) for nodes, entering, leaving in groups]
+    _place_constants(graph, units, axes)
+    return [unit.seal(axes) for unit in units]
+
+
+def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if given.get("is_causal"):
+        raise GraphRefused("attention is causal: a token's row does not depend on later ones, so caching is not ours", node)
+    if given.get("dropout_p"):
+        raise GraphRefused("attention drops out at random; call model.eval()", node)
+    for name in names[:3]:
+        layout = axes.layout.get(given[name])
+        if layout is None or position(layout, "T") != len(layout) - 2 or position(layout, "B") is None:
+            raise GraphRefused(f"the tokens of attention's {name} cannot be followed back to the input", node)
+
+
+Cut = tuple[int, torch.fx.Node]
+
+
+def _cuts(live: list[torch.fx.Node], axes: Axes) -> list[Cut]:
+    """Places (index into ``live``, the one value alive behind it)."""
+    order = {node: i for i, node in enumerate(live)}
+    last = {n: max((order[u] for u in n.users if u in order), default=-1) for n in live}
+    cuts: list[Cut] = []
+    alive: set[torch.fx.Node] = set()
+    for i, node in enumerate(live):
+        alive = {n for n in alive if last[n] > i}
+        if last[node] > i:
+            alive.add(node)
+        if len(alive) == 1:
+            (only,) = alive
+            if _is_stream(only, axes) and (not cuts or cuts[-1][1] is not only):
+                cuts.append((i, only))
+    return cuts
+
+
+def _is_stream(node: torch.fx.Node, axes: Axes) -> bool:
+    layout = axes.layout.get(node)
+    if layout is None or len(layout) != 3 or not axes.fake[node].is_floating_point():
+        return False
+    return [tuple(f.kind for f in dim) for dim in layout] == [("B",), ("T",), ("",)]
+
+
+Segment = tuple[list[torch.fx.Node], "torch.fx.Node | None", "torch.fx.Node | None"]
+
+
+def _segments(live: list[torch.fx.Node], cuts: list[Cut]) -> list[Segment]:
+    """Nodes between neighboring cuts, with the stream that enters and leaves."""
+    out: list[Segment] = []
+    start, entering = 0, None
+    for at, node in cuts:
+        nodes = [n for n in live[start : at + 1] if n.op != "placeholder"]
+        if nodes:
+            out.append((nodes, entering, node))
+        start, entering = at + 1, node
+    rest = live[start:]
+    if rest:
+        out.append((rest, entering, None))
+    return out
+
+
+def _group(segments: list[Segment], calls: list[torch.fx.Node]) -> list[Segment]:
+    """Join segments into stem, layers (each from one attention to before the next) and head."""
+    attends = [any(n in calls for n in nodes) for nodes, _, _ in segments]
+    starts = [i for i, has in enumerate(attends) if has]
+    if not starts:
+        return [_joined(segments)] if segments else []
+    ends = [*starts[1:], 0]
+    ends[-1] = _last_layer_end(segments, starts)
+    groups = [_joined(segments[: starts[0]])] if starts[0] else []
+    groups += [_joined(segments[a:b]) for a, b in zip(starts, ends, strict=True)]
+    if ends[-1] < len(segments):
+        groups.append(_joined(segments[ends[-1] :]))
+    return groups
+
+
+def _last_layer_end(segments: list[Segment], starts: list[int]) -> int:
+    """The last layer is as long as the one before it; an only layer ends at its last residual add."""
+    first = starts[-1]
+    if len(starts) > 1:
+        length = starts[-1] - starts[-2]
+        if first + length <= len(segments):
+            return first + length
+    end = first + 1
+    for i in range(first + 1, len(segments)):
+        if _residual_branch(segments[i]) is not None:
+            end = i + 1
+    return end
+
+
+def _joined(segments: list[Segment]) -> Segment:
+    return [n for nodes, _, _ in segments for n in nodes], segments[0][1], segments[-1][2]
+
+
+def _residual_branch(segment: Segment) -> torch.fx.Node | None:
+    """``b`` when the segment ends in ``entering + b``."""
+    _, entering, leaving = segment
+    if leaving is None or entering is None or leaving.target not in _ADDS or len(leaving.args) != 2 or leaving.kwargs:
+        return None
+    a, b = leaving.args
+    branch = b if a is entering else a if b is entering else None
+    return branch if isinstance(branch, torch.fx.Node) and branch is not entering else None
+
+
+def _unit(nodes: list[torch.fx.Node], entering: torch.fx.Node | None, leaving: torch.fx.Node | None, axes: Axes) -> Unit:
+    inside = set(nodes)
+    read_outside = [
+        n for n in nodes if n is not leaving and any(u not in inside and (u in axes.live or u.op == "output") for u in n.users)
+    ]
+    outputs = [*([leaving] if leaving is not None else []), *read_outside]
+    unit = Unit(nodes, entering, outputs)
+    unit.attentions = [_attention(n, axes) for n in nodes if n.target is attention]
+    if unit.attentions:
+        unit.branches = _branches(nodes, entering, leaving, axes)
+    return unit
+
+
+def _branches(
+    nodes: list[torch.fx.Node], entering: torch.fx.Node | None, leaving: torch.fx.Node | None, axes: Axes
+) -> list[Branch]:
+    """What the layer adds to the stream, one a residual add; attention without an add replaces the stream."""
+    cuts = [(nodes.index(n), n) for _, n in _cuts([entering, *nodes] if entering else nodes, axes) if n is not entering]
+    if leaving is not None:
+        cuts.append((len(nodes) - 1, leaving))
+    out: list[Branch] = []
+    for inside, before, after in _segments(nodes, cuts):
+        segment = (inside, before or entering, after)
+        attends = any(n.target is attention for n in inside)
+        branch = _residual_branch(segment) or (after if attends else None)
+        if branch is not None:
+            out.append(Branch(branch, attends))
+    return out
+
+
+def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
+    return Attention(node, _narrowest(node.args[1], axes), _narrowest(node.args[2], axes))
+
+
+def _narrowest(node: object, axes: Axes) -> torch.fx.Node:
+    """Walk up through calls that only move or repeat data; the smallest tensor there is the one worth keeping."""
+    assert isinstance(node, torch.fx.Node)
+    best = node
+    while getattr(node.target, "__name__", node.target) in _MOVES:
+        parents = [n for n in node.all_input_nodes if n in axes.live]
+        if len(parents) != 1 or parents[0] not in axes.layout:
+            break
+        node = parents[0]
+        layout = axes.layout[node]
+        rows = position(layout, "B") is not None and position(layout, "T") is not None
+        if rows and axes.fake[node].numel() <= axes.fake[best].numel():
+            best = node
+    return best
+
+
+def _place_constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> None:
+    """A constant that one unit alone uses is computed there; the others are left to ``constants``."""
+    wanted: dict[torch.fx.Node, set[int]] = {}
+    for i, unit in enumerate(units):
+        for node in closure(unit.nodes, set()):
+            if node not in axes.live and node.op != "placeholder":
+                wanted.setdefault(node, set()).add(i)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        users = wanted.get(node, set())
+        if len(users) == 1:
+            units[next(iter(users))].nodes.append(node)
+    for unit in units:
+        unit.nodes.sort(key=lambda n: order[n])
+
+
+def constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> list[torch.fx.Node]:
+    """Constants that no single unit owns: computed once a step, before the units."""
+    owned = {n for unit in units for n in unit.nodes}
+    needed = closure([n for unit in units for n in unit.nodes] + list(output_node(graph).all_input_nodes), set())
+    return [n for n in graph.nodes if n in needed and n not in owned and n.op not in ("placeholder", "output") and n not in axes.live]

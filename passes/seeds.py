@@ -1,0 +1,63 @@
+"""Find the input that the tokens enter by: ids, or the hidden state that another graph made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from dllm_compile.core.axes import attention
+from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.graph import output_node, placeholders
+from dllm_compile.core.layout import Factor, Layout
+from dllm_compile.core.units import closure
+
+
+def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node, Layout]:
+    """The placeholder that holds the tokens, and its layout ``[B, S]`` or ``[B, S, d]``.
+
+    It is what attention's values are made of: keys and queries also read positions, values read the tokens alone.
+
+    Raises:
+        GraphRefused: there is none, or more than one.
+    """
+    names = placeholders(graph)
+    calls = [node for node in graph.nodes if node.target is attention]
+    roots = [calls[0].args[2]] if calls else list(output_node(graph).all_input_nodes)
+    behind = closure([n for n in roots if isinstance(n, torch.fx.Node)], set())
+    tensors = {n: a for n, a in zip(names, args, strict=True) if n in behind and _is_input(a)}
+    ids = [n for n, a in tensors.items() if a.dim() == 2 and a.dtype in (torch.int64, torch.int32) and _is_looked_up(n)]
+    if len(ids) > 1:
+        ids = _token_ids(ids)
+    if ids:
+        batch, tokens = tensors[ids[0]].shape
+        return ids[0], ((Factor("B", batch),), (Factor("T", tokens),))
+    hidden = [n for n, a in tensors.items() if a.dim() == 3 and a.is_floating_point()]
+    if len(hidden) == 1:
+        batch, tokens, width = tensors[hidden[0]].shape
+        return hidden[0], ((Factor("B", batch),), (Factor("T", tokens),), (Factor("", width),))
+    if not ids and not hidden:
+        raise GraphRefused("no input looks like token ids or a hidden state")
+    raise GraphRefused(f"{len(hidden)} inputs look like a hidden state: {', '.join(n.name for n in hidden)}")
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+
+
+def _is_looked_up(node: torch.fx.Node) -> bool:
+    """Whether an embedding reads a placeholder, perhaps cast or masked on the way."""
+    return any(
+        user.target is torch.nn.functional.embedding and user.args[0] is node
+        or (user.op == "call_method" and user.target in ("to", "long", "clone", "contiguous", "view") and _is_looked_up(user))
+        for user in node.users
+    )
+
+
+def _token_ids(candidates: list[torch.fx.Node]) -> list[torch.fx.Node]:
+    """Among several looked-up inputs, the one not named for positions or segments."""
+    other = ("position", "token_type", "segment")
+    named = [n for n in candidates if not any(word in n.name for word in other)]
+    return (named or candidates)[:1]

@@ -1,0 +1,15 @@
+"""Fresh compiler state for every test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """Dynamo keeps at most a few graphs a function, shared by all models of a class."""
+    torch._dynamo.reset()

@@ -1,0 +1,54 @@
+"""Read the recorded models and traces under ``tests/golden``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+FOLDER = Path(__file__).parent / "golden"
+CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "Qwen2ForCausalLM": "Qwen2Config"}
+
+
+@dataclass
+class Trace:
+    """One recorded generation: see the README of the recordings for the tensors."""
+
+    name: str
+    meta: dict[str, str]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(json.loads(self.meta["hyperparameters"]))
+
+    @property
+    def mask_id(self) -> int:
+        return int(self.meta["mask_token_id"])
+
+
+def names(prefix: str) -> list[str]:
+    """Traces whose name begins with ``prefix``."""
+    return sorted(path.stem for path in FOLDER.glob(f"{prefix}__*.safetensors"))
+
+
+def trace(name: str) -> Trace:
+    """Read one trace."""
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+        return Trace(name, file.metadata(), {key: file.get_tensor(key) for key in file.keys()})
+
+
+def model(name: str) -> torch.nn.Module:
+    """A recorded model in float64, bidirectional."""
+    with safe_open(FOLDER / "weights" / f"{name}.safetensors", "pt") as file:
+        meta = file.metadata()
+        weights = {key: file.get_tensor(key).double() for key in file.keys()}
+    config = getattr(transformers, CONFIGS[meta["class"]])(**json.loads(meta["config"]))
+    built = getattr(transformers, meta["class"])(config).double().eval()
+    built.load_state_dict(weights)
+    return built

@@ -1,0 +1,91 @@
+"""Traces of the authors' own code, replayed through ``torch.compile(model, backend="dllm")`` and a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dllm_compile
+from dllm_compile.session import Session, sessions
+
+from . import golden_models, loops
+
+
+def run(trace: golden_models.Trace, logits: loops.Logits) -> Iterator[torch.Tensor]:
+    """The loop that a trace was recorded with."""
+    settings = trace.settings
+    x = trace.tensors["tokens"][0].clone().long()
+    if trace.name.startswith("llada"):
+        prompt = trace.tensors["prompt"].shape[1]
+        return loops.llada(
+            logits,
+            x,
+            prompt,
+            steps=settings["steps"],
+            block_length=settings["block_length"],
+            mask_id=trace.mask_id,
+            cfg_scale=settings.get("cfg_scale", 0.0),
+        )
+    return loops.dream(logits, x, steps=settings["steps"], alg=settings["alg"], mask_id=trace.mask_id)
+
+
+def replay(name: str, options: dict[str, object]) -> None:
+    trace = golden_models.trace(name)
+    model = golden_models.model(trace.meta["model"])
+    compiled = torch.compile(model, backend="dllm", options=options)
+    dllm_compile.reset()
+    seen: list[torch.Tensor] = []
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = compiled(input_ids=x).logits
+        check_step(trace, len(seen), x, out)
+        return out
+
+    with torch.no_grad():
+        for tokens in run(trace, logits):
+            seen.append(tokens)
+            assert torch.equal(tokens, trace.tensors["tokens"][len(seen)].long()), f"tokens after step {len(seen) - 1}"
+    assert len(seen) == trace.tensors["tokens"].shape[0] - 1 == int(trace.tensors["nfe"])
+
+
+def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torch.Tensor) -> None:
+    """Logits of the recorded steps on the rows a sampler reads; the rows each layer chose."""
+    want = trace.tensors.get(f"logits_step_{step}")
+    if want is not None:
+        shift = trace.name.startswith("dream")
+        masked = x == trace.mask_id
+        rows = torch.cat([masked[:, 1:], masked[:, :1] & False], 1) if shift else masked
+        assert (out[rows] - want[rows]).abs().max() < 1e-4
+    if "update_index" not in trace.tensors:
+        return
+    chosen, gap = trace.tensors["update_index"][step], trace.tensors["update_gap"][step]
+    session: Session = next(s for s in sessions() if s.number == step)
+    prompt = trace.tensors["prompt"].shape[1]
+    for layer in range(chosen.shape[0]):
+        if not chosen[layer].numel() or chosen[layer].min() < 0 or gap[layer] <= 1e-8:
+            continue
+        got = session.selected[layer].sort(1).values - prompt
+        assert torch.equal(got, chosen[layer].long()), f"rows chosen at step {step} in layer {layer}"
+
+
+def cache_options(name: str) -> dict[str, object]:
+    settings = golden_models.trace(name).settings
+    kept = ("prompt_interval_steps", "gen_interval_steps", "transfer_ratio")
+    return {name: settings[name] for name in kept}
+
+
+@pytest.mark.parametrize("name", golden_models.names("llada_dllmcache") + golden_models.names("dream_dllmcache"))
+def test_dllm_cache_repeats_its_authors_code(name: str) -> None:
+    replay(name, {**cache_options(name), "lowering": "eager"})
+
+
+@pytest.mark.parametrize("name", golden_models.names("llada_vanilla") + golden_models.names("dream_vanilla"))
+def test_exact_repeats_the_plain_loops(name: str) -> None:
+    replay(name, {"method": "exact", "lowering": "eager"})
+
+
+@pytest.mark.parametrize("name", ["llada_dllmcache__llada_a__kp7_kg3_r0.25", "dream_dllmcache__dream_b__kp7_kg3_r0.25_entropy"])
+def test_compiled_by_inductor(name: str) -> None:
+    replay(name, cache_options(name))
