@@ -80,6 +80,7 @@ class Backend:
             session = current()
             step = session.step if session is not None else None
             return session, step if step is not None and step.shape == program.shape else None
+        self.session.vocabulary = program.vocabulary
         self.session.owner = next((id(a) for a in args if isinstance(a, torch.nn.Parameter)), None)
         beside = [args[i] for i in program.beside]
         step = self.session.begin(args[program.index[program.ids]], beside)

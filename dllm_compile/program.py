@@ -14,14 +14,15 @@ from .core.axes import Axes, fake_like, follow
 from .core.emit import READABLE, Assignment, Emitted, emit
 from .core.errors import GraphRefused
 from .core.graph import fix_sizes, outline, output_node, placeholders
-from .core.layout import position
+from .core.layout import position, size
 from .core.state import allocate
 from .core.units import Unit
 from .kernels.row_change import pick_rows
 from .lower import Compiled, lower
 from .options import Options
 from .passes import cut, normalized
-from .passes.cache_reuse import EXACT, FULL
+from .passes.cache_reuse import EXACT, FULL, KEEP
+from .passes.causal import refuse_causal_masks
 from .passes.seeds import find_seed
 from .session import Session, Step
 from .trial import rows_are_independent
@@ -118,6 +119,8 @@ class Program:
         self.units, constants = cut(graph, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.attentions]
+        self.vocabulary = _vocabulary(self.seed, self.axes)
+        refuse_causal_masks(graph, self.axes, args)
         self.beside = [
             i
             for i, node in enumerate(names)
@@ -137,13 +140,17 @@ class Program:
     def _read_later(self, node: torch.fx.Node, constants: list[torch.fx.Node]) -> bool:
         return any(user not in constants for user in node.users)
 
-    def head(self) -> Unit | None:
-        """The unit whose first output is read by the sampler, if it is not the residual stream itself."""
+    def head(self, vocabulary: int | None) -> Unit | None:
+        """The unit whose first output a sampler reads: it is as wide as the vocabulary.
+
+        A graph of its own could also be a norm that sits between two layers, whose every row is needed.
+        """
         last = self.units[-1]
-        if last.attentions or last.stream is None or not last.outputs:
+        if last.attentions or last.stream is None or not last.outputs or vocabulary is None:
             return None
         layout = self.axes.layout.get(last.outputs[0], ())
-        return last if position(layout, "T") is not None and position(layout, "B") is not None else None
+        readable = position(layout, "T") is not None and position(layout, "B") is not None
+        return last if readable and size(layout[-1]) >= vocabulary else None
 
     def run(self, args: Sequence[Any], session: Session, step: Step) -> Any:
         """One call as part of ``step``."""
@@ -155,7 +162,7 @@ class Program:
             if self.prelude_run is None:
                 self.prelude_run = lower(self.prelude, given, self.options.lowering)
             env.update(zip(self.constants, self.prelude_run(*given), strict=True))
-        head = self.head()
+        head = self.head(session.vocabulary)
         for unit, code in zip(self.units, self.codes, strict=True):
             if unit.attentions:
                 self._layer(unit, code, env, session, step)
@@ -164,7 +171,7 @@ class Program:
             else:
                 self._plain(unit, code, env, session, step)
         results = {n: env[n] for n in output_node(self.graph).all_input_nodes}
-        if step.repeat or self.ids is not None:
+        if head is not None or self.ids is not None:
             session.outputs[self] = results
         return self._answer(results)
 
@@ -192,6 +199,8 @@ class Program:
         if key not in session.layers:
             session.layers[key] = allocate(unit, self.axes, args.stream.device)
             assignment = FULL
+        elif step.repeat:
+            assignment = KEEP  # every row as it was: the same input gives the same output
         else:
             assignment = FULL if first else code.chosen(step.assignment, args)
         args.state = session.layers[key]
@@ -203,20 +212,17 @@ class Program:
         assert unit.stream is not None
         node = unit.outputs[0]
         args = Arguments(env[unit.stream], [env[n] for n in unit.inputs], [], step)
-        kept = session.outputs.get(self, {}).get(node)
         index = step.indices["readable"]
-        if kept is None or index.shape[1] > kept.shape[1] * 0.9:
+        kept = session.logits.get(self)
+        if kept is None or index.shape[1] > step.shape[1] * 0.9:
             self._call(unit, code, EXACT, args, env)
-            return
-        if index.shape[1] == 0:
-            env[node] = kept
-            return
-        self._call(unit, code, HEAD, args, env)
-        rows, env[node] = env[node], kept
-        batch = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
-        last = index[:, :1].expand_as(index)
-        index = torch.where(index < kept.shape[1], index, last)
-        kept[batch, index] = torch.where((step.indices["readable"] < kept.shape[1]).unsqueeze(-1), rows, rows[:, :1])
+            rows = env[node]
+            kept = session.logits[self] = rows.new_empty((rows.shape[0], rows.shape[1] + 1, *rows.shape[2:]))
+            kept[:, :-1] = rows
+        elif index.shape[1]:
+            self._call(unit, code, HEAD, args, env)
+            kept[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index] = env[node]
+        env[node] = kept[:, :-1]
 
     def _call(
         self, unit: Unit, code: UnitCode, assignment: Assignment, args: Arguments, env: dict[torch.fx.Node, Any]
@@ -225,6 +231,13 @@ class Program:
         outs = variant.run(*args.collect(variant.emitted.takes))
         env.update(zip(unit.outputs, outs, strict=False))
         return outs[-1] if assignment.pick else None
+
+
+def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
+    """Rows of the table that token ids are looked up in."""
+    tables = [user.args[1] for user in axes.live if user.target is torch.nn.functional.embedding]
+    sizes = [axes.fake[table].shape[0] for table in tables if isinstance(table, torch.fx.Node)]
+    return max(sizes) if sizes and not axes.fake[seed].is_floating_point() else None
 
 
 def _belongs_to_sequence(node: torch.fx.Node, value: torch.Tensor, shape: tuple[int, int]) -> bool:

@@ -65,6 +65,7 @@ class Session:
         self.number = -1
         self.layers: dict[Any, list[torch.Tensor]] = {}
         self.outputs: dict[Any, Any] = {}
+        self.logits: dict[Any, torch.Tensor] = {}
         self.selected: dict[int, torch.Tensor] = {}
         self.step: Step | None = None
 

@@ -17,6 +17,7 @@ from dllm_compile.core.rows import NONE
 
 EXACT = Assignment("exact", keep=False)
 FULL = Assignment("full")
+KEEP = Assignment("keep", NONE, NONE, NONE)  # a share of 0: nothing between two refreshes
 
 _VARIANTS = (
     FULL,
@@ -25,7 +26,7 @@ _VARIANTS = (
     Assignment("prompt+select", PROMPT_SELECTED, PROMPT_SELECTED, pick=True),
     Assignment("values", NONE, NONE, RESPONSE),  # a share that rounds to no row still replaces the values
     Assignment("prompt+values", PROMPT, PROMPT),
-    Assignment("keep", NONE, NONE, NONE),  # a share of 0: nothing between two refreshes
+    KEEP,
     Assignment("prompt", PROMPT, PROMPT, PROMPT),
 )
 VARIANTS = {variant.name: variant for variant in (EXACT, *_VARIANTS)}

@@ -35,6 +35,8 @@ def regions(graph: torch.fx.Graph, axes: Axes) -> list[Unit]:
     for node in calls:
         _check_attention(node, axes)
     cuts = _cuts(live, axes)
+    if live and _is_stream(live[-1], axes) and (not cuts or cuts[-1][1] is not live[-1]):
+        cuts.append((len(live) - 1, live[-1]))  # a layer traced alone hands its stream to the caller
     segments = _segments(live, cuts)
     groups = _group(segments, calls)
     units = [_unit(nodes, entering, leaving, axes) for nodes, entering, leaving in groups]

@@ -88,13 +88,13 @@ class _Follow(TorchDispatchMode):
     def guess(self, leaves: Iterable[torch.Tensor], output: torch.Tensor) -> Layout:
         """Sizes of an unknown call: those of an input of the same shape, or the input's token dimension."""
         known = [(leaf, self.layout[id(leaf)]) for leaf in leaves if id(leaf) in self.layout]
-        for leaf, layout in known:
-            if leaf.shape == output.shape:
-                return layout
         token_dims = [dim for _, layout in known for dim in layout if holds(dim, "T")]
         for leaf in leaves:
             if id(leaf) not in self.layout and leaf.dim() == 1 and any(leaf.shape[0] == size(d) for d in token_dims):
                 self.sized[id(leaf)] = (next(d for d in token_dims if leaf.shape[0] == size(d)),)
+        for leaf, layout in known:
+            if leaf.shape == output.shape:
+                return layout
         out: list[tuple[Factor, ...]] = []
         for extent in output.shape:
             match = next((d for d in token_dims if size(d) == extent), None)

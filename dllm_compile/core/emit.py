@@ -129,9 +129,8 @@ class _Writer:
         for i, node in enumerate(self.unit.outputs):
             wanted[node] = join(wanted.get(node, NONE), self.assignment.leave if i == 0 else ALL)
         computed: dict[torch.fx.Node, RowSet] = {}
-        for node in reversed(self.unit.nodes):
-            if node not in self.axes.live:
-                continue
+        live = [node for node in self.unit.nodes if node in self.axes.live]
+        for node in reversed(live):
             rows = self.anchors.get(node, wanted.get(node, NONE))
             if rows == NONE:
                 continue
@@ -140,6 +139,10 @@ class _Writer:
                 if operand in self.axes.live:
                     asked = ALL if self._reads_all(node, operand) else rows
                     wanted[operand] = join(wanted.get(operand, NONE), asked)
+        for node in live:
+            for operand in node.all_input_nodes:
+                if node in computed and operand in computed and operand not in self.axes.layout:
+                    computed[node] = computed[operand]  # parts of a split have the rows of the whole
         enter = self.assignment.enter
         if self.unit.stream is not None and not wanted.get(self.unit.stream, NONE).within(enter):
             raise GraphRefused(f"rows outside {enter.name!r} of the residual stream are needed", self.unit.stream)
@@ -252,18 +255,16 @@ class _Writer:
         if node not in self.anchors:
             return self._raw(node)
         rows, layout, state = self.anchors[node], self.axes.layout[node], self.state[node]
+        if self.assignment.pick and node is self.unit.attentions[0].value:
+            self._choose()  # compares with the state before it is overwritten
         if rows == NONE:
             value = self._call(row_ops.read_all, (state, layout))
         elif rows == ALL:
-            fresh = self._raw(node)
-            if self.assignment.pick and node is self.unit.attentions[0].value:
-                self._choose()  # compares with the state before it is overwritten
-            value = self._call(row_ops.store_rows, (state, fresh, layout))
+            value = self._call(row_ops.store_rows, (state, self._raw(node), layout))
         else:
-            fresh = self._raw(node)
-            index = self._index(rows, ALL)
-            if self.assignment.pick and node is self.unit.attentions[0].value:
-                self._choose()
+            fresh, index = self._raw(node), self._index(rows, ALL)
+            if self.computed[node] != rows:
+                fresh = self._call(row_ops.gather_rows, (fresh, self._index(rows, self.computed[node]), layout))
             value = self._call(row_ops.merge_rows, (state, index, fresh, layout))
         self.env[node] = value
         return value

@@ -1,0 +1,50 @@
+"""Refuse causal attention that arrives as a mask.
+
+Tracing can turn a bidirectional model into a causal one (a remote model does so when it gets no 4-D mask), and a model
+may simply be causal. Then later tokens do not change earlier rows and none of our methods applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from dllm_compile.core.axes import Axes, attention
+from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.graph import outline, placeholders
+from dllm_compile.core.units import closure
+
+
+def refuse_causal_masks(graph: torch.fx.Graph, axes: Axes, args: Sequence[Any]) -> None:
+    """Compute each attention mask of ``graph`` for ``args`` and look above its diagonal.
+
+    Raises:
+        GraphRefused: a mask lets no token see a later one.
+    """
+    calls = [node for node in graph.nodes if node.target is attention]
+    masks = {node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None): node for node in calls}
+    names = placeholders(graph)
+    for mask, call in masks.items():
+        if not isinstance(mask, torch.fx.Node) or mask in axes.live or axes.fake[mask].dim() < 2:
+            continue
+        needed = closure([mask], set())
+        nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
+        inputs = [n for n in names if n in needed]
+        given = dict(zip(names, args, strict=True))
+        with torch.no_grad():
+            (value,) = outline(nodes, inputs, [mask])(*[given[n] for n in inputs])
+        if is_causal(value):
+            raise GraphRefused("the attention mask is causal; set is_causal=False in the config, or pass a full mask", call)
+
+
+def is_causal(mask: torch.Tensor) -> bool:
+    """Whether a mask ``[..., Q, K]`` (bool: may attend; float: added) hides every later token from every token."""
+    if mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+        return False
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    later = allowed.triu(1).any()
+    earlier = allowed.tril(-1).any()
+    return bool(earlier & ~later)

@@ -1,0 +1,68 @@
+"""Every supported architecture: neutral settings equal eager, partial steps really are partial."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from dllm_compile.session import sessions
+
+from . import loops, models
+
+NEUTRAL = {"prompt_interval": 1, "response_interval": 1}
+PARTIAL = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
+
+
+def padding(ids: torch.Tensor) -> torch.Tensor:
+    """A mask that hides the first tokens of the last sequence."""
+    mask = torch.ones_like(ids)
+    mask[-1, :3] = 0
+    return mask
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("options", [NEUTRAL, {"method": "exact"}], ids=["neutral", "exact"])
+@pytest.mark.parametrize("name", models.BUILD)
+def test_neutral_equals_eager(name: str, options: dict[str, object], padded: bool) -> None:
+    model = models.build(name)
+    ids = models.start(9, 8)
+    extra = {"attention_mask": padding(ids)} if padded else {}
+    call = models.compiled(model, **options)
+    worst = 0.0
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        nonlocal worst
+        got, want = call(input_ids=x, **extra).logits, model(input_ids=x, **extra).logits
+        rows = x == models.MASK
+        worst = max(worst, (got - want)[rows].abs().max().item())
+        return got
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in loops.llada(logits, ids, 9, steps=8, block_length=4, mask_id=models.MASK):
+            pass
+    assert worst < (1e-9 if models.dtype_of(name) == torch.float64 else 1e-4)
+    stepped = [s for s in sessions() if s.number == 7]
+    assert stepped, "no session saw the eight steps"
+
+
+@pytest.mark.parametrize("name", models.BUILD)
+def test_partial_steps_run_and_stay_close(name: str) -> None:
+    model = models.build(name)
+    ids = models.start(9, 8)
+    call = models.compiled(model, **PARTIAL)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = call(input_ids=x).logits
+        return out
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in loops.llada(logits, ids, 9, steps=8, block_length=8, mask_id=models.MASK):
+            pass
+    session = next(s for s in sessions() if s.number == 7)
+    assert session.stats.steps == {"full": 1, "select": 6, "response": 1}
+    assert len(session.layers) == 3
+    assert set(session.selected) == {1, 2}
