@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx
 
+from .core.axes import attention
 from .core.errors import GraphRefused
 from .lower import Compiled, lower
 from .options import Options
 from .program import Program
-from .session import Session, current, enter, sessions
+from .session import Session, Step, current, enter, sessions
+
+_WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
 
 
 def dllm(
@@ -71,21 +75,49 @@ class Backend:
                 raise GraphRefused("gradients are on; call the model under torch.no_grad()")
             return Program(self.module, args, self.options)
         except GraphRefused as refusal:
-            self.session.stats.refused.append(str(refusal))
-            warnings.warn(f"dllm: this graph runs on plain Inductor: {refusal}", stacklevel=2)
+            self._refuse(str(refusal))
             return None
 
-    def _step(self, program: Program, args: Sequence[Any]) -> tuple[Session | None, Any]:
-        if program.ids is None:
-            session = current()
-            step = session.step if session is not None else None
-            return session, step if step is not None and step.shape == program.shape else None
-        self.session.vocabulary = program.vocabulary
-        self.session.owner = next((id(a) for a in args if isinstance(a, torch.nn.Parameter)), None)
+    def _refuse(self, reason: str) -> None:
+        """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
+        if reason in self.session.stats.refused:
+            return
+        self.session.stats.refused.append(reason)
+        if any(node.target in _WORTH_SAYING for node in self.module.graph.nodes):
+            warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
+
+    def _step(self, program: Program, args: Sequence[Any]) -> tuple[Session | None, Step | None]:
+        """The step that a call belongs to, and the session that keeps its rows."""
         beside = [args[i] for i in program.beside]
-        step = self.session.begin(args[program.index[program.ids]], beside)
-        enter(self.session)
-        return self.session, step
+        if program.ids is not None:
+            self.session.vocabulary = program.vocabulary
+            self.session.owner = next((id(a) for a in args if isinstance(a, torch.nn.Parameter)), None)
+            step = self.session.begin(args[program.index[program.ids]], beside)
+            enter(self.session)
+            return self.session, step
+        session = current()
+        if program.layers:
+            first = program.first_layer(args)
+            if session is None or session.opener == first or (session.step and first in session.step.seen):
+                session = self._opened_by(first)
+                session.begin_hidden(args[program.index[program.seed]], beside)
+                enter(session)
+        step = session.step if session is not None else None
+        if session is None or step is None or step.shape != program.shape:
+            if program.layers:
+                self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
+            return None, None
+        return session, step
+
+    def _opened_by(self, layer: Any) -> Session:
+        """The session of a model whose ids are looked up outside of any graph: it starts at the first layer."""
+        for session in sessions():
+            if session.opener == layer:
+                return session
+        self.session.opener = layer
+        self.session.owner = layer
+        self.session.options = replace(self.options, mask_id=None)
+        return self.session
 
     def _run_plain(self, key: Any, args: Sequence[Any]) -> Any:
         if key not in self.plain:

@@ -150,7 +150,12 @@ class Program:
             return None
         layout = self.axes.layout.get(last.outputs[0], ())
         readable = position(layout, "T") is not None and position(layout, "B") is not None
-        return last if readable and size(layout[-1]) >= vocabulary else None
+        return last if readable and size(layout[-1]) >= vocabulary and not last.mixing(self.axes) else None
+
+    def first_layer(self, args: Sequence[Any]) -> Any:
+        """Identity of the first layer: its kind and its weights."""
+        given = dict(zip(self.index, args, strict=True))
+        return _layer_key(self.layers[0], [given.get(n) for n in self.layers[0].inputs])
 
     def run(self, args: Sequence[Any], session: Session, step: Step) -> Any:
         """One call as part of ``step``."""
@@ -187,7 +192,7 @@ class Program:
 
     def _layer(self, unit: Unit, code: UnitCode, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
         inputs = [env[n] for n in unit.inputs]
-        key = (unit.key, tuple(id(v) for v in inputs if isinstance(v, torch.nn.Parameter)))
+        key = _layer_key(unit, inputs)
         assert unit.stream is not None
         args = Arguments(env[unit.stream], inputs, [], step)
         first = step.layer == 0
@@ -231,6 +236,11 @@ class Program:
         outs = variant.run(*args.collect(variant.emitted.takes))
         env.update(zip(unit.outputs, outs, strict=False))
         return outs[-1] if assignment.pick else None
+
+
+def _layer_key(unit: Unit, inputs: list[Any]) -> Any:
+    """State belongs to weights, not to graphs: one graph may serve every layer."""
+    return unit.key, tuple(id(v) for v in inputs if isinstance(v, torch.nn.Parameter))
 
 
 def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:

@@ -54,6 +54,7 @@ class Session:
         self.stats = Stats()
         self.owner: Any = None
         self.vocabulary: int | None = None
+        self.opener: Any = None
         self.drop()
         _SESSIONS.add(self)
 
@@ -93,6 +94,14 @@ class Session:
         self.step = self._plan(host, repeat, ids.device)
         self.stats.count(self.step)
         return self.step
+
+    def begin_hidden(self, hidden: torch.Tensor, beside: list[torch.Tensor]) -> Step | None:
+        """Read one call off the hidden state ``[B, S, d]`` that enters the first layer: equal rows, equal tokens.
+
+        A model that breaks its graph before the first layer looks its ids up outside of any graph. What is masked is
+        then inferred in any case, since a user's mask id says nothing about rows.
+        """
+        return self.begin(labels(hidden), beside)
 
     def _is_new(self, ids: torch.Tensor) -> bool:
         if self.ids is None or self.first is None or ids.shape != self.ids.shape:
@@ -167,6 +176,14 @@ def enter(session: Session | None) -> None:
 def current() -> Session | None:
     """The session whose ids were seen last on this thread."""
     return getattr(_CURRENT, "session", None)
+
+
+def labels(hidden: torch.Tensor) -> torch.Tensor:
+    """Number the rows of ``[B, S, d]``: ``[B, S]`` int64, the same where rows are bitwise the same (a 63-bit hash)."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
+    words = hidden.detach().contiguous().view(kind).long()
+    odd = torch.arange(1, 2 * words.shape[-1], 2, device=words.device) * 0x9E3779B97F4A7C1 | 1
+    return (words * odd).sum(-1) & 0x7FFFFFFFFFFFFFFF
 
 
 def infer_mask_id(ids: torch.Tensor) -> int | None:

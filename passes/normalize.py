@@ -41,10 +41,17 @@ def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> int:
     changed = 0
     for node in list(graph.nodes):
         name = getattr(node.target, "__name__", str(node.target))
+        if node._erased:
+            continue
         if name in _NO_EFFECT or name in ("_enter_autocast", "_exit_autocast"):
             if name == "_enter_autocast":
                 _check_autocast(node)
             changed += _drop(graph, node)
+        elif node.op == "call_method" and name in ("type_as", "to") and _follows_a_tensor(node):
+            other = fake[node.args[1]]
+            node.target, node.args = "to", (node.args[0],)
+            node.kwargs = {"dtype": other.dtype, "device": other.device}
+            changed += 1
         elif node.target in _IN_PLACE or _is_in_place_method(node) or node.target is operator.setitem:
             _make_functional(node, fake)
             changed += 1
@@ -65,6 +72,11 @@ def _drop(graph: torch.fx.Graph, node: torch.fx.Node) -> int:
         graph.erase_node(user)
     graph.erase_node(node)
     return 1
+
+
+def _follows_a_tensor(node: torch.fx.Node) -> bool:
+    """``table.type_as(x)`` reads the dtype of ``x``, not its rows."""
+    return len(node.args) > 1 and isinstance(node.args[1], torch.fx.Node)
 
 
 def _is_in_place_method(node: torch.fx.Node) -> bool:

@@ -386,6 +386,8 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
                 value = run_node(node, args, kwargs)
         except GraphRefused as refusal:
             raise GraphRefused(refusal.reason, node) from refusal
+    if isinstance(value, torch.Tensor) and mode.of(value) is None:
+        raise GraphRefused("the tokens cannot be followed through this call", node)
     if mode.unproven:
         axes.unproven.add(node)
     for operand in node.all_input_nodes:

@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._pytree import tree_any
 
 from .axes import run_node
+from .errors import GraphRefused
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -54,7 +60,10 @@ def fix_sizes(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTenso
                 out.output(torch.fx.map_arg(node.args[0], lambda n: env[n]))
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: fake[n])
-                fake[node] = run_node(node, args, kwargs)
+                try:
+                    fake[node] = run_node(node, args, kwargs)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise GraphRefused("a size or a number here depends on the values of a tensor", node) from error
                 if has_tensor(fake[node]) or fake[node] is None or not _is_literal(fake[node]):
                     copied = out.node_copy(node, lambda n: env[n])
                     env[node] = copied
