@@ -16,6 +16,8 @@ from .lower import Compiled, lower
 from .options import Options
 from .program import Program
 from .session import Session, Step, current, enter, sessions
+from .stats import Stats
+from .verify import compare
 
 _WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
 
@@ -56,9 +58,13 @@ class Backend:
         self.session = Session(options)
         self.programs: dict[Any, Program | None] = {}
         self.plain: dict[Any, Compiled] = {}
+        self.inputs: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        key = tuple((tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
+        if self.inputs is None:  # Dynamo guards the shapes of weights
+            self.inputs = [i for i, a in enumerate(args) if not isinstance(a, torch.nn.Parameter)]
+        given = [args[i] for i in self.inputs]
+        key = tuple([(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given])
         if key not in self.programs:
             self.programs[key] = self._program(args)
         program = self.programs[key]
@@ -67,7 +73,10 @@ class Backend:
         session, step = self._step(program, args)
         if session is None or step is None:
             return self._run_plain(key, args)
-        return program.run(args, session, step)
+        result = program.run(args, session, step)
+        if session.options.verify and step.number % session.options.verify == 0:
+            compare(self.module, program, args, result, session, step)
+        return result
 
     def _program(self, args: Sequence[Any]) -> Program | None:
         try:
@@ -123,6 +132,25 @@ class Backend:
         if key not in self.plain:
             self.plain[key] = lower(self.module, args, self.options.lowering)
         return self.plain[key](*args)
+
+
+def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Counters of all compiled models, or of one.
+
+    Args:
+        model: the module that was compiled, or what ``torch.compile`` returned for it.
+
+    Returns:
+        The fields of :class:`dllm_compile.stats.Stats` summed over its graphs, and ``state_bytes``.
+    """
+    mine = None if model is None else {id(parameter) for parameter in model.parameters()}
+    total, kept = Stats(), 0
+    for session in sessions():
+        owner = session.owner[1] if isinstance(session.owner, tuple) else (session.owner,)
+        if mine is None or mine & set(owner):
+            total.add(session.stats)
+            kept += session.state_bytes()
+    return {**total.as_dict(), "state_bytes": kept}
 
 
 def reset() -> None:

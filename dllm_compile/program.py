@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,12 +30,36 @@ from .trial import rows_are_independent
 HEAD = Assignment("head", leave=READABLE, keep=False)
 
 
-@dataclass
 class Variant:
-    """Compiled code of a unit for one assignment."""
+    """Compiled code of a unit for one assignment, and where its arguments lie in a call's values."""
 
-    run: Compiled
-    emitted: Emitted
+    def __init__(self, run: Compiled, emitted: Emitted, values: Values) -> None:
+        self.run = run
+        self.rows = emitted.rows
+        pick = itemgetter(*[values.slot(name) for name in emitted.takes])
+        self.pick = pick if len(emitted.takes) > 1 else lambda flat: (pick(flat),)
+
+    def __call__(self, values: Values) -> Any:
+        return self.run(*self.pick(values.flat))
+
+
+class Values:
+    """All that one unit can be called with in one step, in a flat list."""
+
+    FIXED = ("stream", "counts", "index:response", "index:prompt", "index:readable")
+
+    def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
+        indices = step.indices
+        self.stream, self.inputs = stream, inputs
+        fixed = (stream, step.counts, indices["response"], indices["prompt"], indices["readable"])
+        self.flat = [*fixed, *inputs, *state]
+
+    def slot(self, name: str) -> int:
+        """Where an argument of an emitted unit lies."""
+        if name in self.FIXED:
+            return self.FIXED.index(name)
+        kind, _, which = name.partition(":")
+        return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
 
 class UnitCode:
@@ -46,56 +70,25 @@ class UnitCode:
         self.variants: dict[Any, Variant] = {}
         self.narrows: bool | None = None if unit.mixing(axes) else True
 
-    def emitted(self, assignment: Assignment, sizes: dict[str, int]) -> Emitted:
-        """The unit written for an assignment, not compiled."""
-        return emit(self.unit, self.axes, assignment, sizes, pick_rows)
+    def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+        """Compiled on first use; the head serves any number of rows, a layer those it was compiled for."""
+        key = assignment.name if assignment.fixed else (assignment.name, step.signature)
+        found = self.variants.get(key)
+        if found is None:
+            emitted = emit(self.unit, self.axes, assignment, step.sizes, pick_rows)
+            args = [values.flat[values.slot(name)] for name in emitted.takes]
+            free = [i for i, name in enumerate(emitted.takes) if name == "index:readable"]
+            found = Variant(lower(emitted.module, args, self.options.lowering, free), emitted, values)
+            self.variants[key] = found
+        return found
 
-    def variant(self, assignment: Assignment, step: Step, args: Arguments) -> Variant:
-        """Compiled on first use."""
-        names = {s.name for s in assignment.sets()}
-        free = assignment.leave == READABLE
-        key = (assignment.name, *(() if free else sorted((n, k) for n, k in step.sizes.items() if n in names)))
-        if key not in self.variants:
-            emitted = self.emitted(assignment, step.sizes)
-            given = args.collect(emitted.takes)
-            dynamic = [i for i, name in enumerate(emitted.takes) if free and name == "index:readable"]
-            self.variants[key] = Variant(lower(emitted.module, given, self.options.lowering, dynamic), emitted)
-        return self.variants[key]
-
-    def chosen(self, assignment: Assignment, args: Arguments) -> Assignment:
-        """The assignment itself, or ``full`` rows when this unit's rows turn out to depend on one another."""
-        if assignment in (EXACT, FULL) or self.narrows:
+    def chosen(self, assignment: Assignment, values: Values) -> Assignment:
+        """The assignment itself, or ``full`` when this unit's rows turn out to depend on one another."""
+        if self.narrows or assignment in (EXACT, FULL):
             return assignment
         if self.narrows is None:
-            self.narrows = rows_are_independent(self.unit, self.axes, args.stream, args.inputs)
+            self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
         return assignment if self.narrows else FULL
-
-
-@dataclass
-class Arguments:
-    """What one unit can be called with in one step."""
-
-    stream: Any
-    inputs: list[Any]
-    state: list[torch.Tensor]
-    step: Step
-
-    def collect(self, takes: Sequence[str]) -> list[Any]:
-        """Values in the order of the names."""
-        out: list[Any] = []
-        for name in takes:
-            kind, _, which = name.partition(":")
-            if kind == "stream":
-                out.append(self.stream)
-            elif kind == "input":
-                out.append(self.inputs[int(which)])
-            elif kind == "state":
-                out.append(self.state[int(which)])
-            elif kind == "index":
-                out.append(self.step.indices[which])
-            else:
-                out.append(self.step.counts)
-        return out
 
 
 class Program:
@@ -134,6 +127,7 @@ class Program:
         self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
         self.prelude_run: Compiled | None = None
         self.result = output_node(graph).args[0]
+        self.results = output_node(graph).all_input_nodes
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
 
@@ -159,9 +153,9 @@ class Program:
 
     def run(self, args: Sequence[Any], session: Session, step: Step) -> Any:
         """One call as part of ``step``."""
-        env: dict[torch.fx.Node, Any] = dict(zip(self.index, args, strict=True))
         if step.repeat and self in session.outputs:
             return self._answer(session.outputs[self])
+        env: dict[torch.fx.Node, Any] = dict(zip(self.index, args, strict=True))
         if self.prelude is not None:
             given = [env[n] for n in self.prelude_reads]
             if self.prelude_run is None:
@@ -169,78 +163,74 @@ class Program:
             env.update(zip(self.constants, self.prelude_run(*given), strict=True))
         head = self.head(session.vocabulary)
         for unit, code in zip(self.units, self.codes, strict=True):
+            inputs = [env[n] for n in unit.inputs]
+            stream = env[unit.stream] if unit.stream is not None else None
             if unit.attentions:
-                self._layer(unit, code, env, session, step)
+                outs = self._layer(unit, code, Values(stream, inputs, self._state(unit, inputs, session, step), step), session, step)
             elif unit is head:
-                self._head(unit, code, env, session, step)
+                outs = self._head(code, Values(stream, inputs, (), step), session, step)
             else:
-                self._plain(unit, code, env, session, step)
-        results = {n: env[n] for n in output_node(self.graph).all_input_nodes}
+                values = Values(stream, inputs, (), step)
+                outs = code.variant(EXACT, step, values)(values)
+            env.update(zip(unit.outputs, outs, strict=False))
+        results = {n: env[n] for n in self.results}
         if head is not None or self.ids is not None:
             session.outputs[self] = results
         return self._answer(results)
 
     def _answer(self, results: dict[torch.fx.Node, Any]) -> Any:
         """The graph's outputs; a caller may write into them."""
-        fresh = {n: v.clone() if isinstance(v, torch.Tensor) and n in self.axes.live else v for n, v in results.items()}
+        fresh = {n: v.clone() if n in self.axes.layout else v for n, v in results.items()}
         return torch.fx.map_arg(self.result, lambda n: fresh[n])
 
-    def _plain(self, unit: Unit, code: UnitCode, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
-        """A unit that always runs for all rows."""
-        args = Arguments(env.get(unit.stream) if unit.stream else None, [env[n] for n in unit.inputs], [], step)
-        self._call(unit, code, EXACT, args, env)
-
-    def _layer(self, unit: Unit, code: UnitCode, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
-        inputs = [env[n] for n in unit.inputs]
+    def _state(self, unit: Unit, inputs: list[Any], session: Session, step: Step) -> list[torch.Tensor]:
+        """Rows kept of the layer that these weights are, nothing when it keeps none or has run in this step."""
         key = _layer_key(unit, inputs)
-        assert unit.stream is not None
-        args = Arguments(env[unit.stream], inputs, [], step)
-        first = step.layer == 0
-        position_in_model, step.layer = step.layer, step.layer + 1
+        step.fresh = False
         if step.assignment is EXACT or key in step.seen:
-            self._call(unit, code, EXACT, args, env)
-            return
+            return []
         step.seen.add(key)
         if key not in session.layers:
-            session.layers[key] = allocate(unit, self.axes, args.stream.device)
+            step.fresh = True
+            session.layers[key] = allocate(unit, self.axes, step.counts.device)
+        return session.layers[key]
+
+    def _layer(self, unit: Unit, code: UnitCode, values: Values, session: Session, step: Step) -> Any:
+        number, step.layer = step.layer, step.layer + 1
+        if len(values.flat) == len(values.FIXED) + len(values.inputs):
+            assignment = EXACT
+        elif step.fresh:
             assignment = FULL
         elif step.repeat:
             assignment = KEEP  # every row as it was: the same input gives the same output
         else:
-            assignment = FULL if first else code.chosen(step.assignment, args)
-        args.state = session.layers[key]
-        picked = self._call(unit, code, assignment, args, env)
-        if picked is not None:
-            session.selected[position_in_model] = picked
+            assignment = code.chosen(step.assignment, values) if number else FULL
+        outs = code.variant(assignment, step, values)(values)
+        if assignment.pick:
+            session.selected[number] = outs[-1]
+        return outs
 
-    def _head(self, unit: Unit, code: UnitCode, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
-        assert unit.stream is not None
-        node = unit.outputs[0]
-        args = Arguments(env[unit.stream], [env[n] for n in unit.inputs], [], step)
+    def _head(self, code: UnitCode, values: Values, session: Session, step: Step) -> list[Any]:
+        """Logits of the readable rows, merged into those kept of the other rows."""
         index = step.indices["readable"]
         kept = session.logits.get(self)
         if kept is None or index.shape[1] > step.shape[1] * 0.9:
-            self._call(unit, code, EXACT, args, env)
-            rows = env[node]
-            kept = session.logits[self] = rows.new_empty((rows.shape[0], rows.shape[1] + 1, *rows.shape[2:]))
-            kept[:, :-1] = rows
-        elif index.shape[1]:
-            self._call(unit, code, HEAD, args, env)
-            kept[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index] = env[node]
-        env[node] = kept[:, :-1]
-
-    def _call(
-        self, unit: Unit, code: UnitCode, assignment: Assignment, args: Arguments, env: dict[torch.fx.Node, Any]
-    ) -> torch.Tensor | None:
-        variant = code.variant(assignment, args.step, args)
-        outs = variant.run(*args.collect(variant.emitted.takes))
-        env.update(zip(unit.outputs, outs, strict=False))
-        return outs[-1] if assignment.pick else None
+            outs = list(code.variant(EXACT, step, values)(values))
+            if kept is None:
+                shape = outs[0].shape
+                kept = session.logits[self] = outs[0].new_empty((shape[0], shape[1] + 1, *shape[2:]))
+            kept[:, :-1] = outs[0]
+            return [kept[:, :-1], *outs[1:]]
+        if not index.shape[1]:
+            return [kept[:, :-1]]
+        outs = list(code.variant(HEAD, step, values)(values))
+        kept[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index] = outs[0]
+        return [kept[:, :-1], *outs[1:]]
 
 
 def _layer_key(unit: Unit, inputs: list[Any]) -> Any:
     """State belongs to weights, not to graphs: one graph may serve every layer."""
-    return unit.key, tuple(id(v) for v in inputs if isinstance(v, torch.nn.Parameter))
+    return unit.key, tuple([id(v) for v in inputs if type(v) is torch.nn.Parameter or isinstance(v, torch.nn.Parameter)])
 
 
 def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:

@@ -32,6 +32,7 @@ class Step:
         counts: ``[B, 1]`` int64, rows each sequence may select.
         layer: how many layers have run in this step.
         seen: the layers that have run.
+        fresh: the layer at hand has no rows kept yet.
     """
 
     number: int
@@ -43,6 +44,12 @@ class Step:
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
+    fresh: bool = False
+
+    @property
+    def signature(self) -> tuple[int, int, int]:
+        """What a layer's compiled code depends on."""
+        return self.sizes["response"], self.sizes["prompt"], self.sizes["selected"]
 
 
 class Session:
@@ -69,6 +76,12 @@ class Session:
         self.logits: dict[Any, torch.Tensor] = {}
         self.selected: dict[int, torch.Tensor] = {}
         self.step: Step | None = None
+        self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def state_bytes(self) -> int:
+        """Bytes of all rows kept between steps, cached logits included."""
+        kept = [t for tensors in self.layers.values() for t in tensors] + list(self.logits.values())
+        return sum(t.numel() * t.element_size() for t in kept)
 
     def begin(self, ids: torch.Tensor, beside: list[torch.Tensor]) -> Step | None:
         """Read one call.

@@ -36,3 +36,14 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for printing and JSON."""
         return {**vars(self), "steps": dict(self.steps)}
+
+    def add(self, other: Stats) -> None:
+        """Fold another session's counters in."""
+        self.sequences += other.sequences
+        self.steps.update(other.steps)
+        self.checked += other.checked
+        self.max_logit_error = max(self.max_logit_error, other.max_logit_error)
+        self.token_flips += other.token_flips
+        for row, step in other.first_divergence.items():
+            self.first_divergence[row] = min(step, self.first_divergence.get(row, step))
+        self.refused += [reason for reason in other.refused if reason not in self.refused]

@@ -32,6 +32,7 @@ class Axes:
     """What following the axes found.
 
     Attributes:
+        mode: the mode of the fake tensors.
         fake: value of each node on fake tensors (tensors, numbers, tuples of them).
         layout: of each node that is a tensor depending on the seed.
         live: nodes that depend on the seed.
@@ -40,6 +41,7 @@ class Axes:
         made: constants sized by the token count that an unproven node writes or reads by position.
     """
 
+    mode: FakeTensorMode
     fake: dict[torch.fx.Node, Any] = field(default_factory=dict)
     layout: dict[torch.fx.Node, Layout] = field(default_factory=dict)
     live: dict[torch.fx.Node, None] = field(default_factory=dict)
@@ -348,7 +350,7 @@ def follow(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMo
     Raises:
         GraphRefused: a node changes a value that depends on the tokens in place.
     """
-    axes = Axes()
+    axes = Axes(fake_mode)
     mode = _Follow()
     feed = iter(inputs)
     with fake_mode, torch.no_grad():

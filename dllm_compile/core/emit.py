@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Assignment:
     leave: RowSet = ALL
     keep: bool = True
     pick: bool = False
+
+    @cached_property
+    def fixed(self) -> bool:
+        """Whether the code for it serves any sequence: it computes all rows, or none, or any number of readable ones."""
+        return self.sets() <= {ALL, NONE, READABLE}
 
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""

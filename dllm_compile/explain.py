@@ -1,0 +1,159 @@
+"""``explain``: what the compiler found in a model, what each variant of a step computes, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from . import cost
+from .backend import Backend
+from .core.axes import attention
+from .core.emit import Assignment
+from .options import Options
+from .passes.cache_reuse import EXACT, FULL, VARIANTS
+from .program import HEAD, Program
+from .session import infer_mask_id
+
+
+@dataclass
+class Explanation:
+    """What ``explain`` found.
+
+    Attributes:
+        graphs: a description of each graph that Dynamo handed over, in order.
+        refused: graphs that run on plain Inductor, with the reason.
+        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n`` and ``R``.
+        relative: the same relative to a full step, for the given lengths and half of the response still masked.
+        state_bytes: closed form of what is kept between steps.
+    """
+
+    graphs: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    flops: dict[str, sympy.Expr] = field(default_factory=dict)
+    relative: dict[str, float] = field(default_factory=dict)
+    state_bytes: sympy.Expr = sympy.Integer(0)
+    lengths: dict[str, int] = field(default_factory=dict)
+    variants: dict[str, Assignment] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [*self.graphs]
+        lines += [f"runs on plain Inductor: {reason}" for reason in self.refused]
+        if self.variants:
+            lines += ["", f"{'variant':<15}{'query':<17}{'key':<17}{'value':<10}FLOPs relative to full"]
+        for name, a in self.variants.items():
+            lines.append(f"{name:<15}{a.query.name:<17}{a.key.name:<17}{a.value.name:<10}{self.relative[name]:.3f}")
+        if self.variants:
+            lines.append("(the first layer is always full; the head computes the readable rows)")
+        lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
+        lines.append(f"state bytes = {self.state_bytes}")
+        if self.lengths:
+            lines.append("at " + ", ".join(f"{name} = {value}" for name, value in self.lengths.items()))
+        return "\n".join(lines)
+
+
+def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any) -> Explanation:
+    """Trace a model once and say what the backend would do with it.
+
+    Args:
+        model: any module that maps ids ``[B, S]`` to logits; it runs once, uncompiled.
+        example_ids: ``[B, S]`` ids of a first denoising call, the response still masked.
+        options: as for ``torch.compile``; keywords that are no option are passed to the model (``attention_mask``).
+    """
+    names = {"preset", *Options.__dataclass_fields__}
+    given = {name: value for name, value in options.items() if name in names or not isinstance(value, torch.Tensor)}
+    extra = {name: value for name, value in options.items() if name not in given}
+    chosen = Options.of({**given, "lowering": "eager"})
+    backends: list[Backend] = []
+
+    def collect(module: torch.fx.GraphModule, inputs: list[Any]) -> Backend:
+        backends.append(Backend(module, chosen))
+        return backends[-1]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=collect)(example_ids, **extra)
+    torch._dynamo.reset()
+    out = Explanation()
+    for backend in backends:
+        out.refused += backend.session.stats.refused
+        for program in backend.programs.values():
+            if program is not None:
+                out.graphs.append(_describe(program))
+    _add_costs(out, [p for b in backends for p in b.programs.values() if p is not None], example_ids, chosen)
+    return out
+
+
+def _describe(program: Program) -> str:
+    lines = [f"graph with {len(list(program.graph.nodes))} nodes, tokens enter by {program.seed.name!r}, [B, S] = {list(program.shape)}"]
+    kinds: dict[str, int] = {}
+    for unit in program.layers:
+        kinds[unit.key] = kinds.get(unit.key, 0) + 1
+    lines.append(f"  layers: {len(program.layers)} of {len(kinds)} kind(s); parts in all: {len(program.units)}")
+    seen: set[str] = set()
+    for unit in program.layers:
+        if unit.key in seen:
+            continue
+        seen.add(unit.key)
+        calls = [n.name for n in unit.nodes if n.target is attention]
+        lines.append(f"  layer kind x{kinds[unit.key]}: attention {', '.join(calls)}")
+        lines += [f"    keys kept at {a.key.name!r}, values at {a.value.name!r}" for a in unit.attentions]
+        lines += [f"    branch {'with' if b.attends else 'without'} attention kept at {b.node.name!r}" for b in unit.branches]
+        if unit.mixing(program.axes):
+            lines.append("    has calls whose rows may mix; narrowed only after a trial on the real weights")
+    head = program.head(program.vocabulary)
+    lines.append(f"  head: {head.outputs[0].name!r}, computed for readable rows" if head else "  head: none in this graph")
+    return "\n".join(lines)
+
+
+def _variants(options: Options) -> dict[str, Assignment]:
+    if options.method == "exact":
+        return {"exact": EXACT}
+    names = ["full", "response"]
+    names += ["select", "prompt+select"] if options.transfer_ratio > 0 else ["keep", "prompt"]
+    return {name: VARIANTS[name] for name in names}
+
+
+def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, options: Options) -> None:
+    mask_id = options.mask_id if options.mask_id is not None else infer_mask_id(ids.cpu())
+    response = int((ids == mask_id).sum(1).max()) if mask_id is not None else 0
+    tokens = ids.shape[1]
+    out.lengths = {
+        "B": ids.shape[0],
+        "S": tokens,
+        "P": tokens - response,
+        "G": response,
+        "n": int(response * options.transfer_ratio),
+        "R": response // 2 + 1,
+    }
+    if not any(program.layers for program in programs):
+        return
+    out.variants = _variants(options)
+    for name, assignment in out.variants.items():
+        out.flops[name] = sympy.expand(sum((_step(p, assignment) for p in programs), sympy.Integer(0)))
+    out.state_bytes = sympy.expand(
+        sum((cost.state_bytes(u, p.axes) for p in programs for u in p.layers if options.method != "exact"), sympy.Integer(0))
+    )
+    values = [(sympy.Symbol(k, positive=True, integer=True), v) for k, v in out.lengths.items()]
+    first = next(iter(out.variants))
+    whole = out.flops[first].subs([(cost.R, tokens)]).subs(values)
+    out.relative = {name: float(expression.subs(values) / whole) for name, expression in out.flops.items()}
+
+
+def _step(program: Program, assignment: Assignment) -> sympy.Expr:
+    """One step through a graph: the first layer full, the others as assigned, the head on readable rows."""
+    total = sympy.Integer(0)
+    head = program.head(program.vocabulary)
+    memo: dict[tuple[str, str], sympy.Expr] = {}
+    first = True
+    for unit in program.units:
+        chosen = assignment if unit.attentions else HEAD if unit is head else EXACT
+        if unit.attentions and first and assignment is not EXACT:
+            chosen, first = FULL, False
+        key = (unit.key, chosen.name)
+        if key not in memo:
+            memo[key] = cost.flops(unit, program.axes, chosen)
+        total += memo[key]
+    return total

@@ -1,0 +1,52 @@
+"""``options={"verify": k}``: run the traced graph as it was, in eager, beside every k-th step and note the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch.utils._pytree import tree_leaves
+
+from .program import Program
+from .session import Session, Step
+
+
+def compare(
+    module: torch.fx.GraphModule, program: Program, args: Sequence[Any], result: Any, session: Session, step: Step
+) -> None:
+    """Compare ``result`` with ``module(*args)`` and note it in the session's stats.
+
+    A model that arrives as several graphs is followed from one to the next by the memory of the hidden state it passes
+    on, so that the last graph is compared with what an uncached step would have given. Logits are compared on the rows
+    a sampler can read.
+    """
+    if program.ids is not None:
+        session.shadow.clear()
+    given = list(args)
+    at = program.index[program.seed]
+    given[at] = session.shadow.get(given[at].data_ptr(), (None, given[at]))[1]
+    with torch.no_grad():
+        want = module(*given)
+    for got, exact in zip(tree_leaves(result), tree_leaves(want), strict=True):
+        if not isinstance(got, torch.Tensor):
+            continue
+        if session.vocabulary is not None and got.dim() == 3 and got.shape[-1] >= session.vocabulary:
+            _note(got, exact, session, step)
+        else:
+            session.shadow[got.data_ptr()] = (got, exact)
+
+
+def _note(got: torch.Tensor, exact: torch.Tensor, session: Session, step: Step) -> None:
+    rows = torch.zeros(got.shape[0], got.shape[1] + 1, dtype=torch.bool, device=got.device)
+    rows.scatter_(1, step.indices["readable"], True)
+    rows = rows[:, :-1]
+    error = (got - exact).abs().amax(-1)[rows]
+    flips = (got.argmax(-1) != exact.argmax(-1)) & rows
+    stats = session.stats
+    stats.checked += 1
+    stats.max_logit_error = max(stats.max_logit_error, error.max().item() if error.numel() else 0.0)
+    stats.token_flips += int(flips.sum())
+    for row in flips.any(1).nonzero().flatten().tolist():
+        stats.first_divergence.setdefault(row, step.number)
