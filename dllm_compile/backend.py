@@ -61,6 +61,7 @@ class Backend:
         self.inputs: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        """Run the graph as part of the step it belongs to."""
         if self.inputs is None:  # Dynamo guards the shapes of weights
             self.inputs = [i for i, a in enumerate(args) if not isinstance(a, torch.nn.Parameter)]
         given = [args[i] for i in self.inputs]
@@ -114,7 +115,9 @@ class Backend:
         step = session.step if session is not None else None
         if session is None or step is None or step.shape != program.shape:
             if program.layers:
-                self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
+                self._refuse(
+                    "no graph of this model saw its token ids, and its hidden state does not show what is masked"
+                )
             return None, None
         return session, step
 

@@ -1,27 +1,29 @@
-"""``python -m dllm_compile bench``: ratios in one run against named baselines."""
+"""``python -m dllm_compile bench``: a random-weight model, ratios in one run against named baselines."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import platform
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from .loop import quota_loop
+from .contest import Job, Row, contenders, finish, play, relative_flops
+from .table import print_rows
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One random-weight model and one generation.
+    """A random-weight bidirectional Llama and one generation; the defaults are the project's reference figure.
 
     Attributes:
-        layers, width, mlp, heads, vocabulary: of a bidirectional Llama.
-        prompt, response, block: tokens.
-        steps: forward calls that are timed at most; 0 for one per response token.
+        layers, width, mlp, heads, vocabulary: of the model, float32.
+        prompt, response, block: tokens; one token is freed a step.
+        baseline_steps: forwards timed for eager and Inductor, whose steps all cost the same.
+        prompt_interval, response_interval: of dLLM-Cache; its ratio is 0.25.
     """
 
     layers: int = 12
@@ -32,11 +34,13 @@ class Setting:
     prompt: int = 512
     response: int = 256
     block: int = 8
-    steps: int = 0
+    baseline_steps: int = 16
+    prompt_interval: int = 50
+    response_interval: int = 7
 
 
 def random_model(setting: Setting, seed: int = 0) -> Any:
-    """A bidirectional Llama in transformers with random float32 weights."""
+    """The model of a setting."""
     import transformers
 
     torch.manual_seed(seed)
@@ -48,114 +52,62 @@ def random_model(setting: Setting, seed: int = 0) -> Any:
         num_key_value_heads=setting.heads,
         vocab_size=setting.vocabulary,
         max_position_embeddings=8192,
-        is_causal=False,
+        is_causal=False,  # type: ignore[call-arg]
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
 
 
-@dataclass
-class Row:
-    """What one contender did."""
-
-    name: str
-    seconds: float
-    tokens_per_second: float
-    forwards: int
-    first_call_seconds: float
-    token_agreement: float
-    speedup_eager: float = 0.0
-    speedup_inductor: float = 0.0
-
-
-def run(setting: Setting, contenders: dict[str, Callable[[Any], Any]], progress: Any = sys.stderr) -> list[Row]:
-    """Time one generation of each contender with the same loop.
-
-    Args:
-        setting: model and lengths.
-        contenders: name to a function that makes the callable from the model; ``eager`` must be first.
-        progress: where to say what runs.
-    """
-    model = random_model(setting)
+def job_of(setting: Setting) -> Job:
+    """A random prompt and a masked response."""
     mask_id = setting.vocabulary - 1
-    start = torch.randint(0, mask_id, (1, setting.prompt + setting.response), generator=torch.Generator().manual_seed(1))
-    start[:, setting.prompt :] = mask_id
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, mask_id, (1, setting.prompt + setting.response), generator=generator)
+    ids[:, setting.prompt :] = mask_id
+    return Job(ids, setting.prompt, setting.response, setting.block, mask_id)
+
+
+def run(setting: Setting) -> list[Row]:
+    """Time eager, plain Inductor, the neutral setting and dLLM-Cache on one model."""
+    model, job = random_model(setting), job_of(setting)
+    options = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
+    entrants = contenders(mask_id=job.mask_id, **options)
+    neutral = {"mask_id": job.mask_id, "prompt_interval": 1, "response_interval": 1}
+    entrants["neutral"] = contenders(**neutral)["dllm-cache"]
     rows: list[Row] = []
     reference: torch.Tensor | None = None
-    for name, make in contenders.items():
-        call = make(model)
-        first, seconds, calls, x = _generation(call, start.clone(), setting, mask_id)
-        decoded = (x != mask_id) & (start == mask_id)
-        if reference is None:
-            reference = x
-        agreement = (x == reference)[decoded].float().mean().item()
-        count = int(decoded.sum())
-        rows.append(Row(name, seconds, count / seconds, calls, first, agreement))
-        print(f"{name}: {count / seconds:.2f} tokens/s, first call {first:.1f} s", file=progress, flush=True)
-        torch._dynamo.reset()
-    for row in rows:
-        row.speedup_eager = row.tokens_per_second / rows[0].tokens_per_second
-        row.speedup_inductor = row.tokens_per_second / rows[min(1, len(rows) - 1)].tokens_per_second
-    return rows
-
-
-def _generation(
-    call: Callable[[torch.Tensor], Any], x: torch.Tensor, setting: Setting, mask_id: int
-) -> tuple[float, float, int, torch.Tensor]:
-    """Warm up on a whole generation's variants, then time one generation."""
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = call(ids).logits
-        return out
-
-    with torch.no_grad():
-        begin = time.perf_counter()
-        logits(x)
-        first = time.perf_counter() - begin
-        for warm in (True, False):
-            ids = x.clone()
-            calls = 0
-            begin = time.perf_counter()
-            limit = min(setting.steps or setting.response, setting.response)
-            for _ in quota_loop(logits, ids, setting.prompt, setting.response, setting.block, mask_id):
-                calls += 1
-                if calls >= (12 if warm else limit):
-                    break
-            seconds = time.perf_counter() - begin
-    return first, seconds, calls, ids
+    for name, make in entrants.items():
+        cached = name == "dllm-cache"
+        warm = setting.prompt_interval + 2 if cached else 3
+        row, (ids,) = play(name, make, model, [job], warm, None if cached else setting.baseline_steps)
+        done = (ids != job.mask_id) & (job.ids == job.mask_id)
+        row.tokens = int(done.sum())
+        reference = ids if reference is None else reference
+        both = done & (reference != job.mask_id)
+        row.same_tokens = (ids == reference)[both].float().mean().item()
+        row.flops = relative_flops(row, model, job, options if cached else neutral)
+        rows.append(row)
+        print(f"{name}: {row.forwards} forwards in {row.seconds:.1f} s", file=sys.stderr, flush=True)
+    return finish(rows)
 
 
 def main(argv: list[str]) -> None:
     """Command line."""
-    import argparse
-
-    import dllm_compile
-
     parser = argparse.ArgumentParser(prog="dllm_compile bench", description=__doc__)
     for name, value in asdict(Setting()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--json", help="write the rows to this file")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--json", help="also write the rows to this file")
     given = vars(parser.parse_args(argv))
     target = given.pop("json")
     setting = Setting(**given)
-    options = {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.25, "mask_id": setting.vocabulary - 1}
-    neutral = {**options, "prompt_interval": 1, "response_interval": 1}
-
-    def compiled(options: dict[str, Any]) -> Callable[[Any], Any]:
-        return lambda model: torch.compile(model, backend=dllm_compile.dllm, options=options)
-
-    contenders: dict[str, Callable[[Any], Any]] = {
-        "eager": lambda model: model,
-        "inductor": torch.compile,
-        "dllm neutral": compiled(neutral),
-        "dllm-cache": compiled(options),
-    }
-    rows = run(setting, contenders)
-    for row in rows:
-        print(row)
+    rows = run(setting)
+    print_rows(f"random Llama, {setting}", rows)
+    cached = next(row for row in rows if row.name == "dllm-cache")
+    print(f"realised speed-up over FLOP reduction, against eager: {cached.vs_eager * cached.flops:.2f}")
     if target:
-        with open(target, "w") as file:
-            json.dump({"setting": asdict(setting), "rows": [asdict(row) for row in rows]}, file, indent=1)
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+        with open(target, "w", encoding="utf-8") as file:
+            json.dump({"setting": asdict(setting), **machine, "rows": [asdict(row) for row in rows]}, file, indent=1)

@@ -1,9 +1,9 @@
 """What a variant of a step costs, in closed form.
 
 A token-wise call costs the same for every row, so its count for all ``S`` rows, taken once with
-``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs per
-query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n`` selected rows,
-``R`` readable rows.
+``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
+per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
+selected rows, ``R`` readable rows.
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ import torch
 import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from .core.assignment import Assignment
 from .core.axes import Axes, attention, linear, run_node
-from .core.emit import Assignment, emit
+from .core.emit import emit
 from .core.rows import RowSet
 from .core.state import shape
 from .core.units import Unit
 from .kernels.row_change import pick_rows
 
 B, S, P, G, N, R = sympy.symbols("B S P G n R", positive=True, integer=True)
-ROWS = {"all": S, "none": sympy.Integer(0), "response": G, "prompt": P, "selected": N, "prompt+selected": P + N, "readable": R}
+ROWS = {
+    "all": S,
+    "none": sympy.Integer(0),
+    "response": G,
+    "prompt": P,
+    "selected": N,
+    "prompt+selected": P + N,
+    "readable": R,
+}
 
 
 def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
@@ -56,7 +65,7 @@ def state_bytes(unit: Unit, axes: Axes) -> sympy.Expr:
     """Bytes kept between steps for one layer of this kind."""
     total = sympy.Integer(0)
     for node in unit.anchors():
-        batch, rows, *rest = shape(axes.layout[node], 1)
+        _, _, *rest = shape(axes.layout[node], 1)
         width = 1
         for extent in rest:
             width *= extent

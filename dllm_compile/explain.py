@@ -10,8 +10,8 @@ import torch
 
 from . import cost
 from .backend import Backend
+from .core.assignment import Assignment
 from .core.axes import attention
-from .core.emit import Assignment
 from .options import Options
 from .passes.cache_reuse import EXACT, FULL, VARIANTS
 from .program import HEAD, Program
@@ -34,7 +34,7 @@ class Explanation:
     refused: list[str] = field(default_factory=list)
     flops: dict[str, sympy.Expr] = field(default_factory=dict)
     relative: dict[str, float] = field(default_factory=dict)
-    state_bytes: sympy.Expr = sympy.Integer(0)
+    state_bytes: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
     lengths: dict[str, int] = field(default_factory=dict)
     variants: dict[str, Assignment] = field(default_factory=dict)
 
@@ -87,7 +87,10 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
 
 
 def _describe(program: Program) -> str:
-    lines = [f"graph with {len(list(program.graph.nodes))} nodes, tokens enter by {program.seed.name!r}, [B, S] = {list(program.shape)}"]
+    lines = [
+        f"graph with {len(program.graph.nodes)} nodes, tokens enter by {program.seed.name!r}, "
+        f"[B, S] = {list(program.shape)}"
+    ]
     kinds: dict[str, int] = {}
     for unit in program.layers:
         kinds[unit.key] = kinds.get(unit.key, 0) + 1
@@ -100,11 +103,15 @@ def _describe(program: Program) -> str:
         calls = [n.name for n in unit.nodes if n.target is attention]
         lines.append(f"  layer kind x{kinds[unit.key]}: attention {', '.join(calls)}")
         lines += [f"    keys kept at {a.key.name!r}, values at {a.value.name!r}" for a in unit.attentions]
-        lines += [f"    branch {'with' if b.attends else 'without'} attention kept at {b.node.name!r}" for b in unit.branches]
+        lines += [
+            f"    branch {'with' if b.attends else 'without'} attention kept at {b.node.name!r}" for b in unit.branches
+        ]
         if unit.mixing(program.axes):
             lines.append("    has calls whose rows may mix; narrowed only after a trial on the real weights")
     head = program.head(program.vocabulary)
-    lines.append(f"  head: {head.outputs[0].name!r}, computed for readable rows" if head else "  head: none in this graph")
+    lines.append(
+        f"  head: {head.outputs[0].name!r}, computed for readable rows" if head else "  head: none in this graph"
+    )
     return "\n".join(lines)
 
 
@@ -134,7 +141,10 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     for name, assignment in out.variants.items():
         out.flops[name] = sympy.expand(sum((_step(p, assignment) for p in programs), sympy.Integer(0)))
     out.state_bytes = sympy.expand(
-        sum((cost.state_bytes(u, p.axes) for p in programs for u in p.layers if options.method != "exact"), sympy.Integer(0))
+        sum(
+            (cost.state_bytes(u, p.axes) for p in programs for u in p.layers if options.method != "exact"),
+            sympy.Integer(0),
+        )
     )
     values = [(sympy.Symbol(k, positive=True, integer=True), v) for k, v in out.lengths.items()]
     first = next(iter(out.variants))

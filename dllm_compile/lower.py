@@ -38,5 +38,4 @@ def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Seq
                     sizes[1] = DimDynamic.DYNAMIC
                 example[i] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
     with torch.no_grad():
-        compiled: Compiled = compile_fx(module, example)
-    return compiled
+        return compile_fx(module, example)  # type: ignore[return-value]

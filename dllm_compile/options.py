@@ -65,14 +65,18 @@ class Options:
         for name in ("prompt_interval", "response_interval"):
             value = getattr(self, name)
             if not _is_int(value) or (value < 1 and value != -1):
-                raise ValueError(f"{name} is {value!r}; give a number of steps, at least 1, or -1 to refresh at every step")
+                raise ValueError(
+                    f"{name} is {value!r}; give a number of steps, at least 1, or -1 to refresh at every step"
+                )
         ratio = self.transfer_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
             raise ValueError(f"transfer_ratio is {ratio!r}; give a share of the response from 0 to 1, such as 0.25")
         if self.mask_id is not None and (not _is_int(self.mask_id) or self.mask_id < 0):
             raise ValueError(f"mask_id is {self.mask_id!r}; give the token id of the mask, such as 126336 for LLaDA")
         if self.shift not in (None, True, False):
-            raise ValueError(f"shift is {self.shift!r}; give True for samplers that read row i - 1 for token i, else False")
+            raise ValueError(
+                f"shift is {self.shift!r}; give True for samplers that read row i - 1 for token i, else False"
+            )
         if not _is_int(self.verify) or self.verify < 0:
             raise ValueError(f"verify is {self.verify!r}; give a number of steps between checks, or 0 for none")
 
@@ -100,7 +104,9 @@ class Options:
             meant = SYNONYMS.get(name, name)
             if meant not in known:
                 near = difflib.get_close_matches(name, [*known, *SYNONYMS, "preset"], n=1, cutoff=0.0)
-                raise ValueError(f"there is no option {name!r}; did you mean {near[0]!r}? Options: {', '.join(known)}, preset")
+                raise ValueError(
+                    f"there is no option {name!r}; did you mean {near[0]!r}? Options: {', '.join(known)}, preset"
+                )
             if meant in named:
                 raise ValueError(f"option {meant!r} is given twice, once as {name!r}; give it once")
             named[meant] = value

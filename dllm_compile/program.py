@@ -10,8 +10,9 @@ import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .core.assignment import READABLE, Assignment
 from .core.axes import Axes, fake_like, follow
-from .core.emit import READABLE, Assignment, Emitted, emit
+from .core.emit import Emitted, emit
 from .core.errors import GraphRefused
 from .core.graph import fix_sizes, outline, output_node, placeholders
 from .core.layout import position, size
@@ -40,6 +41,7 @@ class Variant:
         self.pick = pick if len(emitted.takes) > 1 else lambda flat: (pick(flat),)
 
     def __call__(self, values: Values) -> Any:
+        """Run it; returns the unit's outputs, then the picked rows if there are any."""
         return self.run(*self.pick(values.flat))
 
 
@@ -117,7 +119,9 @@ class Program:
         self.beside = [
             i
             for i, node in enumerate(names)
-            if node is not self.seed and isinstance(args[i], torch.Tensor) and _belongs_to_sequence(node, args[i], self.shape)
+            if node is not self.seed
+            and isinstance(args[i], torch.Tensor)
+            and _belongs_to_sequence(node, args[i], self.shape)
         ]
         self.index = {node: i for i, node in enumerate(names)}
         self._code: dict[str, UnitCode] = {}
@@ -166,7 +170,9 @@ class Program:
             inputs = [env[n] for n in unit.inputs]
             stream = env[unit.stream] if unit.stream is not None else None
             if unit.attentions:
-                outs = self._layer(unit, code, Values(stream, inputs, self._state(unit, inputs, session, step), step), session, step)
+                outs = self._layer(
+                    unit, code, Values(stream, inputs, self._state(unit, inputs, session, step), step), session, step
+                )
             elif unit is head:
                 outs = self._head(code, Values(stream, inputs, (), step), session, step)
             else:
@@ -230,7 +236,9 @@ class Program:
 
 def _layer_key(unit: Unit, inputs: list[Any]) -> Any:
     """State belongs to weights, not to graphs: one graph may serve every layer."""
-    return unit.key, tuple([id(v) for v in inputs if type(v) is torch.nn.Parameter or isinstance(v, torch.nn.Parameter)])
+    return unit.key, tuple(
+        [id(v) for v in inputs if type(v) is torch.nn.Parameter or isinstance(v, torch.nn.Parameter)]
+    )
 
 
 def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:

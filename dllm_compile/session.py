@@ -1,7 +1,8 @@
 """What a denoising loop is doing, read off the ids it hands to the model.
 
-The loop is the user's; nobody tells the backend where a sequence begins, which tokens are the prompt or what the mask is.
-A :class:`Session` keeps the ids of the last call and works it out; one copy of the ids to the host a step is all it reads.
+The loop is the user's; nobody tells the backend where a sequence begins, which tokens are the prompt or what the mask
+is. A :class:`Session` keeps the ids of the last call and works it out; one copy of the ids to the host a step is all
+it reads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .core.emit import Assignment
+from .core.assignment import Assignment
 from .options import Options
 from .passes.cache_reuse import EXACT, FULL, variant
 from .stats import Stats
@@ -131,8 +132,10 @@ class Session:
         self.drop()
         if self.options.mask_id is None and (self.mask_id is None or not (ids == self.mask_id).any()):
             self.mask_id = infer_mask_id(ids)
+        if self.mask_id is None:
+            return False
         masked = ids == self.mask_id
-        if self.mask_id is None or not masked.any():
+        if not masked.any():
             return False
         for other in list(_SESSIONS):
             if other is not self and other.owner is not None and other.owner == self.owner:
@@ -162,7 +165,8 @@ class Session:
             self.fixed_counts = counts.unsqueeze(1).to(device)
         if not self.fixed["prompt"].shape[1]:
             assignment = _without_prompt(assignment, options, self.number, selected)
-        readable = positions(readable_rows(ids == self.mask_id, options.shift), tokens)
+        assert self.mask_id is not None
+        readable = positions(readable_rows(ids.eq(self.mask_id), options.shift), tokens)
         if self.number == 0:
             readable = torch.arange(tokens).expand(batch, tokens)
         indices = {**self.fixed, "readable": readable.to(device)}

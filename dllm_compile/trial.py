@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from .core.assignment import RESPONSE, Assignment
 from .core.axes import Axes
-from .core.emit import RESPONSE, Assignment, emit
+from .core.emit import emit
 from .core.errors import GraphRefused
 from .core.layout import position
 from .core.rows import ALL
@@ -34,7 +35,7 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     """
     layout = axes.layout[unit.outputs[0]]
     tokens = position(layout, "T")
-    assert tokens is not None and unit.stream is not None
+    assert tokens is not None
     count = stream.shape[1]
     index = torch.arange(0, count, 3, device=stream.device).expand(stream.shape[0], -1)
     sizes = {"response": index.shape[1]}

@@ -1,4 +1,4 @@
-"""``options={"verify": k}``: run the traced graph as it was, in eager, beside every k-th step and note the difference."""
+"""``options={"verify": k}``: run the traced graph as it was, in eager, beside every k-th step; note the difference."""
 
 from __future__ import annotations
 

@@ -27,9 +27,7 @@ def row_change(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return dot / norms
 
 
-def pick_rows(
-    new: torch.Tensor, old: torch.Tensor, response: torch.Tensor, tokens: int, count: int
-) -> torch.Tensor:
+def pick_rows(new: torch.Tensor, old: torch.Tensor, response: torch.Tensor, tokens: int, count: int) -> torch.Tensor:
     """The ``count`` rows of each sequence that turned most, most turned first.
 
     Args:

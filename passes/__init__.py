@@ -20,10 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dllm_compile.core.axes import Axes, follow
 from dllm_compile.core.units import Unit
-
-from .normalize import normalize
-from .regions import constants, regions
-from .spelled_attention import spelled_attention
+from dllm_compile.passes.normalize import normalize
+from dllm_compile.passes.regions import constants, regions
+from dllm_compile.passes.spelled_attention import spelled_attention
 
 
 def normalized(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> torch.fx.Graph:

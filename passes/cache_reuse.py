@@ -1,7 +1,8 @@
 """dLLM-Cache as row sets (arXiv 2506.06295, and its authors' code where the two differ).
 
-Per layer the keys, values, attention-branch and MLP-branch rows are kept. A step refreshes the prompt, the response, both
-or neither; when the response is not due, the rows whose values turned most are. The residual stream is never cached.
+Per layer the keys, values, attention-branch and MLP-branch rows are kept. A step refreshes the prompt, the response,
+both or neither; when the response is not due, the rows whose values turned most are. The residual stream is never
+cached.
 
     variant          query, key, branches    value       when (step s counted from 0)
     full             all                     all         prompt and response due
@@ -12,7 +13,7 @@ or neither; when the response is not due, the rows whose values turned most are.
 
 from __future__ import annotations
 
-from dllm_compile.core.emit import PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
+from dllm_compile.core.assignment import PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
 from dllm_compile.core.rows import NONE
 
 EXACT = Assignment("exact", keep=False)

@@ -37,7 +37,9 @@ def refuse_causal_masks(graph: torch.fx.Graph, axes: Axes, args: Sequence[Any]) 
         with torch.no_grad():
             (value,) = outline(nodes, inputs, [mask])(*[given[n] for n in inputs])
         if is_causal(value):
-            raise GraphRefused("the attention mask is causal; set is_causal=False in the config, or pass a full mask", call)
+            raise GraphRefused(
+                "the attention mask is causal; set is_causal=False in the config, or pass a full mask", call
+            )
 
 
 def is_causal(mask: torch.Tensor) -> bool:

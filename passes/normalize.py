@@ -105,7 +105,7 @@ def _make_functional(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> Non
             raise GraphRefused(f"{node.target} changes a tensor in place", node)
         node.target = functional
     else:
-        replace_call(node, _IN_PLACE[node.target], node.args)
+        replace_call(node, _IN_PLACE[node.target], node.args)  # type: ignore[index]
     seen = False
     for user in list(node.graph.nodes):
         seen = seen or user is node

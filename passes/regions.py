@@ -19,7 +19,18 @@ from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
 from dllm_compile.core.units import Attention, Branch, Unit, closure
 
-_MOVES = {"view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten", "movedim"}
+_MOVES = {
+    "view",
+    "reshape",
+    "expand",
+    "transpose",
+    "permute",
+    "contiguous",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "movedim",
+}
 _MOVES |= {"getitem", "repeat_interleave"}
 _ADDS = (operator.add, torch.add)
 
@@ -48,11 +59,13 @@ def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     if given.get("is_causal"):
-        raise GraphRefused("attention is causal: a token's row does not depend on later ones, so caching is not ours", node)
+        raise GraphRefused(
+            "attention is causal: a token's row does not depend on later ones, so caching is not ours", node
+        )
     if given.get("dropout_p"):
         raise GraphRefused("attention drops out at random; call model.eval()", node)
     for name in names[:3]:
-        layout = axes.layout.get(given[name])
+        layout = axes.layout.get(given[name])  # type: ignore[arg-type]
         if layout is None or position(layout, "T") != len(layout) - 2 or position(layout, "B") is None:
             raise GraphRefused(f"the tokens of attention's {name} cannot be followed back to the input", node)
 
@@ -145,10 +158,14 @@ def _residual_branch(segment: Segment) -> torch.fx.Node | None:
     return branch if isinstance(branch, torch.fx.Node) and branch is not entering else None
 
 
-def _unit(nodes: list[torch.fx.Node], entering: torch.fx.Node | None, leaving: torch.fx.Node | None, axes: Axes) -> Unit:
+def _unit(
+    nodes: list[torch.fx.Node], entering: torch.fx.Node | None, leaving: torch.fx.Node | None, axes: Axes
+) -> Unit:
     inside = set(nodes)
     read_outside = [
-        n for n in nodes if n is not leaving and any(u not in inside and (u in axes.live or u.op == "output") for u in n.users)
+        n
+        for n in nodes
+        if n is not leaving and any(u not in inside and (u in axes.live or u.op == "output") for u in n.users)
     ]
     outputs = [*([leaving] if leaving is not None else []), *read_outside]
     unit = Unit(nodes, entering, outputs)
@@ -215,4 +232,8 @@ def constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> list[torc
     """Constants that no single unit owns: computed once a step, before the units."""
     owned = {n for unit in units for n in unit.nodes}
     needed = closure([n for unit in units for n in unit.nodes] + list(output_node(graph).all_input_nodes), set())
-    return [n for n in graph.nodes if n in needed and n not in owned and n.op not in ("placeholder", "output") and n not in axes.live]
+    return [
+        n
+        for n in graph.nodes
+        if n in needed and n not in owned and n.op not in ("placeholder", "output") and n not in axes.live
+    ]

@@ -50,8 +50,12 @@ def _is_input(value: Any) -> bool:
 def _is_looked_up(node: torch.fx.Node) -> bool:
     """Whether an embedding reads a placeholder, perhaps cast or masked on the way."""
     return any(
-        user.target is torch.nn.functional.embedding and user.args[0] is node
-        or (user.op == "call_method" and user.target in ("to", "long", "clone", "contiguous", "view") and _is_looked_up(user))
+        (user.target is torch.nn.functional.embedding and user.args[0] is node)
+        or (
+            user.op == "call_method"
+            and user.target in ("to", "long", "clone", "contiguous", "view")
+            and _is_looked_up(user)
+        )
         for user in node.users
     )
 

@@ -58,9 +58,9 @@ def _is_call(node: Any, functions: tuple[Any, ...], *methods: str) -> bool:
 def _behind(node: Any) -> torch.fx.Node | None:
     """Look through casts and through dropout that does nothing."""
     while isinstance(node, torch.fx.Node):
-        if node.op == "call_method" and node.target in ("to", "type_as", "float", "contiguous"):
-            node = node.args[0]
-        elif node.target is torch.nn.functional.dropout and _dropout_is_off(node):
+        if (node.op == "call_method" and node.target in ("to", "type_as", "float", "contiguous")) or (
+            node.target is torch.nn.functional.dropout and _dropout_is_off(node)
+        ):
             node = node.args[0]
         else:
             return node
@@ -69,7 +69,7 @@ def _behind(node: Any) -> torch.fx.Node | None:
 
 def _dropout_is_off(node: torch.fx.Node) -> bool:
     given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return not given.get("training", True) or given.get("p", 0.5) == 0.0
+    return not given.get("training", True) or bool(given.get("p", 0.5) == 0.0)
 
 
 def _last_dim(softmax: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 

@@ -40,14 +40,14 @@ def names(prefix: str) -> list[str]:
 def trace(name: str) -> Trace:
     """Read one trace."""
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        return Trace(name, file.metadata(), {key: file.get_tensor(key) for key in file.keys()})
+        return Trace(name, file.metadata(), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
 
 def model(name: str) -> torch.nn.Module:
     """A recorded model in float64, bidirectional."""
     with safe_open(FOLDER / "weights" / f"{name}.safetensors", "pt") as file:
         meta = file.metadata()
-        weights = {key: file.get_tensor(key).double() for key in file.keys()}
+        weights = {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
     config = getattr(transformers, CONFIGS[meta["class"]])(**json.loads(meta["config"]))
     built = getattr(transformers, meta["class"])(config).double().eval()
     built.load_state_dict(weights)

@@ -37,7 +37,11 @@ BUILD: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ModernBertConfig",
         _encoder(local_attention=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
     ),
-    "esm": ("EsmForMaskedLM", "EsmConfig", _encoder(mask_token_id=MASK, pad_token_id=0, position_embedding_type="rotary")),
+    "esm": (
+        "EsmForMaskedLM",
+        "EsmConfig",
+        _encoder(mask_token_id=MASK, pad_token_id=0, position_embedding_type="rotary"),
+    ),
     "esm-learned": (
         "EsmForMaskedLM",
         "EsmConfig",

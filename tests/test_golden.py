@@ -86,6 +86,8 @@ def test_exact_repeats_the_plain_loops(name: str) -> None:
     replay(name, {"method": "exact", "lowering": "eager"})
 
 
-@pytest.mark.parametrize("name", ["llada_dllmcache__llada_a__kp7_kg3_r0.25", "dream_dllmcache__dream_b__kp7_kg3_r0.25_entropy"])
+@pytest.mark.parametrize(
+    "name", ["llada_dllmcache__llada_a__kp7_kg3_r0.25", "dream_dllmcache__dream_b__kp7_kg3_r0.25_entropy"]
+)
 def test_compiled_by_inductor(name: str) -> None:
     replay(name, cache_options(name))

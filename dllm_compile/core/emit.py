@@ -14,57 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.fx
 
 from . import rows as row_ops
+from .assignment import PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
 from .axes import Axes, attention
 from .errors import GraphRefused
 from .layout import Layout, holds, position, resized, size
 from .rows import ALL, NONE, RowSet, join
 from .units import Unit
-
-RESPONSE = RowSet("response")
-SELECTED = RowSet("selected", RESPONSE)
-PROMPT = RowSet("prompt")
-PROMPT_SELECTED = RowSet("prompt+selected")
-READABLE = RowSet("readable")
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Row set of each role in one variant of a step.
-
-    Attributes:
-        name: of the variant.
-        query: rows that attend; also the rows of each branch that is not ``value`` or ``key``.
-        key, value: rows whose key and value are computed.
-        enter, leave: rows of the residual stream that come in, and of the first output.
-        keep: whether computed rows are written to the state.
-        pick: whether ``SELECTED`` is chosen here, from the values.
-    """
-
-    name: str
-    query: RowSet = ALL
-    key: RowSet = ALL
-    value: RowSet = ALL
-    enter: RowSet = ALL
-    leave: RowSet = ALL
-    keep: bool = True
-    pick: bool = False
-
-    @cached_property
-    def fixed(self) -> bool:
-        """Whether the code for it serves any sequence: it computes all rows, or none, or any number of readable ones."""
-        return self.sets() <= {ALL, NONE, READABLE}
-
-    def sets(self) -> set[RowSet]:
-        """The row sets that occur, with their parents."""
-        named = {self.query, self.key, self.value, self.enter, self.leave} | ({SELECTED} if self.pick else set())
-        return named | {s.parent for s in named if s.parent is not None}
 
 
 @dataclass
@@ -72,8 +33,8 @@ class Emitted:
     """A unit written for one assignment.
 
     Attributes:
-        module: called with ``(stream, *inputs, *state, *indices)`` in the order of ``takes``; returns the outputs of the
-            unit, then the picked rows ``[B, n]`` if there are any.
+        module: called with ``(stream, *inputs, *state, *indices)`` in the order of ``takes``; returns the outputs of
+            the unit, then the picked rows ``[B, n]`` if there are any.
         takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``, ``"counts"``.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
     """
@@ -171,7 +132,11 @@ class _Writer:
         names += [f"input:{i}" for i in range(len(self.unit.inputs))]
         names += [f"state:{i}" for i in range(len(self.unit.anchors()) if self.assignment.keep else 0)]
         sets = self.assignment.sets()
-        names += [f"index:{s.name}" for s in sorted(sets, key=lambda s: s.name) if s not in (ALL, NONE, SELECTED, PROMPT_SELECTED)]
+        names += [
+            f"index:{s.name}"
+            for s in sorted(sets, key=lambda s: s.name)
+            if s not in (ALL, NONE, SELECTED, PROMPT_SELECTED)
+        ]
         names += ["index:prompt"] if PROMPT_SELECTED in sets else []
         names += ["index:response", "counts"] if self.assignment.pick else []
         for name in dict.fromkeys(names):
@@ -209,7 +174,7 @@ class _Writer:
                 fresh = self._call(row_ops.gather_rows, (fresh, at, layout))
             fresh = self._call(row_ops.rows_first, (fresh, layout))
             picked = self._call(self.pick, (fresh, old, at, self._tokens(), self.sizes["selected"]))
-            self.chosen = picked, self._call(positions_of, (picked, at, self.slot["counts"], self._tokens()))
+            self.chosen = picked, self._call(row_ops.positions_of, (picked, at, self.slot["counts"], self._tokens()))
         return self.chosen
 
     def _tokens(self) -> int:
@@ -342,16 +307,3 @@ def _resize(node: torch.fx.Node, args: tuple[Any, ...], layout: Layout) -> tuple
     if any(holds(dim, "T") and given[i] != -1 for i, dim in enumerate(dims)):
         given = [-1 if holds(dim, "T") else size(dim) for dim in dims]
     return (*args[:first], tuple(given)) if packed else (*args[:first], *given)
-
-
-def positions_of(picked: torch.Tensor, response: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Positions ``[B, n]`` of picked response rows; ``tokens`` ("no row") beyond a sequence's own count.
-
-    Args:
-        picked: ``[B, n]`` int64, numbers of response rows, most changed first.
-        response: ``[B, G]`` int64 positions of the response.
-        counts: ``[B, 1]`` int64, how many of the ``n`` a sequence may use.
-        tokens: the token count ``S``.
-    """
-    slot = torch.arange(picked.shape[1], device=picked.device)
-    return torch.where(slot < counts, response.gather(1, picked), tokens)

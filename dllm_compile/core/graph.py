@@ -27,7 +27,8 @@ def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
 
 def output_node(graph: torch.fx.Graph) -> torch.fx.Node:
     """The output node of a graph."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    node: torch.fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return node
 
 
 def has_tensor(value: Any) -> bool:
@@ -99,7 +100,7 @@ def fingerprint(
     name = {node: f"in{i}" for i, node in enumerate(inputs)}
     lines = [f"in{i} {_signature(fake[node])}" for i, node in enumerate(inputs)]
     for i, node in enumerate(nodes):
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: torch.fx.Proxy(n))
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
         lines.append(f"n{i} {node.op} {target_name(node)} {_spell(args, name)} {_spell(kwargs, name)}")
         name[node] = f"n{i}"
     lines.append(" ".join(name[node] for node in outputs))

@@ -1,9 +1,10 @@
 """Row sets and the two conversions between them.
 
 A *row* is one token position of one sequence. Each token-wise value of a graph carries a row set, the rows that are
-computed in this step. ``gather_rows`` narrows a value to fewer rows; ``merge_rows`` widens it again by writing the fresh
-rows into the state and reading the rest from there. An index is ``[B, K]`` int64 of token positions; ``S``, one past the
-last token, stands for "no row": it reads the last token and writes to a spare row that every state tensor has.
+computed in this step. ``gather_rows`` narrows a value to fewer rows; ``merge_rows`` widens it again by writing the
+fresh rows into the state and reading the rest from there. An index is ``[B, K]`` int64 of token positions; ``S``, one
+past the last token, stands for "no row": it reads the last token and writes to a spare row that every state tensor
+has.
 """
 
 from __future__ import annotations
@@ -126,3 +127,16 @@ def store_rows(state: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torc
 def read_all(state: torch.Tensor, layout: Layout) -> torch.Tensor:
     """All ``S`` rows of a state tensor ``[B, S + 1, ...]``, in ``layout``."""
     return rows_back(state[:, : state.shape[1] - 1], layout)
+
+
+def positions_of(picked: torch.Tensor, response: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Positions ``[B, n]`` of picked response rows; ``tokens`` ("no row") beyond a sequence's own count.
+
+    Args:
+        picked: ``[B, n]`` int64, numbers of response rows, most changed first.
+        response: ``[B, G]`` int64 positions of the response.
+        counts: ``[B, 1]`` int64, how many of the ``n`` a sequence may use.
+        tokens: the token count ``S``.
+    """
+    slot = torch.arange(picked.shape[1], device=picked.device)
+    return torch.where(slot < counts, response.gather(1, picked), tokens)

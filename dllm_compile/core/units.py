@@ -1,7 +1,7 @@
 """The parts a graph is cut into, and the roles in a part.
 
-A model is a *stem* (ids to the first hidden state), *layers* (hidden state to hidden state, with attention inside) and a
-*head* (hidden state to outputs). Between two parts only one value depends on the tokens: the residual stream.
+A model is a *stem* (ids to the first hidden state), *layers* (hidden state to hidden state, with attention inside)
+and a *head* (hidden state to outputs). Between two parts only one value depends on the tokens: the residual stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Attention:
 
     Attributes:
         node: the ``scaled_dot_product_attention`` call.
-        key, value: the nodes whose rows are cached; only views, casts of shape and repeats lie between them and ``node``.
+        key, value: the nodes whose rows are cached; only views and repeats lie between them and ``node``.
     """
 
     node: torch.fx.Node

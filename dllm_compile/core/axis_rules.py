@@ -1,0 +1,253 @@
+"""How each ATen call moves the batch and token axes: the rules that ``axes.follow`` applies.
+
+A rule gets the layouts known so far, the call and its outputs, and returns a layout for each output, or ``None`` where
+rows may mix. Element-wise calls are known by their tag and calls with a ``dim`` by their schema; the rest is the table
+at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from .layout import Factor, Layout, holds, plain, position, regroup, size
+
+aten = torch.ops.aten
+
+
+class Known:
+    """Layouts of the tensors met so far, by identity.
+
+    Attributes:
+        beside: layouts of constants that met tokens element-wise in the node at hand.
+    """
+
+    def __init__(self) -> None:
+        self.layout: dict[int, Layout] = {}
+        self.beside: dict[int, Layout] = {}
+        self.keep: list[torch.Tensor] = []  # an identity is unique only while its tensor lives
+
+    def tag(self, tensor: torch.Tensor, layout: Layout) -> None:
+        """Remember the layout of a tensor."""
+        self.keep.append(tensor)
+        self.layout[id(tensor)] = layout
+
+    def of(self, value: Any) -> Layout | None:
+        """Layout of a value, ``None`` for constants and what is no tensor."""
+        return self.layout.get(id(value)) if isinstance(value, torch.Tensor) else None
+
+    def must(self, value: Any) -> Layout:
+        """Layout of a value that has one."""
+        layout = self.of(value)
+        assert layout is not None
+        return layout
+
+
+Rule = Callable[[Known, Any, Any, Any, list[torch.Tensor]], Sequence[Layout | None] | None]
+
+
+def elementwise(
+    known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]
+) -> Sequence[Layout | None] | None:
+    """Broadcasting calls: each output dimension takes the factors of the operand that fills it."""
+    operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return [_broadcast(known, operands, output) for output in outputs]
+
+
+def _broadcast(known: Known, operands: Sequence[torch.Tensor], output: torch.Tensor) -> Layout | None:
+    rank = output.dim()
+    out = [plain(extent) for extent in output.shape]
+    for operand in operands:
+        for i, dim in enumerate(known.of(operand) or ()):
+            j = rank - operand.dim() + i
+            if size(dim) == output.shape[j] and (holds(dim, "T") or holds(dim, "B")):
+                if out[j] != plain(output.shape[j]) and out[j] != dim:
+                    return None
+                out[j] = dim
+    for operand in operands:
+        layout = known.of(operand)
+        for i, extent in enumerate(operand.shape):
+            wanted = out[rank - operand.dim() + i]
+            if layout is not None and holds(wanted, "T") and extent != 1 and layout[i] != wanted:
+                return None  # tokens against something else of the same size
+        if layout is None:
+            note_constant(known, operand, tuple(out))
+    return tuple(out)
+
+
+def note_constant(known: Known, operand: torch.Tensor, out: Layout) -> None:
+    """Remember that a constant has one entry a token where the result has its tokens."""
+    shape = (1,) * (len(out) - operand.dim()) + tuple(operand.shape)
+    token = position(out, "T")
+    if operand.dim() == 0 or token is None or shape[token] != size(out[token]) or shape[token] == 1:
+        return
+    layout: list[tuple[Factor, ...]] = []
+    for extent, dim in zip(shape, out, strict=True):
+        if extent == size(dim):
+            layout.append(dim)
+        else:
+            layout.append((Factor("B", 1),) if holds(dim, "B") else plain(extent))
+    if position(tuple(layout), "B") is None:
+        return
+    known.keep.append(operand)
+    known.beside[id(operand)] = tuple(layout)
+
+
+def along(
+    known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]
+) -> Sequence[Layout | None] | None:
+    """Calls with a ``dim``: softmax, means, top-k. Row-wise unless they run along the batch or the tokens."""
+    layout = known.of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+    given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+    dims = given.get("dim", next((a.default_value for a in func._schema.arguments if a.name == "dim"), None))
+    others = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, torch.Tensor)]
+    if layout is None or dims is None or others:
+        return None
+    rank = len(layout)
+    over = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+    if not over or any(holds(layout[d], kind) for d in over for kind in "BT"):
+        return None
+    found: list[Layout | None] = []
+    for output in outputs:
+        if output.dim() == rank:
+            found.append(tuple(plain(output.shape[i]) if i in over else dim for i, dim in enumerate(layout)))
+        elif output.dim() == rank - len(over):
+            found.append(tuple(dim for i, dim in enumerate(layout) if i not in over))
+        else:
+            found.append(None)
+    return found
+
+
+def _same(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None]:
+    return [known.of(args[0]) for _ in outputs]
+
+
+def _view(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    layout = known.of(args[0])
+    return None if layout is None else [regroup(layout, output.shape) for output in outputs]
+
+
+def _expand(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None]:
+    layout, shape = known.must(args[0]), outputs[0].shape
+    new = len(shape) - len(layout)
+    old = [dim if size(dim) == shape[new + i] else plain(shape[new + i]) for i, dim in enumerate(layout)]
+    return [(*[plain(extent) for extent in shape[:new]], *old)]
+
+
+def _permute(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None]:
+    layout = known.must(args[0])
+    rank = len(layout)
+    order = list(range(rank))
+    if func.overloadpacket is aten.permute:
+        order = [d % rank for d in args[1]]
+    elif func.overloadpacket is aten.t:
+        order.reverse()
+    else:
+        a, b = args[1] % rank, args[2] % rank
+        order[a], order[b] = order[b], order[a]
+    return [tuple(layout[i] for i in order)]
+
+
+def _unsqueeze(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None]:
+    layout = known.must(args[0])
+    at = args[1] % (len(layout) + 1)
+    return [(*layout[:at], plain(1), *layout[at:])]
+
+
+def _squeeze(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None]:
+    layout = known.must(args[0])
+    dims = range(len(layout)) if len(args) == 1 else [args[1]] if isinstance(args[1], int) else args[1]
+    gone = {d % len(layout) for d in dims if size(layout[d]) == 1}
+    if any(holds(layout[d], "B") for d in gone):
+        return [regroup(layout, outputs[0].shape)]
+    return [tuple(dim for i, dim in enumerate(layout) if i not in gone)]
+
+
+def _slice(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    """``slice``, ``split`` and ``split_with_sizes``: fine along other dimensions, or when they cut nothing."""
+    layout = known.must(args[0])
+    at = args[1] if func.overloadpacket is aten.slice else (args[2] if len(args) > 2 else kwargs.get("dim", 0))
+    at %= len(layout)
+    cut = any(output.shape[at] != size(layout[at]) for output in outputs)
+    if cut and (holds(layout[at], "T") or holds(layout[at], "B")):
+        return None
+    if not cut:
+        return [layout for _ in outputs]
+    return [(*layout[:at], plain(output.shape[at]), *layout[at + 1 :]) for output in outputs]
+
+
+def _select(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    """``select`` and ``unbind`` drop a dimension."""
+    layout = known.must(args[0])
+    at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(layout)
+    if holds(layout[at], "T") or holds(layout[at], "B"):
+        return None
+    return [(*layout[:at], *layout[at + 1 :]) for _ in outputs]
+
+
+def _cat(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    parts = [part for part in args[0] if part.numel()]  # caches begin empty
+    layouts = [layout for layout in map(known.of, parts) if layout is not None]
+    stacked = func.overloadpacket is aten.stack
+    rank = len(layouts[0]) + int(stacked)
+    at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
+    first = layouts[0] if not stacked else (*layouts[0][:at], plain(1), *layouts[0][at:])
+    out = (*first[:at], plain(outputs[0].shape[at]), *first[at + 1 :])
+    if holds(first[at], "T") or holds(first[at], "B") or len(layouts) != len(parts):
+        return None
+    same = all(layout[:at] + layout[at + int(not stacked) :] == out[:at] + out[at + 1 :] for layout in layouts)
+    return [out] if same else None
+
+
+def _matmul(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    """``mm``, ``addmm``, ``bmm`` with rows on the left and a constant on the right."""
+    left, right = (args[1], args[2]) if func.overloadpacket in (aten.addmm, aten.baddbmm) else (args[0], args[1])
+    layout = known.of(left)
+    if layout is None or known.of(right) is not None or holds(layout[-1], "T") or holds(layout[-1], "B"):
+        return None
+    return [(*layout[:-1], plain(outputs[0].shape[-1]))]
+
+
+def _embedding(
+    known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]
+) -> list[Layout | None] | None:
+    layout = known.of(args[1])
+    return None if layout is None or known.of(args[0]) is not None else [(*layout, plain(outputs[0].shape[-1]))]
+
+
+def _norm(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    """Layer and root-mean-square norms over trailing dimensions."""
+    layout = known.of(args[0])
+    if layout is None or any(holds(dim, k) for dim in layout[len(layout) - len(args[1]) :] for k in "BT"):
+        return None
+    return [tuple(d if size(d) == n else plain(n) for d, n in zip(layout, o.shape, strict=True)) for o in outputs]
+
+
+def _gather(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    source, index = known.of(args[0]), known.of(args[2])
+    if source is None or index is None or len(source) != len(index):
+        return None
+    at = args[1] % len(source)
+    fine = all(a == b for i, (a, b) in enumerate(zip(source, index, strict=True)) if i != at)
+    return [index] if fine and not holds(source[at], "T") and not holds(source[at], "B") else None
+
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias), _view),
+    **dict.fromkeys((aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh, aten.empty_like), _same),
+    **dict.fromkeys((aten.zeros_like, aten.ones_like, aten.full_like), _same),
+    **dict.fromkeys((aten.permute, aten.transpose, aten.t), _permute),
+    **dict.fromkeys((aten.slice, aten.split, aten.split_with_sizes), _slice),
+    **dict.fromkeys((aten.select, aten.unbind), _select),
+    **dict.fromkeys((aten.cat, aten.stack), _cat),
+    **dict.fromkeys((aten.mm, aten.addmm, aten.bmm, aten.baddbmm), _matmul),
+    **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), _norm),
+    aten.expand: _expand,
+    aten.unsqueeze: _unsqueeze,
+    aten.squeeze: _squeeze,
+    aten.embedding: _embedding,
+    aten.gather: _gather,
+}

@@ -1,0 +1,291 @@
+"""Trains the small masked-diffusion model that ships in ``dllm_compile/tiny/weights``.
+
+    python examples/train_tiny.py --out dllm_compile/tiny/weights
+
+It checkpoints every 500 steps; --resume goes on from there, --eval-only just evaluates the model in --out.
+
+Recipe
+    Model   Llama layers without the causal mask: 4 layers, width 160, 5 heads of 32, SwiGLU of 480; 1.36 M parameters.
+    Data    fresh problems for each step (dllm_compile/tiny/tasks.py), drawn from random.Random(TRAIN_STREAM + step).
+            Held-out problems are drawn from random.Random(EVAL_SEED); no seed below TRAIN_STREAM is ever trained on.
+            Steps 1000 to 1500 get many sums of small digits: before that the running sum is not learned at all, as the
+            character before has to be visible to be of use; it takes about 200 such steps.  From step 3000 on, over
+            half are peaks, then the one task not yet exact: its high letters come late, where no crop reaches.
+    Masks   half of the samples hide a random share of the response characters; the other half look like a state of
+            block-wise decoding: blocks before the current one visible, those after it hidden, and in the current one
+            a visible prefix and, sometimes, further visible characters.
+    Loss    cross-entropy, averaged over the hidden characters of the batch.  In the second half only the current block
+            counts, and a character less the further it is past the first hidden one, as a sum's far characters cannot
+            be known yet.  No 1/t weight: exactness is wanted, not a likelihood bound.
+    Crops   most steps keep only the first 32 characters of payload and response, at the positions they have in the full
+            sequence.  An answer is determined by what comes before, so a crop is a true problem, and a cheaper one.
+    Steps   Muon (the layers' matrices, 3e-3) and AdamW (the rest, 1.5e-3), warm-up and cosine decay, gradient norm at
+            most 1, bf16 autocast.  The saved weights are a running average over about 500 steps.  Every step has a
+            seed of its own: a resumed run sees the same data as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dllm_compile import tiny
+from dllm_compile.tiny import PROMPT_LENGTH, RESPONSE_LENGTH, TASKS, Problem
+from dllm_compile.tiny.tasks import TAGS
+
+TRAIN_STREAM = 1_000_000  # training step n uses the random stream of seed TRAIN_STREAM + n
+EVAL_SEED = 7  # must be below TRAIN_STREAM
+BLOCKS = (8, 16, 32, RESPONSE_LENGTH)
+EXTRA_SUMS = range(1000, 1500)  # training steps with more sums
+EXTRA_PEAKS = 3000  # from this step on: more peaks, and full problems only
+HEAD, TAIL = 2, 1  # characters of the prompt before and after the payload
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer: one token per character of ALPHABET, plus [UNK], [MASK] and an unused end token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = [*tiny.ALPHABET, "[UNK]", "[EOS]", "[MASK]"]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", pad_token=tiny.FILLER, mask_token="[MASK]"
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model."""
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=160,
+        intermediate_size=480,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        head_dim=32,
+        max_position_embeddings=PROMPT_LENGTH + RESPONSE_LENGTH,
+        rope_theta=10000.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        is_causal=False,
+        use_cache=False,
+    )
+    config.mask_token_id = tokenizer.mask_token_id
+    return LlamaForCausalLM(config)
+
+
+def crop_positions(width: int) -> torch.Tensor:
+    """Positions [S] kept when payload and response are cut to ``width`` characters (all of them at RESPONSE_LENGTH)."""
+    if width >= RESPONSE_LENGTH:
+        return torch.arange(PROMPT_LENGTH + RESPONSE_LENGTH)
+    prompt = torch.arange(HEAD + width), torch.arange(PROMPT_LENGTH - TAIL, PROMPT_LENGTH)
+    return torch.cat([*prompt, PROMPT_LENGTH + torch.arange(width)])
+
+
+def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which response characters are hidden (a mask), and how much each counts in the loss: two tensors [B, width].
+
+    The first half of the samples are states of block-wise decoding.
+    """
+    noise = torch.rand(batch, width, generator=rng)
+    random_hidden = noise < torch.rand(batch, 1, generator=rng)
+    # States of block-wise decoding.  Half of them have nothing visible past the prefix (strictly in order).
+    size = torch.tensor([min(b, width) for b in BLOCKS])[torch.randint(len(BLOCKS), (batch, 1), generator=rng)]
+    start = (torch.rand(batch, 1, generator=rng) * (width / size).ceil()).long() * size
+    frontier = start + (torch.rand(batch, 1, generator=rng) * size).long()
+    extra = (torch.rand(batch, 1, generator=rng) * 2 - 1).clamp_min(0)
+    place = torch.arange(width)
+    current = (place >= frontier) & (place < start + size)
+    block_hidden = (place >= start + size) | (current & (noise >= extra))
+    ordered = torch.arange(batch)[:, None] < batch // 2
+    hidden = torch.where(ordered, block_hidden, random_hidden)
+    weight = torch.where(ordered, current / (1 + (place - frontier).clamp_min(0)), 1.0) * hidden
+    return hidden, weight / weight.sum()
+
+
+def draw_problem(step: int, rng: random.Random) -> Problem:
+    """A problem for a training step: any, but in EXTRA_SUMS every second one is a small-digit sum, later on a peak."""
+    extra = "sum" if step in EXTRA_SUMS else "peak" if step >= EXTRA_PEAKS else None
+    if extra is None or rng.random() < 0.5:
+        return tiny.make_problem(rng)
+    while True:
+        problem = tiny.make_problem(rng, extra)
+        if extra == "peak" or not set("456789") & set(problem.prompt[HEAD:-TAIL]):
+            return problem
+
+
+def make_batch(step: int, batch: int, width: int, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, ...]:
+    """Training data of one step: ids with masks [B, S], the response's true ids and loss weights [B, width]."""
+    rng = random.Random(TRAIN_STREAM + step)
+    drawn = [draw_problem(step, rng) for _ in range(batch)]
+    texts = [problem.prompt + problem.answer.ljust(RESPONSE_LENGTH, tiny.FILLER) for problem in drawn]
+    index = {character: i for i, character in enumerate(tiny.ALPHABET)}  # as the tokenizer has it, only faster
+    ids = torch.tensor([[index[character] for character in text] for text in texts])[:, crop_positions(width)]
+    hidden, weight = draw_hidden(batch, width, torch.Generator().manual_seed(TRAIN_STREAM + step))
+    target = ids[:, -width:].clone()
+    ids[:, -width:][hidden] = tokenizer.mask_token_id
+    return ids, target, weight
+
+
+@torch.no_grad()
+def generate(model: LlamaForCausalLM, prompt: torch.Tensor, block: int) -> torch.Tensor:
+    """Vanilla LLaDA decoding of prompts [B, P] to responses [B, R]: one token per step, in blocks."""
+    mask_id = model.config.mask_token_id
+    ids = F.pad(prompt, (0, RESPONSE_LENGTH), value=mask_id)
+    rows = torch.arange(len(ids), device=ids.device)
+    for start in range(PROMPT_LENGTH, ids.shape[1], block):
+        for _ in range(min(block, ids.shape[1] - start)):
+            probability = model(ids).logits[:, start : start + block].float().softmax(-1)
+            probability[..., mask_id] = 0
+            confidence, token = probability.max(-1)
+            confidence = confidence.masked_fill(ids[:, start : start + block] != mask_id, -1)
+            best = confidence.argmax(-1)
+            ids[rows, start + best] = token[rows, best]
+    return ids[:, PROMPT_LENGTH:]
+
+
+def evaluate(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    count: int,
+    block: int,
+    seed: int = EVAL_SEED,
+    batch: int = 50,
+) -> dict[str, float]:
+    """Share of exact answers per task, and over all problems, on ``count`` held-out problems."""
+    drawn = tiny.problems(count, seed)
+    exact: dict[str, list[bool]] = {task: [] for task in TASKS}
+    for i in range(0, count, batch):
+        part = drawn[i : i + batch]
+        ids = generate(model, tiny.encode(part, tokenizer).to(model.device), block)
+        for problem, text in zip(part, tiny.decode(ids, tokenizer), strict=True):
+            exact[problem.task].append(tiny.is_exact(problem, text))
+    result = {task: sum(hits) / max(len(hits), 1) for task, hits in exact.items()}
+    return {**result, "all": sum(map(sum, exact.values())) / max(count, 1)}
+
+
+def width_and_batch(step: int, steps: int) -> tuple[int, int]:
+    """Crop and batch size of a step, at about equal cost: mostly short crops at first, full problems at the end."""
+    share = 1.0 if step >= EXTRA_PEAKS else max(0.15, 2 * step / steps - 0.6)
+    return (RESPONSE_LENGTH, 16) if random.Random(step).random() < share else (32, 48)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW; Muon takes twice as much")
+    parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for weights, config and tokenizer")
+    parser.add_argument("--curve", type=Path, default=Path(__file__).with_suffix(".csv"), help="the loss curve's file")
+    parser.add_argument("--checkpoint", type=Path, default=Path("train_tiny.pt"), help="written every 500 steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the model in --out and train nothing")
+    parser.add_argument("--eval-count", type=int, default=500)
+    parser.add_argument("--eval-blocks", type=int, nargs="+", default=[32, 8])
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    tokenizer = make_tokenizer()
+    if args.eval_only:
+        model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device).eval()
+    else:
+        model = train(args, tokenizer)
+    if args.compile:
+        model.compile(dynamic=False)
+    for block in args.eval_blocks:
+        result = evaluate(model, tokenizer, args.eval_count, block)
+        print(f"exact, block length {block}:", " ".join(f"{k} {v:.1%}" for k, v in result.items()), flush=True)
+
+
+def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Trains (or resumes); writes the loss curve, checkpoints and, to ``args.out``, model and tokenizer."""
+    model = make_model(tokenizer).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [*model.model.embed_tokens.parameters(), *model.lm_head.parameters()]
+    others += [p for p in model.model.parameters() if p.ndim == 1]
+    parts = {
+        "model": model,
+        "average": average,
+        "muon": torch.optim.Muon(matrices, lr=2 * args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        "adamw": torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01),
+    }
+    optimizers = parts["muon"], parts["adamw"]
+    first, seconds = 0, 0.0
+    rows: list[list[float]] = []
+    if args.resume:
+        state = torch.load(args.checkpoint, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first, seconds, rows = state["step"], state["seconds"], state["rows"]
+
+    def loss_of(
+        ids: torch.Tensor, positions: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
+            logits = model(ids, position_ids=positions).logits[:, -target.shape[1] :]
+        losses = F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
+        return (losses * weight).sum(), losses.detach()
+
+    step_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
+    sums: dict[str, list[float]] = {name: [] for name in ("loss", *TASKS)}
+    began = time.perf_counter()
+    for step in range(first, args.steps):
+        rate = args.lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for optimizer, factor in zip(optimizers, (2, 1), strict=True):
+            optimizer.param_groups[0]["lr"] = factor * rate
+        width, batch = width_and_batch(step, args.steps)
+        ids, target, weight = (x.to(args.device) for x in make_batch(step, batch, width, tokenizer))
+        loss, losses = step_loss(ids, crop_positions(width)[None].to(args.device), target, weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(model)
+
+        # Per task, the loss at the first hidden character of decode-like samples: what in-order decoding asks for next.
+        half = batch // 2
+        frontier = losses[:half].gather(1, weight[:half].argmax(1, keepdim=True))[:, 0]
+        sums["loss"].append(loss.item())
+        for task, tag in TAGS.items():
+            chosen = (ids[:half, 0] == tiny.ALPHABET.index(tag)) & weight[:half].any(1)
+            sums[task].extend(frontier[chosen].tolist())
+        if (step + 1) % 50 == 0 or step + 1 == args.steps:
+            elapsed = seconds + time.perf_counter() - began
+            row = [step + 1, round(elapsed), *(round(sum(v) / max(len(v), 1), 5) for v in sums.values())]
+            rows.append(row)
+            header = ["step", "seconds", *sums]
+            print(dict(zip(header, row, strict=True)), flush=True)
+            for values in sums.values():
+                values.clear()
+            with args.curve.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**state, "step": step + 1, "seconds": elapsed, "rows": rows}, args.checkpoint)
+            average.module.save_pretrained(args.out)
+            (args.out / "generation_config.json").unlink(missing_ok=True)  # nothing here uses transformers' generate
+            tokenizer.save_pretrained(args.out)
+    return average.module.eval()
+
+
+if __name__ == "__main__":
+    main()
