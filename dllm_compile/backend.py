@@ -123,12 +123,12 @@ class Backend:
 
     def _opened_by(self, layer: Any) -> Session:
         """The session of a model whose ids are looked up outside of any graph: it starts at the first layer."""
+        options = replace(self.options, mask_id=None)
         for session in sessions():
-            if session.opener == layer:
+            if session.opener == layer and session.options == options:
                 return session
-        self.session.opener = layer
-        self.session.owner = layer
-        self.session.options = replace(self.options, mask_id=None)
+        self.session.opener = self.session.owner = layer
+        self.session.options = options
         return self.session
 
     def _run_plain(self, key: Any, args: Sequence[Any]) -> Any:

@@ -4,8 +4,7 @@
 
 Dream's code needs transformers 4.46 to 4.57.
 
-Dream predicts token i from row i - 1 and has no blocks. Without --model the embedded model (which predicts token i from
-row i) is run with Dream's schedule: the whole response is open, and each step frees a share of the masks.
+Dream has no blocks. Without --model, the embedded model runs with Dream's schedule over its whole response.
 """
 
 import argparse

@@ -53,6 +53,9 @@ def load(
 
     The model maps ids [B, S] to logits [B, S, V] with bidirectional attention; the mask token's id is
     ``model.config.mask_token_id`` (and ``tokenizer.mask_token_id``).
+
+    Raises:
+        RuntimeError: the installed transformers ignores ``is_causal=False`` and would run the model causally.
     """
     # Imported here: transformers takes seconds to import and is needed for nothing else in this module.
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

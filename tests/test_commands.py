@@ -1,0 +1,93 @@
+"""The embedded model, the commands and the examples, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm_compile import demo, tiny
+from dllm_compile.contest import contenders, play
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_answers_follow_from_prompts(task: str) -> None:
+    problem = tiny.make_problem(random.Random(5), task)
+    assert len(problem.prompt) == tiny.PROMPT_LENGTH
+    assert 64 <= len(problem.answer) <= tiny.RESPONSE_LENGTH
+    assert tiny.is_exact(problem, problem.answer.ljust(tiny.RESPONSE_LENGTH, tiny.FILLER))
+    assert not tiny.is_exact(problem, problem.answer[:-1] + "#")
+
+
+def test_the_embedded_model_is_small_and_solves_held_out_problems() -> None:
+    model, tokenizer = tiny.load()
+    assert sum(p.numel() for p in model.parameters()) < 4_000_000
+    assert sum(path.stat().st_size for path in tiny.WEIGHTS.iterdir()) < 10_000_000
+    problems = tiny.problems(8, seed=21)
+    jobs = demo.jobs_of(problems, tokenizer, model.config.mask_token_id, 8, 32)
+    row, results = play("eager", contenders()["eager"], model, jobs, 1, None)
+    demo.score(row, results, problems, tokenizer)
+    assert row.accuracy is not None
+    assert row.accuracy >= 7 / 8
+    assert row.forwards == tiny.RESPONSE_LENGTH
+
+
+def test_demo_writes_its_table(tmp_path: Path) -> None:
+    target = tmp_path / "demo.json"
+    text = run("-m", "dllm_compile", "demo", "--problems", "2", "--batch", "2", "--json", str(target))
+    rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
+    assert set(rows) == {"eager", "inductor", "dllm-cache"}
+    assert all(row["forwards"] == tiny.RESPONSE_LENGTH for row in rows.values())
+    assert rows["dllm-cache"]["flops"] < 0.6
+    assert set(rows["dllm-cache"]["steps"]) == {"full", "response", "select", "prompt+select"}
+    assert "x inductor" in text
+
+
+def test_bench_runs_on_a_small_shape() -> None:
+    shape = ["--layers", "2", "--width", "64", "--mlp", "96", "--heads", "4", "--vocabulary", "128"]
+    lengths = ["--prompt", "24", "--response", "16", "--baseline-steps", "4", "--prompt-interval", "8"]
+    text = run("-m", "dllm_compile", "bench", *shape, *lengths)
+    assert "realised speed-up over FLOP reduction" in text
+
+
+def test_commands_say_what_is_wrong() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dllm_compile", "demos"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "demo, bench, explain" in done.stderr
+
+
+def test_explain_command_names_the_layers() -> None:
+    assert "layers: 4 of 1 kind" in run("-m", "dllm_compile", "explain")
+
+
+@pytest.mark.parametrize("example", ["llada", "dream", "explain"])
+def test_examples_run_and_are_short(example: str) -> None:
+    path = ROOT / "examples" / f"{example}.py"
+    assert len(path.read_text().splitlines()) < 60
+    text = run(str(path))
+    assert ("answer:" in text) or ("FLOPs full" in text)
+
+
+def test_loop_fills_every_mask_and_keeps_the_prompt() -> None:
+    model, tokenizer = tiny.load()
+    job = demo.jobs_of(tiny.problems(1, seed=2), tokenizer, model.config.mask_token_id, 1, 96)[0]
+    _, (ids,) = play("eager", contenders()["eager"], model, [job], 1, None)
+    assert not (ids == job.mask_id).any()
+    assert torch.equal(ids[:, : tiny.PROMPT_LENGTH], job.ids[:, : tiny.PROMPT_LENGTH])

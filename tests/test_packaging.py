@@ -1,0 +1,210 @@
+"""What is shipped, who may import whom, and how long files and functions are."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dllm_compile"
+LINES_OF_A_FILE = 300
+LINES_OF_A_FUNCTION = 60
+
+
+def files() -> list[Path]:
+    """Every Python file of the product, once."""
+    found = [*PACKAGE.glob("*.py"), *PACKAGE.glob("core/*.py"), *PACKAGE.glob("tiny/*.py")]
+    return sorted([*found, *(ROOT / "passes").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
+
+
+def module_of(path: Path) -> str:
+    """The name a file is imported by."""
+    name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    name = name if name.startswith("dllm_compile") else f"dllm_compile.{name}"
+    return name.removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    module = module_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                up = ".".join(parents[: len(parents) - node.level + 1])
+                base = f"{up}.{base}" if base else up
+            known = {module_of(other) for other in files()}
+            yield from (f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names)
+
+
+def ours(path: Path) -> list[str]:
+    return [name for name in imports(path) if name.split(".")[0] == "dllm_compile"]
+
+
+def within(name: str, *floors: str) -> bool:
+    return any(name == floor or name.startswith(f"{floor}.") for floor in floors)
+
+
+def in_folder(name: str) -> list[Path]:
+    return [path for path in files() if path.parent.name == name]
+
+
+def ident(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# -- floors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", in_folder("core"), ids=ident)
+def test_core_imports_core_alone(path: Path) -> None:
+    assert [name for name in ours(path) if not within(name, "dllm_compile.core")] == []
+
+
+@pytest.mark.parametrize("path", in_folder("kernels"), ids=ident)
+def test_kernels_import_core_and_kernels_alone(path: Path) -> None:
+    assert [name for name in ours(path) if not within(name, "dllm_compile.core", "dllm_compile.kernels")] == []
+
+
+@pytest.mark.parametrize("path", [p for p in in_folder("passes") if p.name != "__init__.py"], ids=ident)
+def test_passes_never_import_each_other(path: Path) -> None:
+    assert [name for name in ours(path) if not within(name, "dllm_compile.core", "dllm_compile.kernels")] == []
+
+
+@pytest.mark.parametrize("path", [*files(), *sorted((ROOT / "tests").glob("*.py"))], ids=ident)
+def test_nobody_uses_the_short_names(path: Path) -> None:
+    assert [name for name in imports(path) if within(name, "passes", "kernels")] == []
+
+
+def test_the_import_reader_reads_every_spelling() -> None:
+    """The floors above stand on it."""
+    assert set(imports(ROOT / "passes" / "__init__.py")) >= {
+        "dllm_compile.passes.normalize",
+        "dllm_compile.core.axes",
+        "torch.fx",
+    }
+    assert set(ours(PACKAGE / "program.py")) >= {"dllm_compile.core.axes", "dllm_compile.passes", "dllm_compile.lower"}
+    assert "dllm_compile.core.rows" in ours(PACKAGE / "core" / "emit.py")  # from . import rows
+
+
+# -- size --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", files(), ids=ident)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LINES_OF_A_FILE
+
+
+@pytest.mark.parametrize("path", [p for p in files() if not p.stem.endswith("_triton")], ids=ident)
+def test_functions_are_short(path: Path) -> None:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
+    assert {name: lines for name, lines in lengths.items() if lines > LINES_OF_A_FUNCTION} == {}
+
+
+# -- what is shipped ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["passes", "kernels"])
+def test_the_folders_in_front_are_linked_into_the_package(name: str) -> None:
+    link = PACKAGE / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    if (ROOT / ".git").exists():
+        shown = ["git", "-C", str(ROOT), "ls-files", "-s", f"dllm_compile/{name}"]
+        assert subprocess.run(shown, capture_output=True, text=True, check=True).stdout.startswith("120000 ")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names in a wheel, built outside of this checkout."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pip")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    junk = shutil.ignore_patterns("__pycache__")
+    for name in ("dllm_compile", "passes", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=junk)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source / name)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(source)]
+    done = subprocess.run([sys.executable, *build], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.glob("*.whl")
+    with zipfile.ZipFile(built) as file:
+        return set(file.namelist())
+
+
+def test_the_wheel_holds_every_product_file_once(wheel: set[str]) -> None:
+    wanted = {module_of(path) for path in files()}
+    held = [n.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for n in wheel if n.endswith(".py")]
+    assert sorted(held) == sorted(wanted)
+
+
+def test_the_wheel_holds_types_and_weights(wheel: set[str]) -> None:
+    assert "dllm_compile/py.typed" in wheel
+    weights = {f"dllm_compile/tiny/weights/{path.name}" for path in (PACKAGE / "tiny" / "weights").iterdir()}
+    assert any(name.endswith(".safetensors") for name in weights)
+    assert weights <= wheel
+
+
+def test_the_wheel_names_the_backend_and_the_license(wheel: set[str]) -> None:
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
+    assert any(name.endswith("/LICENSE") for name in wheel)
+
+
+# -- how it is found ---------------------------------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    """What a fresh process prints, away from this checkout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(sys.prefix), env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_backend_is_listed() -> None:
+    assert "dllm" in torch.compiler.list_backends()
+
+
+def test_the_backend_is_found_without_importing_us() -> None:
+    code = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
+assert not any(name.split(".")[0] == "dllm_compile" for name in sys.modules)
+call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": 8})
+ids = torch.tensor([[1, 2, 8, 8]])
+with torch.no_grad():
+    print(torch.equal(call(ids), model(ids)), "dllm_compile.backend" in sys.modules, "transformers" in sys.modules)
+"""
+    assert run(code).split() == ["True", "True", "False"]
+
+
+def test_it_imports_and_runs_without_triton_and_transformers() -> None:
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["transformers"] = sys.modules["safetensors"] = None
+import torch, dllm_compile, dllm_compile.stats, dllm_compile.loop
+model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
+call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": 8})
+ids = torch.tensor([[1, 2, 8, 8]])
+with torch.no_grad():
+    print(torch.equal(call(ids), model(ids)))
+"""
+    assert run(code).split() == ["True"]
