@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch._dynamo.eval_frame import cached_backends
+from torch.utils._pytree import tree_leaves
 
 from .core.axes import attention
 from .core.errors import GraphRefused
@@ -19,6 +21,7 @@ from .session import Session, Step, current, enter, sessions
 from .stats import Stats
 from .verify import compare
 
+_REFUSED: list[str] = []
 _WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
 
 
@@ -43,6 +46,7 @@ def dllm(
     Raises:
         ValueError: ``mode`` is given, or an option is unknown or out of range.
     """
+    cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     chosen = Options.of(options)
     if mode is not None:
         raise ValueError(f"mode={mode!r} is not for this backend; say options={{'method': ...}} instead")
@@ -50,21 +54,27 @@ def dllm(
 
 
 class Backend:
-    """One compiled graph: a program per set of input shapes, or plain Inductor with the reason why."""
+    """One compiled graph: a program per set of input shapes, or plain Inductor with the reason why.
+
+    Models of one class share their graphs, since weights are inputs; each model has a session of its own.
+    """
 
     def __init__(self, module: torch.fx.GraphModule, options: Options) -> None:
         self.module = module
         self.options = options
-        self.session = Session(options)
+        self.mine: list[Session] = []
+        self.refused: list[str] = []
         self.programs: dict[Any, Program | None] = {}
         self.plain: dict[Any, Compiled] = {}
-        self.inputs: list[int] | None = None
+        self.inputs: list[int] = []
+        self.weights: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
-        if self.inputs is None:  # Dynamo guards the shapes of weights
-            self.inputs = [i for i, a in enumerate(args) if not isinstance(a, torch.nn.Parameter)]
-        given = [args[i] for i in self.inputs]
+        if self.weights is None:
+            self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
+            self.inputs = [i for i in range(len(args)) if i not in self.weights]
+        given = [args[i] for i in self.inputs]  # Dynamo guards the shapes of weights
         key = tuple([(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given])
         if key not in self.programs:
             self.programs[key] = self._program(args)
@@ -72,10 +82,10 @@ class Backend:
         if program is None:
             return self._run_plain(key, args)
         session, step = self._step(program, args)
-        if session is None or step is None:
-            return self._run_plain(key, args)
-        result = program.run(args, session, step)
-        if session.options.verify and step.number % session.options.verify == 0:
+        result = self._run_plain(key, args) if session is None or step is None else program.run(args, session, step)
+        if session is not None:
+            session.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
+        if session is not None and step is not None and _verifies(session.options, step):
             compare(self.module, program, args, result, session, step)
         return result
 
@@ -90,51 +100,57 @@ class Backend:
 
     def _refuse(self, reason: str) -> None:
         """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
-        if reason in self.session.stats.refused:
+        if reason in self.refused:
             return
-        self.session.stats.refused.append(reason)
+        self.refused.append(reason)
+        _REFUSED.append(reason)
         if any(node.target in _WORTH_SAYING for node in self.module.graph.nodes):
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
 
     def _step(self, program: Program, args: Sequence[Any]) -> tuple[Session | None, Step | None]:
         """The step that a call belongs to, and the session that keeps its rows."""
         beside = [args[i] for i in program.beside]
+        at = program.index[program.seed]
         if program.ids is not None:
-            self.session.vocabulary = program.vocabulary
-            self.session.owner = next((id(a) for a in args if isinstance(a, torch.nn.Parameter)), None)
-            step = self.session.begin(args[program.index[program.ids]], beside)
-            enter(self.session)
-            return self.session, step
-        session = current()
-        if program.layers:
-            first = program.first_layer(args)
-            if session is None or session.opener == first or (session.step and first in session.step.seen):
-                session = self._opened_by(first)
-                session.begin_hidden(args[program.index[program.seed]], beside)
-                enter(session)
-        step = session.step if session is not None else None
-        if session is None or step is None or step.shape != program.shape:
-            if program.layers:
-                self._refuse(
-                    "no graph of this model saw its token ids, and its hidden state does not show what is masked"
-                )
-            return None, None
-        return session, step
+            assert self.weights is not None
+            session = self._session([args[i] for i in self.weights], self.options, None)
+            session.vocabulary = program.vocabulary
+            others = [a for i in self.inputs if i != at and isinstance(a := args[i], torch.Tensor)]
+            step = session.begin(args[at], beside, others)
+            enter(session)
+            return session, step
+        joined = current()
+        if joined is None or not joined.hands_on(args[at]):
+            if not program.layers:
+                return None, None
+            joined = self._session(program.first_weights(args), replace(self.options, mask_id=None), True)
+            joined.begin_hidden(args[at], beside)
+            enter(joined)
+        step = joined.step
+        if step is None and program.layers and not joined.idle:
+            self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
+        return joined, step if step is not None and step.shape == program.shape else None
 
-    def _opened_by(self, layer: Any) -> Session:
-        """The session of a model whose ids are looked up outside of any graph: it starts at the first layer."""
-        options = replace(self.options, mask_id=None)
+    def _session(self, weights: list[torch.Tensor], options: Options, opens: bool | None) -> Session:
+        """The session of a model: by all its weights, or by those of its first layer where layers are traced alone."""
+        owner = tuple(map(id, weights))
         for session in sessions():
-            if session.opener == layer and session.options == options:
-                return session
-        self.session.opener = self.session.owner = layer
-        self.session.options = options
-        return self.session
+            if session.owner == owner and session.options == options and (opens or session in self.mine):
+                break
+        else:
+            session = Session(options)
+            self.mine.append(session)
+        session.belongs_to(weights)
+        return session
 
     def _run_plain(self, key: Any, args: Sequence[Any]) -> Any:
         if key not in self.plain:
             self.plain[key] = lower(self.module, args, self.options.lowering)
         return self.plain[key](*args)
+
+
+def _verifies(options: Options, step: Step) -> bool:
+    return options.verify > 0 and step.number % options.verify == 0
 
 
 def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
@@ -149,16 +165,16 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
     mine = None if model is None else {id(parameter) for parameter in model.parameters()}
     total, kept = Stats(), 0
     for session in sessions():
-        owner = session.owner[1] if isinstance(session.owner, tuple) else (session.owner,)
-        if mine is None or mine & set(owner):
+        if mine is None or mine & set(session.owner):
             total.add(session.stats)
             kept += session.state_bytes()
-    return {**total.as_dict(), "state_bytes": kept}
+    return {**total.as_dict(), "refused": list(dict.fromkeys(_REFUSED)), "state_bytes": kept}
 
 
 def reset() -> None:
     """Drop the state of every session; called by ``torch._dynamo.reset()`` too."""
     enter(None)
+    _REFUSED.clear()
     for session in sessions():
         session.drop()
 

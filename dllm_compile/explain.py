@@ -12,10 +12,10 @@ from . import cost
 from .backend import Backend
 from .core.assignment import Assignment
 from .core.axes import attention
+from .ids import infer_mask_id
 from .options import Options
 from .passes.cache_reuse import EXACT, FULL, VARIANTS
 from .program import HEAD, Program
-from .session import infer_mask_id
 
 
 @dataclass
@@ -78,7 +78,7 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
     torch._dynamo.reset()
     out = Explanation()
     for backend in backends:
-        out.refused += backend.session.stats.refused
+        out.refused += backend.refused
         for program in backend.programs.values():
             if program is not None:
                 out.graphs.append(_describe(program))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -73,7 +74,7 @@ class Options:
             raise ValueError(f"transfer_ratio is {ratio!r}; give a share of the response from 0 to 1, such as 0.25")
         if self.mask_id is not None and (not _is_int(self.mask_id) or self.mask_id < 0):
             raise ValueError(f"mask_id is {self.mask_id!r}; give the token id of the mask, such as 126336 for LLaDA")
-        if self.shift not in (None, True, False):
+        if self.shift is not None and not isinstance(self.shift, bool):
             raise ValueError(
                 f"shift is {self.shift!r}; give True for samplers that read row i - 1 for token i, else False"
             )
@@ -81,7 +82,7 @@ class Options:
             raise ValueError(f"verify is {self.verify!r}; give a number of steps between checks, or 0 for none")
 
     @classmethod
-    def of(cls, given: Options | dict[str, Any] | None = None, /, **more: Any) -> Options:
+    def of(cls, given: Options | Mapping[str, Any] | None = None, /, **more: Any) -> Options:
         """Options from what a user wrote.
 
         Args:
@@ -89,10 +90,15 @@ class Options:
             more: further names.
 
         Raises:
+            TypeError: ``given`` is neither.
             ValueError: an unknown name, a value out of range, or one thing said twice.
         """
+        if given is not None and not isinstance(given, (Options, Mapping)):
+            raise TypeError(f"options are {given!r}; give a mapping of names to values, or Options")
         base = given if isinstance(given, Options) else cls()
-        written = {**(given if isinstance(given, dict) else {}), **more}
+        for name in more.keys() & (given.keys() if isinstance(given, Mapping) else ()):
+            raise ValueError(f"option {name!r} is given twice; give it once")
+        written = {**(given if isinstance(given, Mapping) else {}), **more}
         preset = written.pop("preset", None)
         chosen: dict[str, Any] = {}
         if preset is not None:

@@ -114,6 +114,7 @@ class Program:
         self.units, constants = cut(graph, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.attentions]
+        self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)
         refuse_causal_masks(graph, self.axes, args)
         self.beside = [
@@ -150,15 +151,15 @@ class Program:
         readable = position(layout, "T") is not None and position(layout, "B") is not None
         return last if readable and size(layout[-1]) >= vocabulary and not last.mixing(self.axes) else None
 
-    def first_layer(self, args: Sequence[Any]) -> Any:
-        """Identity of the first layer: its kind and its weights."""
-        given = dict(zip(self.index, args, strict=True))
-        return _layer_key(self.layers[0], [given.get(n) for n in self.layers[0].inputs])
+    def first_weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Parameters of the first layer."""
+        given = [args[self.index[n]] for n in self.layers[0].inputs if n in self.index]
+        return [a for a in given if isinstance(a, torch.nn.Parameter)]
 
     def run(self, args: Sequence[Any], session: Session, step: Step) -> Any:
         """One call as part of ``step``."""
         if step.repeat and self in session.outputs:
-            return self._answer(session.outputs[self])
+            return self._answer(session.outputs[self], True)
         env: dict[torch.fx.Node, Any] = dict(zip(self.index, args, strict=True))
         if self.prelude is not None:
             given = [env[n] for n in self.prelude_reads]
@@ -180,13 +181,15 @@ class Program:
                 outs = code.variant(EXACT, step, values)(values)
             env.update(zip(unit.outputs, outs, strict=False))
         results = {n: env[n] for n in self.results}
-        if head is not None or self.ids is not None:
+        kept = head is not None or self.ids is not None
+        if kept:
             session.outputs[self] = results
-        return self._answer(results)
+        return self._answer(results, kept)
 
-    def _answer(self, results: dict[torch.fx.Node, Any]) -> Any:
-        """The graph's outputs; a caller may write into them."""
-        fresh = {n: v.clone() if n in self.axes.layout else v for n, v in results.items()}
+    def _answer(self, results: dict[torch.fx.Node, Any], kept: bool) -> Any:
+        """The graph's outputs; a caller may write into them without spoiling what is kept."""
+        mine = self.axes.layout if kept else self.exports
+        fresh = {n: v.clone() if n in mine else v for n, v in results.items()}
         return torch.fx.map_arg(self.result, lambda n: fresh[n])
 
     def _state(self, unit: Unit, inputs: list[Any], session: Session, step: Step) -> list[torch.Tensor]:
@@ -243,9 +246,12 @@ def _layer_key(unit: Unit, inputs: list[Any]) -> Any:
 
 def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
     """Rows of the table that token ids are looked up in."""
-    tables = [user.args[1] for user in axes.live if user.target is torch.nn.functional.embedding]
-    sizes = [axes.fake[table].shape[0] for table in tables if isinstance(table, torch.fx.Node)]
-    return max(sizes) if sizes and not axes.fake[seed].is_floating_point() else None
+    if axes.fake[seed].is_floating_point():
+        return None
+    looked_up = [user for user in axes.live if user.target is torch.nn.functional.embedding]
+    looked_up.sort(key=lambda user: user.args[0] is not seed)  # positions may be computed from ids and looked up too
+    table = looked_up[0].args[1] if looked_up else None
+    return int(axes.fake[table].shape[0]) if isinstance(table, torch.fx.Node) else None
 
 
 def _belongs_to_sequence(node: torch.fx.Node, value: torch.Tensor, shape: tuple[int, int]) -> bool:

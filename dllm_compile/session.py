@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .core.assignment import Assignment
+from .ids import infer_mask_id, labels, positions, readable_rows, response_rows
 from .options import Options
 from .passes.cache_reuse import EXACT, FULL, variant
 from .stats import Stats
@@ -60,9 +62,10 @@ class Session:
         self.options = options
         self.mask_id = options.mask_id
         self.stats = Stats()
-        self.owner: Any = None
+        self.owner: tuple[int, ...] = ()
+        self.versions: tuple[int, ...] = ()
         self.vocabulary: int | None = None
-        self.opener: Any = None
+        self.idle = False
         self.drop()
         _SESSIONS.add(self)
 
@@ -77,6 +80,8 @@ class Session:
         self.logits: dict[Any, torch.Tensor] = {}
         self.selected: dict[int, torch.Tensor] = {}
         self.step: Step | None = None
+        self.others: list[tuple[torch.Tensor, int]] = []
+        self.passed: list[torch.Tensor] = []
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def state_bytes(self) -> int:
@@ -84,17 +89,35 @@ class Session:
         kept = [t for tensors in self.layers.values() for t in tensors] + list(self.logits.values())
         return sum(t.numel() * t.element_size() for t in kept)
 
-    def begin(self, ids: torch.Tensor, beside: list[torch.Tensor]) -> Step | None:
+    def belongs_to(self, weights: list[torch.Tensor]) -> None:
+        """Tie the session to the parameters of a model: it forgets when they are written to, or when they die."""
+        versions = tuple(w._version for w in weights if not w.is_inference())
+        if not self.owner and weights:
+            weakref.finalize(weights[0], _forget, weakref.ref(self))
+        if versions != self.versions:
+            self.drop()
+        self.owner, self.versions = tuple(map(id, weights)), versions
+
+    def hands_on(self, stream: torch.Tensor) -> bool:
+        """Whether ``stream`` is what the last graph of this session returned; it is kept so that no other can be."""
+        return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
+
+    def begin(self, ids: torch.Tensor, beside: list[torch.Tensor], others: Sequence[torch.Tensor] = ()) -> Step | None:
         """Read one call.
 
         Args:
             ids: ``[B, S]`` integer token ids.
             beside: the other inputs that belong to the sequence (padding masks, position ids).
+            others: further inputs; a call with other values there is no repetition.
 
         Returns:
             The step, or ``None`` when these ids are no denoising step (nothing is masked, or nobody knows the mask).
         """
         host = ids.detach().to("cpu", copy=True).long()
+        self.idle = self.ids is not None and self.mask_id is not None and not (host == self.mask_id).any()
+        if self.idle:
+            self.drop()
+            return None
         same_beside = len(beside) == len(self.beside) and all(map(_equal, beside, self.beside))
         if self._is_new(host) or not same_beside:
             if not self._start(host, beside):
@@ -102,8 +125,9 @@ class Session:
             repeat = False
         else:
             assert self.ids is not None
-            repeat = torch.equal(host, self.ids)
+            repeat = torch.equal(host, self.ids) and _unchanged(others, self.others)
         self.ids = host
+        self.others = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in others]
         self.number += 1
         self.step = self._plan(host, repeat, ids.device)
         self.stats.count(self.step)
@@ -138,11 +162,11 @@ class Session:
         if not masked.any():
             return False
         for other in list(_SESSIONS):
-            if other is not self and other.owner is not None and other.owner == self.owner:
+            if other is not self and other.owner and other.owner == self.owner:
                 other.drop()
         self.first = ids
         self.beside = [tensor.detach().clone() for tensor in beside]
-        self.response = _conditional(ids, masked)
+        self.response = response_rows(ids, masked)
         if self.options.shift:
             self.response = self.response | torch.cat([self.response[:, 1:], self.response[:, :1] & False], 1)
         self.stats.sequences += 1
@@ -195,57 +219,26 @@ def current() -> Session | None:
     return getattr(_CURRENT, "session", None)
 
 
-def labels(hidden: torch.Tensor) -> torch.Tensor:
-    """Number the rows of ``[B, S, d]``: ``[B, S]`` int64, the same where rows are bitwise the same (a 63-bit hash)."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
-    words = hidden.detach().contiguous().view(kind).long()
-    odd = torch.arange(1, 2 * words.shape[-1], 2, device=words.device) * 0x9E3779B97F4A7C1 | 1
-    return (words * odd).sum(-1) & 0x7FFFFFFFFFFFFFFF
+def _unchanged(now: Sequence[torch.Tensor], before: list[tuple[torch.Tensor, int]]) -> bool:
+    """Whether inputs hold what they held at the last call."""
+    if len(now) != len(before):
+        return False
+    for tensor, (old, version) in zip(now, before, strict=True):
+        written = not old.is_inference() and old._version != version
+        if written or not (tensor is old or _equal(tensor, old)):
+            return False
+    return True
 
 
-def infer_mask_id(ids: torch.Tensor) -> int | None:
-    """The id that ends every sequence at least twice in a row, or ``None``.
-
-    Args:
-        ids: ``[B, S]`` ids of a first call, whose response is still all masks.
-    """
-    if ids.shape[1] < 2:
-        return None
-    last = ids[:, -1]
-    alike = bool((ids[:, -2] == last).all()) and bool((last == last[0]).all())
-    return int(last[0]) if alike else None
-
-
-def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
-    """Rows a sampler can read, ``[B, S]`` bool: masked ones and, unless ``shift`` is False, the row before each."""
-    if shift is False:
-        return masked
-    before = torch.zeros_like(masked)
-    before[:, :-1] = masked[:, 1:]
-    return masked | before
-
-
-def positions(rows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Positions ``[B, K]`` int64 of the rows set in a ``[B, S]`` bool; the rest of shorter ones is ``tokens``."""
-    most = int(rows.sum(1).max())
-    where = torch.where(rows, torch.arange(rows.shape[1]), tokens)
-    return where.sort(1).values[:, :most].contiguous()
+def _forget(session: weakref.ref[Session]) -> None:
+    """The weights died: free the rows kept for them."""
+    alive = session()
+    if alive is not None:
+        alive.drop()
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-
-
-def _conditional(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """What is masked at the first call; for ``[x; x with a masked prompt]`` (guidance), what is masked in ``x``."""
-    half = ids.shape[0] // 2
-    if ids.shape[0] % 2 or not half:
-        return masked
-    cond, uncond = ids[:half], masked[half:]
-    mirrors = (ids[half:] == cond) | uncond
-    if bool(mirrors.all()) and bool((uncond | ~masked[:half]).all()) and not torch.equal(uncond, masked[:half]):
-        return torch.cat([masked[:half], masked[:half]])
-    return masked
 
 
 def _without_prompt(assignment: Assignment, options: Options, step: int, selected: int | None) -> Assignment:

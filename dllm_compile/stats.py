@@ -18,7 +18,6 @@ class Stats:
         max_logit_error: largest absolute difference of a readable logit, over all checks.
         token_flips: masked positions whose best token differed, over all checks.
         first_divergence: step of the first flip, by row of the batch.
-        refused: what runs on plain Inductor, and why.
     """
 
     sequences: int = 0
@@ -27,7 +26,6 @@ class Stats:
     max_logit_error: float = 0.0
     token_flips: int = 0
     first_divergence: dict[int, int] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
 
     def count(self, step: Any) -> None:
         """Note a step."""
@@ -46,4 +44,3 @@ class Stats:
         self.token_flips += other.token_flips
         for row, step in other.first_divergence.items():
             self.first_divergence[row] = min(step, self.first_divergence.get(row, step))
-        self.refused += [reason for reason in other.refused if reason not in self.refused]

@@ -71,9 +71,7 @@ class Layer(torch.nn.Module):
         """``[B, heads, S, head_dim]``."""
         return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         a = self.norm_a(x)
         q, k = turned(self.heads(self.q(a)), cos, sin), turned(self.heads(self.k(a)), cos, sin)
         k, v = (t.repeat_interleave(self.shape.groups, 1) for t in (k, self.heads(self.v(a))))

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm_compile
+from dllm_compile.ids import infer_mask_id, labels, positions, readable_rows
 from dllm_compile.passes.cache_reuse import variant
-from dllm_compile.session import Session, infer_mask_id, labels, positions, readable_rows, sessions
+from dllm_compile.session import Session, sessions
 
 from . import loops, models
 

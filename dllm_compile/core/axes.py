@@ -58,6 +58,7 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known = known
         self.unproven = False
         self.sized: dict[int, Layout] = {}
+        self.given: set[int] = set()  # memory of the operands of the node at hand
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,7 +70,8 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follow(self, func: Any, args: Any, kwargs: Any, leaves: list[torch.Tensor], out: Any) -> None:
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if func._schema.is_mutable and any(id(o) == id(leaf) for o in outputs for leaf in leaves):
+        written = [leaf for leaf in leaves if func._schema.is_mutable and any(o is leaf for o in outputs)]
+        if any(leaf.untyped_storage()._cdata in self.given for leaf in written):
             raise GraphRefused(f"{func} changes a value that depends on the tokens in place")
         rule = RULES.get(func.overloadpacket) or (elementwise if torch.Tag.pointwise in func.tags else along)
         found = rule(self.known, func, args, kwargs, outputs)
@@ -167,6 +169,8 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
     mode.unproven = False
     value = _role_call(mode, node, args, kwargs)
     if value is None:
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        mode.given = {leaf.untyped_storage()._cdata for leaf in operands}
         try:
             with mode:
                 value = run_node(node, args, kwargs)

@@ -23,7 +23,8 @@ from . import rows as row_ops
 from .assignment import PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
 from .axes import Axes, attention
 from .errors import GraphRefused
-from .layout import Layout, holds, position, resized, size
+from .graph import free_tokens
+from .layout import position, resized
 from .rows import ALL, NONE, RowSet, join
 from .units import Unit
 
@@ -253,7 +254,7 @@ class _Writer:
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
         if rows != ALL and node in self.axes.layout:
-            args = _resize(node, args, self.axes.layout[node])
+            args = free_tokens(node, args, self.axes.layout[node])
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         copied.meta["stack_trace"] = node.meta.get("stack_trace", "")
         self.narrowed[node, NONE] = copied
@@ -284,26 +285,3 @@ class _Writer:
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._plain)
             self.env[node] = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         return self.env[node]
-
-
-_SIZED_METHODS = {"view", "reshape", "expand", "broadcast_to", "unflatten"}
-
-
-def _resize(node: torch.fx.Node, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
-    """Free the token dimension where it stands as a number among the arguments of ``node``.
-
-    It becomes -1, and a -1 elsewhere becomes the size it stood for, so that one code serves any number of rows.
-    """
-    name = getattr(node.target, "__name__", str(node.target))
-    if name not in _SIZED_METHODS:
-        return args
-    first = 1
-    offset = 0
-    if name == "unflatten":
-        first, offset = 2, args[1] % len(layout)
-    packed = isinstance(args[first], (tuple, list, torch.Size))
-    given = list(args[first]) if packed else list(args[first:])
-    dims = layout[offset : offset + len(given)]
-    if any(holds(dim, "T") and given[i] != -1 for i, dim in enumerate(dims)):
-        given = [-1 if holds(dim, "T") else size(dim) for dim in dims]
-    return (*args[:first], tuple(given)) if packed else (*args[:first], *given)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_any
 
 from .axes import run_node
 from .errors import GraphRefused
+from .layout import Layout, holds, size
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -138,3 +139,26 @@ def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[An
     node.target = target
     node.args = args
     node.kwargs = kwargs or {}
+
+
+_SIZED_METHODS = {"view", "reshape", "expand", "broadcast_to", "unflatten"}
+
+
+def free_tokens(node: torch.fx.Node, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
+    """Free the token dimension where it stands as a number among the arguments of ``node``.
+
+    It becomes -1, and a -1 elsewhere becomes the size it stood for, so that one code serves any number of rows.
+    """
+    name = getattr(node.target, "__name__", str(node.target))
+    if name not in _SIZED_METHODS:
+        return args
+    first = 1
+    offset = 0
+    if name == "unflatten":
+        first, offset = 2, args[1] % len(layout)
+    packed = isinstance(args[first], (tuple, list, torch.Size))
+    given = list(args[first]) if packed else list(args[first:])
+    dims = layout[offset : offset + len(given)]
+    if any(holds(dim, "T") and given[i] != -1 for i, dim in enumerate(dims)):
+        given = [-1 if holds(dim, "T") else size(dim) for dim in dims]
+    return (*args[:first], tuple(given)) if packed else (*args[:first], *given)

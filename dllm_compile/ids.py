@@ -1,0 +1,61 @@
+"""Read token ids: what is masked, what is readable, which positions a row set has. Pure functions of tensors."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+def labels(hidden: torch.Tensor) -> torch.Tensor:
+    """Number the rows of ``[B, S, d]``: ``[B, S]`` int64, the same where rows are bitwise the same (a 63-bit hash)."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
+    words = hidden.detach().contiguous().view(kind).long()
+    return (words * _multipliers(words.shape[-1]).to(words.device)).sum(-1) & 0x7FFFFFFFFFFFFFFF
+
+
+@cache
+def _multipliers(width: int) -> torch.Tensor:
+    """Random odd numbers, the same in every run."""
+    return torch.randint(2**62, (width,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+
+def infer_mask_id(ids: torch.Tensor) -> int | None:
+    """The id that ends every sequence at least twice in a row, or ``None``.
+
+    Args:
+        ids: ``[B, S]`` ids of a first call, whose response is still all masks.
+    """
+    if ids.shape[1] < 2:
+        return None
+    last = ids[:, -1]
+    alike = bool((ids[:, -2] == last).all()) and bool((last == last[0]).all())
+    return int(last[0]) if alike else None
+
+
+def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
+    """Rows a sampler can read, ``[B, S]`` bool: masked ones and, unless ``shift`` is False, the row before each."""
+    if shift is False:
+        return masked
+    before = torch.zeros_like(masked)
+    before[:, :-1] = masked[:, 1:]
+    return masked | before
+
+
+def positions(rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Positions ``[B, K]`` int64 of the rows set in a ``[B, S]`` bool; the rest of shorter ones is ``tokens``."""
+    most = int(rows.sum(1).max())
+    where = torch.where(rows, torch.arange(rows.shape[1]), tokens)
+    return where.sort(1).values[:, :most].contiguous()
+
+
+def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """What is masked at the first call; for ``[x; x with a masked prompt]`` (guidance), what is masked in ``x``."""
+    half = ids.shape[0] // 2
+    if ids.shape[0] % 2 or not half:
+        return masked
+    cond, uncond = ids[:half], masked[half:]
+    mirrors = (ids[half:] == cond) | uncond
+    if bool(mirrors.all()) and bool((uncond | ~masked[:half]).all()) and not torch.equal(uncond, masked[:half]):
+        return torch.cat([masked[:half], masked[:half]])
+    return masked
