@@ -14,9 +14,10 @@ import torch
 
 from . import tiny
 from .contest import Job, Row, Show, contenders, finish, play, relative_flops
+from .options import PRESETS
 from .table import print_rows
 
-OPTIONS = {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.25}
+OPTIONS = PRESETS["dllm-cache/tiny"]
 HELD_OUT_SEED = 1
 
 

@@ -21,6 +21,7 @@ from .core.units import Unit
 from .kernels.row_change import pick_rows
 from .lower import Compiled, lower
 from .options import Options
+from .outbox import Outbox
 from .passes import cut, normalized
 from .passes.cache_reuse import EXACT, FULL, KEEP
 from .passes.causal import refuse_causal_masks
@@ -132,6 +133,7 @@ class Program:
         self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
         self.prelude_run: Compiled | None = None
         self.result = output_node(graph).args[0]
+        self.outbox: dict[torch.fx.Node, Outbox] = {}
         self.results = output_node(graph).all_input_nodes
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
@@ -189,7 +191,7 @@ class Program:
     def _answer(self, results: dict[torch.fx.Node, Any], kept: bool) -> Any:
         """The graph's outputs; a caller may write into them without spoiling what is kept."""
         mine = self.axes.layout if kept else self.exports
-        fresh = {n: v.clone() if n in mine else v for n, v in results.items()}
+        fresh = {n: self.outbox.setdefault(n, Outbox()).copy(v) if n in mine else v for n, v in results.items()}
         return torch.fx.map_arg(self.result, lambda n: fresh[n])
 
     def _state(self, unit: Unit, inputs: list[Any], session: Session, step: Step) -> list[torch.Tensor]:
@@ -226,8 +228,10 @@ class Program:
         if kept is None or index.shape[1] > step.shape[1] * 0.9:
             outs = list(code.variant(EXACT, step, values)(values))
             if kept is None:
-                shape = outs[0].shape
-                kept = session.logits[self] = outs[0].new_empty((shape[0], shape[1] + 1, *shape[2:]))
+                batch, tokens, *rest = outs[0].shape
+                with torch.inference_mode(False):
+                    kept = torch.empty(batch, tokens + 1, *rest, dtype=outs[0].dtype, device=outs[0].device)
+                session.logits[self] = kept
             kept[:, :-1] = outs[0]
             return [kept[:, :-1], *outs[1:]]
         if not index.shape[1]:

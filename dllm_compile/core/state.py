@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
 
 from .axes import Axes
-from .layout import Layout, position
+from .layout import Layout
 from .units import Unit
 
 
@@ -18,10 +19,11 @@ def shape(layout: Layout, tokens: int) -> tuple[int, ...]:
 
 def allocate(unit: Unit, axes: Axes, device: torch.device) -> list[torch.Tensor]:
     """Zeroed state of one layer, in the order of ``unit.anchors()``."""
-    out = []
-    for node in unit.anchors():
-        layout = axes.layout[node]
-        tokens = next(f.size for dim in layout for f in dim if f.kind == "T")
-        assert position(layout, "B") is not None
-        out.append(torch.zeros(shape(layout, tokens), dtype=axes.fake[node].dtype, device=device))
-    return out
+    with torch.inference_mode(False):  # a later call may write to it outside of inference mode
+        return [_zeros(axes, node, device) for node in unit.anchors()]
+
+
+def _zeros(axes: Axes, node: torch.fx.Node, device: torch.device) -> torch.Tensor:
+    layout = axes.layout[node]
+    tokens = next(f.size for dim in layout for f in dim if f.kind == "T")
+    return torch.zeros(shape(layout, tokens), dtype=axes.fake[node].dtype, device=device)
