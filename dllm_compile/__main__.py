@@ -15,6 +15,7 @@ def explain_main(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="dllm_compile explain", description="What the compiler finds in a model.")
     parser.add_argument("--model", help="folder or name of a checkpoint; the embedded model by default")
+    parser.add_argument("--mask-id", type=int, help="mask token; by default what the configuration says")
     parser.add_argument("--method", default="dllm-cache")
     parser.add_argument("--prompt", type=int, default=tiny.PROMPT_LENGTH)
     parser.add_argument("--response", type=int, default=tiny.RESPONSE_LENGTH)
@@ -23,11 +24,16 @@ def explain_main(argv: list[str]) -> None:
         model = tiny.load()[0]
         mask_id = int(model.config.mask_token_id)
     else:
-        from transformers import AutoModel, AutoModelForCausalLM
+        import transformers
 
-        kind = AutoModelForCausalLM if "Causal" in given.model else AutoModel
-        model = kind.from_pretrained(given.model, trust_remote_code=True).eval()
-        mask_id = int(model.config.mask_token_id)
+        config = transformers.AutoConfig.from_pretrained(given.model, trust_remote_code=True)
+        heads = " ".join(config.architectures or ())
+        kind = "ForMaskedLM" if "MaskedLM" in heads else "ForCausalLM" if "CausalLM" in heads else ""
+        loader = getattr(transformers, f"AutoModel{kind}")
+        model = loader.from_pretrained(given.model, config=config, trust_remote_code=True).eval()
+        mask_id = given.mask_id if given.mask_id is not None else getattr(config, "mask_token_id", None)
+        if mask_id is None:
+            parser.error(f"{given.model} does not say its mask token; give --mask-id")
     ids = torch.full((1, given.prompt + given.response), mask_id)
     ids[:, : given.prompt] = 1
     print(explain(model, ids, method=given.method, mask_id=mask_id))

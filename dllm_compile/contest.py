@@ -13,7 +13,6 @@ import torch
 from . import backend
 from .explain import explain
 from .loop import quota_loop
-from .options import Options
 
 Make = Callable[[torch.nn.Module], Callable[..., Any]]
 Show = Callable[[str, torch.Tensor], None]
@@ -144,9 +143,3 @@ def finish(rows: list[Row]) -> list[Row]:
         row.vs_eager = row.tokens_per_second / rows[0].tokens_per_second
         row.vs_inductor = row.tokens_per_second / rows[min(1, len(rows) - 1)].tokens_per_second
     return rows
-
-
-def options_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Checked options, as ``torch.compile`` takes them."""
-    Options.of(given)
-    return given
