@@ -31,9 +31,10 @@ def explain_main(argv: list[str]) -> None:
         kind = "ForMaskedLM" if "MaskedLM" in heads else "ForCausalLM" if "CausalLM" in heads else ""
         loader = getattr(transformers, f"AutoModel{kind}")
         model = loader.from_pretrained(given.model, config=config, trust_remote_code=True).eval()
-        mask_id = given.mask_id if given.mask_id is not None else getattr(config, "mask_token_id", None)
-        if mask_id is None:
+        found = given.mask_id if given.mask_id is not None else getattr(config, "mask_token_id", None)
+        if found is None:
             parser.error(f"{given.model} does not say its mask token; give --mask-id")
+        mask_id = int(found)
     ids = torch.full((1, given.prompt + given.response), mask_id)
     ids[:, : given.prompt] = 1
     print(explain(model, ids, method=given.method, mask_id=mask_id))
