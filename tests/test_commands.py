@@ -54,7 +54,7 @@ def test_demo_writes_its_table(tmp_path: Path) -> None:
     assert set(rows) == {"eager", "inductor", "dllm-cache"}
     assert all(row["forwards"] == tiny.RESPONSE_LENGTH for row in rows.values())
     assert rows["dllm-cache"]["flops"] < 0.6
-    assert set(rows["dllm-cache"]["steps"]) == {"full", "response", "select", "prompt+select"}
+    assert set(rows["dllm-cache"]["steps"]) == {"full", "response", "select"}
     assert "x inductor" in text
 
 

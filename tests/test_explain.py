@@ -32,7 +32,8 @@ def counted(name: str) -> dict[str, list[int]]:
         def run(*args: Any) -> Any:
             with FlopCounterMode(display=False) as counter:  # around the graph: outside, Dynamo would not compile
                 result = backend(*args)
-            step = backend.session.step
+            (session,) = backend.mine
+            step = session.step
             assert step is not None
             if step.number:
                 out[step.assignment.name] = [counter.get_total_flops(), step.sizes["readable"]]
