@@ -113,7 +113,7 @@ class Backend:
         at = program.index[program.seed]
         if program.ids is not None:
             assert self.weights is not None
-            session = self._session([args[i] for i in self.weights], self.options, None)
+            session = self._session([args[i] for i in self.weights], self.options, False)
             session.vocabulary = program.vocabulary
             others = [a for i in self.inputs if i != at and isinstance(a := args[i], torch.Tensor)]
             step = session.begin(args[at], beside, others)
@@ -131,7 +131,7 @@ class Backend:
             self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
         return joined, step if step is not None and step.shape == program.shape else None
 
-    def _session(self, weights: list[torch.Tensor], options: Options, opens: bool | None) -> Session:
+    def _session(self, weights: list[torch.Tensor], options: Options, opens: bool) -> Session:
         """The session of a model: by all its weights, or by those of its first layer where layers are traced alone."""
         owner = tuple(map(id, weights))
         for session in sessions():

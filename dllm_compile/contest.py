@@ -15,7 +15,7 @@ from .explain import explain
 from .loop import quota_loop
 
 Make = Callable[[torch.nn.Module], Callable[..., Any]]
-Show = Callable[[str, torch.Tensor], None]
+Show = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def generate(
         for x in quota_loop(lambda i: call(i).logits, ids, job.prompt, job.response, job.block, job.mask_id):
             count += 1
             if show is not None:
-                show("", x)
+                show(x)
             if limit is not None and count >= limit:
                 break
         seconds = time.perf_counter() - begin

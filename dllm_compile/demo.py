@@ -83,7 +83,7 @@ def _live(name: str, tokenizer: Any) -> Iterator[Show]:
 
     with Live(refresh_per_second=20, transient=False) as live:
 
-        def show(_: str, x: torch.Tensor) -> None:
+        def show(x: torch.Tensor) -> None:
             text = tokenizer.decode(x[0, tiny.PROMPT_LENGTH :])
             shown = text.replace(tokenizer.mask_token, "\N{MIDDLE DOT}")
             live.update(

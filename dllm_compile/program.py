@@ -128,7 +128,7 @@ class Program:
         self.index = {node: i for i, node in enumerate(names)}
         self._code: dict[str, UnitCode] = {}
         self.codes = [self._code.setdefault(unit.key, UnitCode(unit, self.axes, options)) for unit in self.units]
-        self.constants = [n for n in constants if self._read_later(n, constants)]
+        self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude_reads = [n for n in names if any(user in constants for user in n.users)]
         self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
         self.prelude_run: Compiled | None = None
@@ -137,9 +137,6 @@ class Program:
         self.results = output_node(graph).all_input_nodes
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
-
-    def _read_later(self, node: torch.fx.Node, constants: list[torch.fx.Node]) -> bool:
-        return any(user not in constants for user in node.users)
 
     def head(self, vocabulary: int | None) -> Unit | None:
         """The unit whose first output a sampler reads: it is as wide as the vocabulary.
