@@ -17,6 +17,7 @@ from .core.errors import GraphRefused
 from .lower import Compiled, lower
 from .options import Options
 from .program import Program
+from .run import run
 from .session import Session, Step, current, enter, sessions
 from .stats import Stats
 from .verify import compare
@@ -82,7 +83,7 @@ class Backend:
         if program is None:
             return self._run_plain(key, args)
         session, step = self._step(program, args)
-        result = self._run_plain(key, args) if session is None or step is None else program.run(args, session, step)
+        result = self._run_plain(key, args) if session is None or step is None else run(program, args, session, step)
         if session is not None:
             session.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         if session is not None and step is not None and _verifies(session.options, step):

@@ -3,7 +3,7 @@
 A token-wise call costs the same for every row, so its count for all ``S`` rows, taken once with
 ``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
 per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
-selected rows, ``R`` readable rows.
+selected rows, ``A`` active rows, ``R`` readable rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .core.state import shape
 from .core.units import Unit
 from .kernels.row_change import pick_rows
 
-B, S, P, G, N, R = sympy.symbols("B S P G n R", positive=True, integer=True)
+B, S, P, G, N, A, R = sympy.symbols("B S P G n A R", positive=True, integer=True)
 ROWS = {
     "all": S,
     "none": sympy.Integer(0),
@@ -29,6 +29,7 @@ ROWS = {
     "prompt": P,
     "selected": N,
     "prompt+selected": P + N,
+    "active": A,
     "readable": R,
 }
 
@@ -61,10 +62,10 @@ def _node(node: torch.fx.Node, axes: Axes, rows: RowSet) -> sympy.Expr:
     return sympy.Rational(count, tokens * batch) * B * ROWS[rows.name]
 
 
-def state_bytes(unit: Unit, axes: Axes) -> sympy.Expr:
-    """Bytes kept between steps for one layer of this kind."""
+def state_bytes(unit: Unit, axes: Axes, keep: frozenset[str]) -> sympy.Expr:
+    """Bytes kept between steps for one layer of this kind that keeps the roles ``keep``."""
     total = sympy.Integer(0)
-    for node in unit.anchors():
+    for node in unit.anchors(keep):
         _, _, *rest = shape(axes.layout[node], 1)
         width = 1
         for extent in rest:

@@ -10,12 +10,14 @@ import torch
 
 from . import cost
 from .backend import Backend
-from .core.assignment import Assignment
+from .core.assignment import EXACT, Assignment
 from .core.axes import attention
+from .core.plan import Call
 from .ids import infer_mask_id
+from .method import schedule
 from .options import Options
-from .passes.cache_reuse import EXACT, FULL, VARIANTS
-from .program import HEAD, Program
+from .program import Program
+from .run import HEAD
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Explanation:
         for name, a in self.variants.items():
             lines.append(f"{name:<15}{a.query.name:<17}{a.key.name:<17}{a.value.name:<10}{self.relative[name]:.3f}")
         if self.variants:
-            lines.append("(the first layer is always full; the head computes the readable rows)")
+            lines.append("(dLLM-Cache: the first layer is always full; the head computes the readable rows)")
         lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
         lines.append(f"state bytes = {self.state_bytes}")
         if self.lengths:
@@ -115,54 +117,47 @@ def _describe(program: Program) -> str:
     return "\n".join(lines)
 
 
-def _variants(options: Options) -> dict[str, Assignment]:
-    if options.method == "exact":
-        return {"exact": EXACT}
-    names = ["full", "response"]
-    names += ["select", "prompt+select"] if options.transfer_ratio > 0 else ["keep", "prompt"]
-    return {name: VARIANTS[name] for name in names}
-
-
 def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, options: Options) -> None:
     mask_id = options.mask_id if options.mask_id is not None else infer_mask_id(ids.cpu())
-    response = int((ids == mask_id).sum(1).max()) if mask_id is not None else 0
-    tokens = ids.shape[1]
+    masked = ids.cpu() == mask_id if mask_id is not None else torch.zeros(ids.shape, dtype=torch.bool)
+    response, tokens = int(masked.sum(1).max()), ids.shape[1]
+    method = schedule(options, masked)
+    method.next(Call(0, False, masked, masked & False))
+    second = method.next(Call(1, False, masked, masked & False))
     out.lengths = {
         "B": ids.shape[0],
         "S": tokens,
         "P": tokens - response,
         "G": response,
         "n": int(response * options.transfer_ratio),
+        "A": tokens if second.active is None else int(second.active.sum(1).max()),
         "R": response // 2 + 1,
     }
     if not any(program.layers for program in programs):
         return
-    out.variants = _variants(options)
+    out.variants = {variant.name: variant for variant in method.variants}
     for name, assignment in out.variants.items():
-        out.flops[name] = sympy.expand(sum((_step(p, assignment) for p in programs), sympy.Integer(0)))
-    out.state_bytes = sympy.expand(
-        sum(
-            (cost.state_bytes(u, p.axes) for p in programs for u in p.layers if options.method != "exact"),
-            sympy.Integer(0),
-        )
-    )
+        work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
+        out.flops[name] = sympy.expand(work)
+    keep = method.variants[0].keep
+    kept = (cost.state_bytes(u, p.axes, keep) for p in programs for u in p.layers)
+    out.state_bytes = sympy.expand(sum(kept, sympy.Integer(0)))
     values = [(sympy.Symbol(k, positive=True, integer=True), v) for k, v in out.lengths.items()]
-    first = next(iter(out.variants))
-    whole = out.flops[first].subs([(cost.R, tokens)]).subs(values)
+    whole = out.flops[method.variants[0].name].subs([(cost.R, tokens)]).subs(values)
     out.relative = {name: float(expression.subs(values) / whole) for name, expression in out.flops.items()}
 
 
-def _step(program: Program, assignment: Assignment) -> sympy.Expr:
-    """One step through a graph: the first layer full, the others as assigned, the head on readable rows."""
+def _step(program: Program, assignment: Assignment, first: Assignment) -> sympy.Expr:
+    """One step through a graph: the layers as assigned, the head on readable rows."""
     total = sympy.Integer(0)
     head = program.head(program.vocabulary)
-    memo: dict[tuple[str, str], sympy.Expr] = {}
-    first = True
+    memo: dict[tuple[str, Assignment], sympy.Expr] = {}
     for unit in program.units:
-        chosen = assignment if unit.attentions else HEAD if unit is head else EXACT
-        if unit.attentions and first and assignment is not EXACT:
-            chosen, first = FULL, False
-        key = (unit.key, chosen.name)
+        if unit.attentions:
+            chosen = first if unit is program.layers[0] else assignment
+        else:
+            chosen = HEAD if unit is head else EXACT
+        key = (unit.key, chosen)
         if key not in memo:
             memo[key] = cost.flops(unit, program.axes, chosen)
         total += memo[key]

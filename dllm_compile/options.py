@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-METHODS = ("dllm-cache", "exact")
+METHODS = ("dllm-cache", "fast-dllm", "exact")
+CACHES = ("prefix", "dual", "none")
 LOWERINGS = ("inductor", "eager")
 
 SYNONYMS = {
@@ -15,11 +16,14 @@ SYNONYMS = {
     "gen_interval_steps": "response_interval",
     "response_interval_steps": "response_interval",
     "prompt_interval_steps": "prompt_interval",
+    "block_size": "block_length",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact"},
     "dllm-cache": {"method": "dllm-cache"},
+    "fast-dllm": {"method": "fast-dllm", "cache": "prefix", "block_length": 32},
+    "fast-dllm/dual": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
     "dllm-cache/llada-instruct-gsm8k": {"prompt_interval": 50, "response_interval": 7},
     "dllm-cache/llada-instruct-gpqa": {"prompt_interval": 50, "response_interval": 6},
     "dllm-cache/llada-instruct-math": {"prompt_interval": 50, "response_interval": 1},
@@ -33,7 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dllm-cache/tiny": {"prompt_interval": 50, "response_interval": 2},
 }
 """Values the paper's authors recommend by model and task (arXiv 2506.06295), and ``tiny``, found on the embedded model,
-whose running sums need the token just before. The transfer ratio is 0.25 in all of them."""
+whose running sums need the token just before. The transfer ratio is 0.25 in all of them. Fast-dLLM's block length
+is that of its authors' scripts (arXiv 2505.22618)."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,14 @@ class Options:
     """Everything ``torch.compile(model, backend="dllm", options={...})`` understands.
 
     Attributes:
-        method: ``"dllm-cache"``, or ``"exact"``, which reuses nothing but what is provably unchanged.
+        method: ``"dllm-cache"``, ``"fast-dllm"``, or ``"exact"``, which reuses nothing but what is provably unchanged.
         prompt_interval: steps between refreshes of the prompt (K_p), at least 1; -1 refreshes always.
         response_interval: steps between refreshes of the whole response (K_r), at least 1; -1 refreshes always.
         transfer_ratio: share of the response recomputed in the steps between (rho), 0 to 1; 0 recomputes none.
+        cache: of Fast-dLLM: ``"prefix"`` recomputes from the active block to the end, ``"dual"`` the block alone,
+            ``"none"`` everything.
+        block_length: tokens of a block of the sampling loop, at least 1; ``None`` takes the response as one block.
+        refresh_interval: steps between full steps inside a block, at least 1; ``None`` for none.
         mask_id: token id of the mask; by default the id that ends the first call.
         shift: whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
@@ -57,6 +66,9 @@ class Options:
     prompt_interval: int = 50
     response_interval: int = 7
     transfer_ratio: float = 0.25
+    cache: str = "prefix"
+    block_length: int | None = None
+    refresh_interval: int | None = None
     mask_id: int | None = None
     shift: bool | None = None
     verify: int = 0
@@ -65,12 +77,17 @@ class Options:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("lowering", self.lowering, LOWERINGS)
+        _one_of("cache", self.cache, CACHES)
         for name in ("prompt_interval", "response_interval"):
             value = getattr(self, name)
             if not _is_int(value) or (value < 1 and value != -1):
                 raise ValueError(
                     f"{name} is {value!r}; give a number of steps, at least 1, or -1 to refresh at every step"
                 )
+        for name, example in (("block_length", 32), ("refresh_interval", 8)):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1, such as {example}, or None")
         ratio = self.transfer_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
             raise ValueError(f"transfer_ratio is {ratio!r}; give a share of the response from 0 to 1, such as 0.25")

@@ -8,6 +8,7 @@ it reads.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 
-from .core.assignment import Assignment
-from .ids import infer_mask_id, labels, positions, readable_rows, response_rows
+from .core.assignment import ACTIVE, Assignment
+from .core.plan import Call, Exact, Plan, Schedule
+from .ids import at, infer_mask_id, labels, positions, readable_rows, response_rows
+from .method import schedule, with_row_before
 from .options import Options
-from .passes.cache_reuse import EXACT, FULL, variant
 from .stats import Stats
 
 
@@ -29,7 +31,7 @@ class Step:
     Attributes:
         number: calls since the sequence began, from 0.
         repeat: the ids are those of the previous call, so its results are too.
-        assignment: rows that layers behind the first compute.
+        assignment: rows that layers compute; the schedule may say otherwise of the first.
         indices: positions ``[B, K]`` of each row set, on the device of the ids; ``S`` stands for "no row".
         sizes: ``K`` of each row set.
         counts: ``[B, 1]`` int64, rows each sequence may select.
@@ -77,7 +79,7 @@ class Session:
         self.number = -1
         self.layers: dict[Any, list[torch.Tensor]] = {}
         self.outputs: dict[Any, Any] = {}
-        self.logits: dict[Any, torch.Tensor] = {}
+        self.kept: dict[Any, torch.Tensor] = {}
         self.selected: dict[int, torch.Tensor] = {}
         self.step: Step | None = None
         self.others: list[tuple[torch.Tensor, int]] = []
@@ -86,7 +88,7 @@ class Session:
 
     def state_bytes(self) -> int:
         """Bytes of all rows kept between steps, cached logits included."""
-        kept = [t for tensors in self.layers.values() for t in tensors] + list(self.logits.values())
+        kept = [t for tensors in self.layers.values() for t in tensors] + list(self.kept.values())
         return sum(t.numel() * t.element_size() for t in kept)
 
     def belongs_to(self, weights: list[torch.Tensor]) -> None:
@@ -126,10 +128,13 @@ class Session:
         else:
             assert self.ids is not None
             repeat = torch.equal(host, self.ids) and _unchanged(others, self.others)
+        assert self.mask_id is not None
+        masked = host.eq(self.mask_id)
+        filled = ~masked if self.ids is None else self.ids.eq(self.mask_id) & ~masked
         self.ids = host
         self.others = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in others]
         self.number += 1
-        self.step = self._plan(host, repeat, ids.device)
+        self.step = self._step(Call(self.number, repeat, masked, filled), ids.device)
         self.stats.count(self.step)
         return self.step
 
@@ -167,37 +172,47 @@ class Session:
         self.first = ids
         self.beside = [tensor.detach().clone() for tensor in beside]
         self.response = response_rows(ids, masked)
-        if self.options.shift:
-            self.response = self.response | torch.cat([self.response[:, 1:], self.response[:, :1] & False], 1)
+        self.schedule: Schedule = schedule(self.options, self.response)
+        rows = with_row_before(self.response) if self.options.shift else self.response
+        self.fixed = {"response": positions(rows), "prompt": positions(~rows)}
         self.stats.sequences += 1
         return True
 
-    def _plan(self, ids: torch.Tensor, repeat: bool, device: torch.device) -> Step:
-        batch, tokens = ids.shape
-        lengths = self.response.sum(1)
-        options = self.options
-        counts = (lengths.double() * options.transfer_ratio).long()
-        selected = int(counts.max()) if options.transfer_ratio > 0 else None
-        if options.method == "exact":
-            assignment = EXACT
-        else:
-            assignment = variant(self.number, options.prompt_interval, options.response_interval, selected)
-        if self.number == 0:
-            assert assignment in (FULL, EXACT)
-            response, prompt = positions(self.response, tokens), positions(~self.response, tokens)
-            self.fixed = {"response": response.to(device), "prompt": prompt.to(device)}
-            self.fixed_counts = counts.unsqueeze(1).to(device)
-        if not self.fixed["prompt"].shape[1]:
-            assignment = _without_prompt(assignment, options, self.number, selected)
-        assert self.mask_id is not None
-        readable = positions(readable_rows(ids.eq(self.mask_id), options.shift), tokens)
-        if self.number == 0:
-            readable = torch.arange(tokens).expand(batch, tokens)
-        indices = {**self.fixed, "readable": readable.to(device)}
+    def narrows(self) -> bool:
+        """Whether the residual stream of this sequence may be carried for fewer rows."""
+        return any(variant.enter == ACTIVE for variant in self.schedule.variants)
+
+    def run_whole(self, reason: str) -> None:
+        """From the next call on compute every row: some part of the model cannot run for fewer."""
+        warnings.warn(f"dllm: {self.options.method} computes every row at every step: {reason}", stacklevel=2)
+        self.schedule = Exact()
+
+    def _step(self, call: Call, device: torch.device) -> Step:
+        batch, tokens = call.masked.shape
+        plan = self.schedule.next(call)
+        rows = self._rows(call, plan)
+        if call.number == 0:
+            self.fixed = {name: index.to(device) for name, index in self.fixed.items()}
+        indices = {**self.fixed, **{name: index.to(device) for name, index in rows.items()}}
+        selected = plan.selected if plan.selected is not None else torch.zeros(batch, dtype=torch.int64)
         sizes = {name: index.shape[1] for name, index in indices.items()}
-        sizes["selected"] = selected or 0
-        sizes["prompt+selected"] = sizes["prompt"] + sizes["selected"]
-        return Step(self.number, repeat, assignment, indices, sizes, self.fixed_counts, (batch, tokens))
+        sizes["selected"] = int(selected.max())
+        counts = selected.unsqueeze(1).to(device)
+        return Step(call.number, call.repeat, plan.assignment, indices, sizes, counts, (batch, tokens))
+
+    def _rows(self, call: Call, plan: Plan) -> dict[str, torch.Tensor]:
+        """Positions of the row sets that change from call to call."""
+        readable = readable_rows(call.masked, self.options.shift)
+        if call.number == 0:
+            readable = torch.ones_like(readable)  # the first logits kept are those of all rows
+        if plan.active is None or plan.written is None:
+            return {"readable": positions(readable, 2)}
+        tokens = readable.shape[1]
+        active, readable = positions(plan.active, 2), positions(readable & plan.active, 2)
+        written = torch.where(at(plan.written, active), active, tokens)
+        rank = plan.active.long().cumsum(1) - 1
+        counted = torch.where(readable < tokens, rank.gather(1, readable.clamp(max=tokens - 1)), active.shape[1])
+        return {"active": active, "written": written, "readable": readable, "readable@active": counted}
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -239,11 +254,3 @@ def _forget(session: weakref.ref[Session]) -> None:
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-
-
-def _without_prompt(assignment: Assignment, options: Options, step: int, selected: int | None) -> Assignment:
-    """With nothing before the response there is no prompt to refresh or to keep."""
-    if assignment is EXACT:
-        return assignment
-    response = variant(step, -1, options.response_interval, selected) is FULL
-    return FULL if response else variant(1, 2, 2, selected)

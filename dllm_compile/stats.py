@@ -14,6 +14,7 @@ class Stats:
     Attributes:
         sequences: generations seen.
         steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits.
+        rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
         checked: steps that ``verify`` compared.
         max_logit_error: largest absolute difference of a readable logit, over all checks.
         token_flips: masked positions whose best token differed, over all checks.
@@ -22,6 +23,8 @@ class Stats:
 
     sequences: int = 0
     steps: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    logits: Counter[str] = field(default_factory=Counter)
     checked: int = 0
     max_logit_error: float = 0.0
     token_flips: int = 0
@@ -29,16 +32,21 @@ class Stats:
 
     def count(self, step: Any) -> None:
         """Note a step."""
-        self.steps["repeat" if step.repeat else step.assignment.name] += 1
+        name = "repeat" if step.repeat else step.assignment.name
+        self.steps[name] += 1
+        self.rows[name] += step.sizes.get("active", step.shape[1])
+        self.logits[name] += step.sizes["readable"]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for printing and JSON."""
-        return {**vars(self), "steps": dict(self.steps)}
+        return {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
 
     def add(self, other: Stats) -> None:
         """Fold another session's counters in."""
         self.sequences += other.sequences
         self.steps.update(other.steps)
+        self.rows.update(other.rows)
+        self.logits.update(other.logits)
         self.checked += other.checked
         self.max_logit_error = max(self.max_logit_error, other.max_logit_error)
         self.token_flips += other.token_flips

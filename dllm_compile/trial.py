@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .core.assignment import RESPONSE, Assignment
+from .core.assignment import EXACT, RESPONSE, Assignment
 from .core.axes import Axes
 from .core.emit import emit
 from .core.errors import GraphRefused
@@ -43,8 +43,8 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
         probe = emit(unit, axes, _PROBE, sizes)
     except GraphRefused:
         return False
-    whole = emit(unit, axes, Assignment("exact", keep=False), sizes)
-    state = allocate(unit, axes, stream.device)
+    whole = emit(unit, axes, EXACT, sizes)
+    state = allocate(unit.anchors(), axes, stream.device)
     values = {"stream": stream, "index:response": index}
     values |= {f"input:{i}": v for i, v in enumerate(inputs)} | {f"state:{i}": v for i, v in enumerate(state)}
     with torch.no_grad():

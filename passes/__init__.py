@@ -5,7 +5,7 @@
 3. ``seeds``               the input the tokens enter by
 4. (``core.axes.follow``)  where batch and tokens sit in every value
 5. ``regions``             stem, layers and head, and the roles in a layer
-6. ``cache_reuse``         row sets of the roles for each variant of a step; ``core.emit`` writes them
+6. ``feature_cache``         row sets of the roles for each variant of a step; ``core.emit`` writes them
 
 Passes never import each other; only this page names them all.
 """

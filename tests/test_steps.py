@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dllm_compile
 from dllm_compile.ids import infer_mask_id, labels, positions, readable_rows
-from dllm_compile.passes.cache_reuse import variant
+from dllm_compile.passes.feature_cache import variant
 from dllm_compile.session import Session, sessions
 
 from . import loops, models
@@ -330,12 +330,12 @@ def test_reset_frees_the_state(reset: Callable[[], None]) -> None:
     pair.got(unmask(x, 2))
     session = started()
     kept = [weakref.ref(t) for state in session.layers.values() for t in state]
-    kept += [weakref.ref(t) for t in session.logits.values()]
+    kept += [weakref.ref(t) for t in session.kept.values()]
     assert len(kept) > 4
     reset()
     assert not session.layers
     assert not session.outputs
-    assert not session.logits
+    assert not session.kept
     gc.collect()
     assert [ref() for ref in kept] == [None] * len(kept)
     pair.check(unmask(x, 2), everywhere=True)
@@ -528,7 +528,7 @@ ROWS = st.integers(1, 3).flatmap(
 @given(ROWS)
 def test_positions_lists_the_rows_in_order(rows: list[list[bool]]) -> None:
     tokens = len(rows[0])
-    got = positions(torch.tensor(rows), tokens)
+    got = positions(torch.tensor(rows))
     wanted = [[i for i, there in enumerate(row) if there] for row in rows]
     most = max(map(len, wanted))
     assert got.dtype == torch.int64

@@ -11,7 +11,12 @@ RESPONSE = RowSet("response")
 SELECTED = RowSet("selected", RESPONSE)
 PROMPT = RowSet("prompt")
 PROMPT_SELECTED = RowSet("prompt+selected")
+ACTIVE = RowSet("active")
 READABLE = RowSet("readable")
+
+NOTHING: frozenset[str] = frozenset()
+KEYS = frozenset({"key", "value"})
+FEATURES = KEYS | {"branch"}
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,10 @@ class Assignment:
 
     Attributes:
         name: of the variant.
-        query: rows that attend; also the rows of each branch that is not ``value`` or ``key``.
+        query: rows that attend; also the rows of each branch.
         key, value: rows whose key and value are computed.
-        enter, leave: rows of the residual stream that come in, and of the first output.
-        keep: whether computed rows are written to the state.
+        enter, leave: rows of the residual stream that come in, and of the outputs that go on.
+        keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS`` or ``FEATURES``.
         pick: whether ``SELECTED`` is chosen here, from the values.
     """
 
@@ -33,15 +38,18 @@ class Assignment:
     value: RowSet = ALL
     enter: RowSet = ALL
     leave: RowSet = ALL
-    keep: bool = True
+    keep: frozenset[str] = FEATURES
     pick: bool = False
 
     @cached_property
     def fixed(self) -> bool:
-        """Whether one code serves any sequence: it computes all rows, none, or any number of readable ones."""
-        return self.sets() <= {ALL, NONE, READABLE}
+        """Whether one code serves any sequence: each row set is all, none, or one of any number of rows."""
+        return self.sets() <= {ALL, NONE, READABLE, ACTIVE}
 
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""
         named = {self.query, self.key, self.value, self.enter, self.leave} | ({SELECTED} if self.pick else set())
         return named | {s.parent for s in named if s.parent is not None}
+
+
+EXACT = Assignment("exact", keep=NOTHING)

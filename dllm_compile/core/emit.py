@@ -12,6 +12,8 @@ along the token axis are written anew. Nothing else of the unit changes.
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +22,13 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
-from .assignment import PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
-from .axes import Axes, attention
+from .assignment import ACTIVE, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
+from .axes import Axes
+from .demand import COUNTED, find_demand, reads_all
 from .errors import GraphRefused
 from .graph import free_tokens
 from .layout import position, resized
-from .rows import ALL, NONE, RowSet, join
+from .rows import ALL, NONE, RowSet
 from .units import Unit
 
 
@@ -36,13 +39,16 @@ class Emitted:
     Attributes:
         module: called with ``(stream, *inputs, *state, *indices)`` in the order of ``takes``; returns the outputs of
             the unit, then the picked rows ``[B, n]`` if there are any.
-        takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``, ``"counts"``.
+        takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``,
+            ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"``, ``"counts"``.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
+        leaves: the row set of each output.
     """
 
     module: torch.fx.GraphModule
     takes: list[str]
     rows: dict[torch.fx.Node, RowSet] = field(default_factory=dict)
+    leaves: list[RowSet] = field(default_factory=list)
 
 
 Pick = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
@@ -70,59 +76,14 @@ class _Writer:
     ) -> None:
         self.unit, self.axes, self.assignment, self.sizes, self.pick = unit, axes, assignment, sizes, pick
         self.graph = torch.fx.Graph()
-        self.anchors = self._anchor_rows()
-        self.computed = self._demand()
+        self.kept = unit.anchors(assignment.keep)
+        demand = find_demand(unit, axes, assignment)
+        self.anchors, self.computed, self.leaves = demand.anchors, demand.computed, demand.leaves
         self.env: dict[torch.fx.Node, torch.fx.Node] = {}
         self.narrowed: dict[tuple[torch.fx.Node, RowSet], torch.fx.Node] = {}
         self.chosen: tuple[torch.fx.Node, torch.fx.Node] | None = None
         self.inside = set(unit.nodes)
         self._placeholders()
-
-    # -- which rows ---------------------------------------------------------------------------------------------
-
-    def _anchor_rows(self) -> dict[torch.fx.Node, RowSet]:
-        if not self.assignment.keep:
-            return {}
-        rows: dict[torch.fx.Node, RowSet] = {}
-        for att in self.unit.attentions:
-            rows[att.key] = join(rows.get(att.key, NONE), self.assignment.key)
-            rows[att.value] = join(rows.get(att.value, NONE), self.assignment.value)
-        for branch in self.unit.branches:
-            rows[branch.node] = self.assignment.query
-        return rows
-
-    def _demand(self) -> dict[torch.fx.Node, RowSet]:
-        """Rows each live node is computed for: what its users ask for, or what its role says."""
-        wanted: dict[torch.fx.Node, RowSet] = {}
-        for i, node in enumerate(self.unit.outputs):
-            wanted[node] = join(wanted.get(node, NONE), self.assignment.leave if i == 0 else ALL)
-        computed: dict[torch.fx.Node, RowSet] = {}
-        live = [node for node in self.unit.nodes if node in self.axes.live]
-        for node in reversed(live):
-            rows = self.anchors.get(node, wanted.get(node, NONE))
-            if rows == NONE:
-                continue
-            computed[node] = rows
-            for operand in node.all_input_nodes:
-                if operand in self.axes.live:
-                    asked = ALL if self._reads_all(node, operand) else rows
-                    wanted[operand] = join(wanted.get(operand, NONE), asked)
-        for node in live:
-            for operand in node.all_input_nodes:
-                if node in computed and operand in computed and operand not in self.axes.layout:
-                    computed[node] = computed[operand]  # parts of a split have the rows of the whole
-        enter = self.assignment.enter
-        if self.unit.stream is not None and not wanted.get(self.unit.stream, NONE).within(enter):
-            raise GraphRefused(f"rows outside {enter.name!r} of the residual stream are needed", self.unit.stream)
-        return computed
-
-    def _reads_all(self, node: torch.fx.Node, operand: torch.fx.Node) -> bool:
-        """Attention reads every key and value; a call without a token axis reads every row."""
-        if node.target is attention:
-            return operand is not node.args[0]
-        layout = self.axes.layout.get(node)
-        no_tokens = layout is not None and position(layout, "T") is None
-        return no_tokens and self.axes.layout.get(operand) is not None and not self.unit.mixing(self.axes)
 
     # -- arguments ----------------------------------------------------------------------------------------------
 
@@ -131,7 +92,7 @@ class _Writer:
         self.slot: dict[str, torch.fx.Node] = {}
         names = [*(["stream"] if self.unit.stream is not None else [])]
         names += [f"input:{i}" for i in range(len(self.unit.inputs))]
-        names += [f"state:{i}" for i in range(len(self.unit.anchors()) if self.assignment.keep else 0)]
+        names += [f"state:{i}" for i in range(len(self.kept))]
         sets = self.assignment.sets()
         names += [
             f"index:{s.name}"
@@ -140,14 +101,16 @@ class _Writer:
         ]
         names += ["index:prompt"] if PROMPT_SELECTED in sets else []
         names += ["index:response", "counts"] if self.assignment.pick else []
+        names += ["index:written"] if ACTIVE in sets else []
+        names += [f"index:{s.name}@{parent.name}" for s, parent in COUNTED if s in sets and parent in sets]
         for name in dict.fromkeys(names):
             self.takes.append(name)
-            self.slot[name] = self.graph.placeholder(name.replace(":", "_").replace("+", "_"))
+            self.slot[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
         if self.unit.stream is not None:
             self.env[self.unit.stream] = self.slot["stream"]
         for i, node in enumerate(self.unit.inputs):
             self.env[node] = self.slot[f"input:{i}"]
-        self.state = {n: self.slot[f"state:{i}"] for i, n in enumerate(self.unit.anchors()) if self.assignment.keep}
+        self.state = {n: self.slot[f"state:{i}"] for i, n in enumerate(self.kept)}
 
     def _index(self, rows: RowSet, parent: RowSet) -> torch.fx.Node:
         """Positions of ``rows`` counted in ``parent``."""
@@ -158,9 +121,10 @@ class _Writer:
             return at
         if rows == PROMPT_SELECTED:
             return self._call(torch.cat, ([self.slot["index:prompt"], self._choose()[1]], 1))
-        if parent != ALL:
+        name = f"index:{rows.name}" if parent == ALL else f"index:{rows.name}@{parent.name}"
+        if name not in self.slot:
             raise GraphRefused(f"rows {rows.name!r} cannot be found inside {parent.name!r}")
-        return self.slot[f"index:{rows.name}"]
+        return self.slot[name]
 
     def _choose(self) -> tuple[torch.fx.Node, torch.fx.Node]:
         """Pick the selected rows once, by comparing the new values of the response with those of the last step."""
@@ -185,21 +149,20 @@ class _Writer:
     # -- values -------------------------------------------------------------------------------------------------
 
     def write(self) -> Emitted:
-        outs = [self._on(node, self.assignment.leave if i == 0 else ALL) for i, node in enumerate(self.unit.outputs)]
+        outs = [self._on(node, rows) for node, rows in zip(self.unit.outputs, self.leaves, strict=True)]
         for node, rows in self.anchors.items():
             if rows != NONE:
                 self._available(node)  # a role nobody reads in this step still enters the state
         if self.assignment.pick:
             outs.append(self._choose()[1])
         self.graph.output(tuple(outs))
-        module = torch.fx.GraphModule(torch.nn.Module(), self.graph)
         takes = self.takes
         for name, node in self.slot.items():
             if not node.users:
                 self.graph.erase_node(node)
                 takes = [t for t in takes if t != name]
-        module.recompile()
-        return Emitted(module, takes, dict(self.computed))
+        module = torch.fx.GraphModule(torch.nn.Module(), self.graph)
+        return Emitted(module, takes, dict(self.computed), self.leaves)
 
     def _call(self, target: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.Node:
         return self.graph.call_function(target, args)
@@ -234,7 +197,8 @@ class _Writer:
         elif rows == ALL:
             value = self._call(row_ops.store_rows, (state, self._raw(node), layout))
         else:
-            fresh, index = self._raw(node), self._index(rows, ALL)
+            fresh = self._raw(node)
+            index = self.slot["index:written"] if rows == ACTIVE else self._index(rows, ALL)
             if self.computed[node] != rows:
                 fresh = self._call(row_ops.gather_rows, (fresh, self._index(rows, self.computed[node]), layout))
             value = self._call(row_ops.merge_rows, (state, index, fresh, layout))
@@ -249,7 +213,7 @@ class _Writer:
 
         def operand(n: torch.fx.Node) -> torch.fx.Node:
             if n in self.axes.live:
-                return self._on(n, ALL if self._reads_all(node, n) else rows)
+                return self._on(n, ALL if reads_all(self.unit, self.axes, node, n) else rows)
             return self._constant(n, node, rows)
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
@@ -274,9 +238,11 @@ class _Writer:
                     )
                 return self.narrowed[key]
             if user in self.axes.unproven and node in self.axes.made:
-                (extent,) = resized(self.axes.made[node], self.sizes[rows.name])
                 if node.target is not torch.arange or len(node.args) != 1:
                     raise GraphRefused("a constant sized by the tokens cannot be made for fewer", node)
+                (per_row,) = resized(self.axes.made[node], 1)
+                count = self._call(torch.ops.aten.sym_size.int, (self._index(rows, ALL), 1))
+                extent = self._call(operator.mul, (count, per_row))
                 return self.graph.create_node("call_function", torch.arange, (extent,), node.kwargs)
         return self._plain(node)
 

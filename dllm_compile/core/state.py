@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.fx
 
 from .axes import Axes
 from .layout import Layout
-from .units import Unit
 
 
 def shape(layout: Layout, tokens: int) -> tuple[int, ...]:
@@ -17,10 +18,10 @@ def shape(layout: Layout, tokens: int) -> tuple[int, ...]:
     return (batch, tokens + 1, *(f.size for f in factors if f.kind == ""))
 
 
-def allocate(unit: Unit, axes: Axes, device: torch.device) -> list[torch.Tensor]:
-    """Zeroed state of one layer, in the order of ``unit.anchors()``."""
+def allocate(nodes: Iterable[torch.fx.Node], axes: Axes, device: torch.device) -> list[torch.Tensor]:
+    """Zeroed rows of each of ``nodes``."""
     with torch.inference_mode(False):  # a later call may write to it outside of inference mode
-        return [_zeros(axes, node, device) for node in unit.anchors()]
+        return [_zeros(axes, node, device) for node in nodes]
 
 
 def _zeros(axes: Axes, node: torch.fx.Node, device: torch.device) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch.fx
 
+from .assignment import FEATURES
 from .axes import Axes
 from .graph import fingerprint
 
@@ -49,7 +50,8 @@ class Unit:
     Attributes:
         nodes: the nodes that run here, in graph order.
         stream: the residual stream that comes in, ``None`` for a stem.
-        outputs: live nodes that later parts or the caller read; the outgoing stream first, if there is one.
+        outputs: live nodes that later parts or the caller read; those that may leave for fewer rows first.
+        leaving: how many may: the outgoing stream, or what is made of logits.
         inputs: what else is read: weights, masks, position tables.
         attentions, branches: the roles, in order.
     """
@@ -60,6 +62,7 @@ class Unit:
     inputs: list[torch.fx.Node] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
+    leaving: int = 1
     key: str = ""
 
     def seal(self, axes: Axes) -> Unit:
@@ -69,14 +72,13 @@ class Unit:
         used = (n for node in self.nodes for n in node.all_input_nodes)
         self.inputs = list(dict.fromkeys(n for n in used if n not in skip))
         entering = [*([self.stream] if self.stream is not None else []), *self.inputs]
-        anchors = [n for a in self.attentions for n in (a.key, a.value)] + [b.node for b in self.branches]
-        self.key = fingerprint(self.nodes, entering, [*self.outputs, *anchors], axes.fake)
+        self.key = fingerprint(self.nodes, entering, [*self.outputs, *self.anchors()], axes.fake)
         return self
 
-    def anchors(self) -> list[torch.fx.Node]:
-        """The values whose rows are kept between steps: keys, values, branch outputs."""
-        kept = [n for a in self.attentions for n in (a.key, a.value)] + [b.node for b in self.branches]
-        return list(dict.fromkeys(kept))
+    def anchors(self, keep: frozenset[str] = FEATURES) -> list[torch.fx.Node]:
+        """The values whose rows are kept between steps: keys and values, and branch outputs if ``keep`` has them."""
+        keys = [n for a in self.attentions for n in (a.key, a.value)] if "key" in keep else []
+        return list(dict.fromkeys(keys + ([b.node for b in self.branches] if "branch" in keep else [])))
 
     def mixing(self, axes: Axes) -> bool:
         """Whether something here is not known to treat rows one by one."""

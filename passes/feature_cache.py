@@ -1,8 +1,8 @@
-"""dLLM-Cache as row sets (arXiv 2506.06295, and its authors' code where the two differ).
+"""dLLM-Cache as row sets and a schedule (arXiv 2506.06295, and its authors' code where the two differ).
 
 Per layer the keys, values, attention-branch and MLP-branch rows are kept. A step refreshes the prompt, the response,
 both or neither; when the response is not due, the rows whose values turned most are. The residual stream is never
-cached.
+cached, and the first layer is always full.
 
     variant          query, key, branches    value       when (step s counted from 0)
     full             all                     all         prompt and response due
@@ -13,10 +13,12 @@ cached.
 
 from __future__ import annotations
 
+import torch
+
 from dllm_compile.core.assignment import PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
+from dllm_compile.core.plan import Call, Plan
 from dllm_compile.core.rows import NONE
 
-EXACT = Assignment("exact", keep=False)
 FULL = Assignment("full")
 KEEP = Assignment("keep", NONE, NONE, NONE)  # a share of 0: nothing between two refreshes
 
@@ -30,7 +32,7 @@ _VARIANTS = (
     KEEP,
     Assignment("prompt", PROMPT, PROMPT, PROMPT),
 )
-VARIANTS = {variant.name: variant for variant in (EXACT, *_VARIANTS)}
+VARIANTS = {variant.name: variant for variant in _VARIANTS}
 
 
 def due(interval: int, step: int) -> bool:
@@ -53,3 +55,35 @@ def variant(step: int, prompt_interval: int, response_interval: int, selected: i
     if not prompt:
         return VARIANTS[partial]
     return VARIANTS["prompt" if partial == "keep" else f"prompt+{partial}"]
+
+
+class FeatureCache:
+    """The schedule of one sequence.
+
+    Args:
+        response: ``[B, S]`` bool, the rows of the response.
+        prompt_interval, response_interval, transfer_ratio: see :class:`dllm_compile.Options`.
+    """
+
+    first: Assignment | None = FULL
+
+    def __init__(
+        self, response: torch.Tensor, prompt_interval: int, response_interval: int, transfer_ratio: float
+    ) -> None:
+        lengths = response.sum(1)
+        self.selected = (lengths.double() * transfer_ratio).long()
+        self.most = int(self.selected.max()) if transfer_ratio > 0 else None
+        self.prompt_interval = prompt_interval if bool((~response).any()) else 0
+        self.response_interval = response_interval
+        partial = ("select", "prompt+select") if transfer_ratio > 0 else ("keep", "prompt")
+        self.variants = tuple(VARIANTS[name] for name in ("full", "response", *partial))
+
+    def next(self, call: Call) -> Plan:
+        """Rows of the call; a repeated one counts."""
+        if self.prompt_interval:
+            assignment = variant(call.number, self.prompt_interval, self.response_interval, self.most)
+        elif due(self.response_interval, call.number):
+            assignment = FULL  # with nothing before the response there is no prompt to refresh or to keep
+        else:
+            assignment = variant(1, 2, 2, self.most)
+        return Plan(assignment, self.selected)

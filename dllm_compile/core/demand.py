@@ -1,0 +1,101 @@
+"""Which rows each value of a unit is computed for: what its users ask for, or what its role says.
+
+Going backwards through the unit, a value is wanted for the rows of those who read it; attention wants every key and
+value. A key, a value or a branch output that is kept between steps is computed for the rows of its role instead, since
+the others can be read from the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.fx
+
+from .assignment import ACTIVE, READABLE, Assignment
+from .axes import Axes, attention
+from .errors import GraphRefused
+from .layout import position
+from .rows import ALL, NONE, RowSet, join
+from .units import Unit
+
+COUNTED = ((READABLE, ACTIVE),)
+"""Row sets whose positions inside another one are handed over too."""
+
+
+@dataclass
+class Demand:
+    """Row sets of the values of a unit.
+
+    Attributes:
+        anchors: of the values that are kept between steps; all their rows are at hand.
+        computed: of each live node; nodes that are not computed are missing.
+        leaves: of each output.
+    """
+
+    anchors: dict[torch.fx.Node, RowSet]
+    computed: dict[torch.fx.Node, RowSet]
+    leaves: list[RowSet]
+
+
+def find_demand(unit: Unit, axes: Axes, assignment: Assignment) -> Demand:
+    """Rows of every value of ``unit`` for ``assignment``.
+
+    Raises:
+        GraphRefused: rows of the residual stream are needed that do not come in.
+    """
+    anchors = _anchors(unit, assignment)
+    leaves = [assignment.leave if i < unit.leaving else ALL for i in range(len(unit.outputs))]
+    computed, missing = _demand(unit, axes, assignment, anchors, leaves)
+    if missing:  # what else leaves has the rows of the stream
+        leaves = [assignment.leave for _ in unit.outputs]
+        computed, missing = _demand(unit, axes, assignment, anchors, leaves)
+    if missing:
+        raise GraphRefused(f"rows outside {assignment.enter.name!r} of the residual stream are needed", unit.stream)
+    return Demand(anchors, computed, leaves)
+
+
+def _anchors(unit: Unit, assignment: Assignment) -> dict[torch.fx.Node, RowSet]:
+    rows: dict[torch.fx.Node, RowSet] = {}
+    for att in unit.attentions:
+        rows[att.key] = join(rows.get(att.key, NONE), assignment.key)
+        rows[att.value] = join(rows.get(att.value, NONE), assignment.value)
+    for branch in unit.branches:
+        rows[branch.node] = assignment.query
+    return {node: rows[node] for node in unit.anchors(assignment.keep)}
+
+
+def _demand(
+    unit: Unit, axes: Axes, assignment: Assignment, anchors: dict[torch.fx.Node, RowSet], leaves: list[RowSet]
+) -> tuple[dict[torch.fx.Node, RowSet], bool]:
+    """Rows of each live node, and whether more of the stream is asked for than comes in."""
+    wanted: dict[torch.fx.Node, RowSet] = {}
+    for node, rows in zip(unit.outputs, leaves, strict=True):
+        wanted[node] = join(wanted.get(node, NONE), rows)
+    computed: dict[torch.fx.Node, RowSet] = {}
+    live = [node for node in unit.nodes if node in axes.live]
+    for node in reversed(live):
+        rows = anchors.get(node, wanted.get(node, NONE))
+        if rows == NONE:
+            continue
+        computed[node] = rows
+        for operand in node.all_input_nodes:
+            if operand in axes.live:
+                asked = ALL if reads_all(unit, axes, node, operand) else rows
+                wanted[operand] = join(wanted.get(operand, NONE), asked)
+    for node in live:
+        for operand in node.all_input_nodes:
+            if node in computed and operand in computed and operand not in axes.layout:
+                computed[node] = computed[operand]  # parts of a split have the rows of the whole
+    if unit.stream is None:
+        return computed, False
+    asked, enter = wanted.get(unit.stream, NONE), assignment.enter
+    return computed, not (asked.within(enter) or (asked, enter) in COUNTED)
+
+
+def reads_all(unit: Unit, axes: Axes, node: torch.fx.Node, operand: torch.fx.Node) -> bool:
+    """Attention reads every key and value; a call without a token axis reads every row."""
+    if node.target is attention:
+        return operand is not node.args[0]
+    layout = axes.layout.get(node)
+    no_tokens = layout is not None and position(layout, "T") is None
+    return no_tokens and axes.layout.get(operand) is not None and not unit.mixing(axes)

@@ -1,0 +1,68 @@
+"""What a schedule is told about a forward call, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .assignment import EXACT, Assignment
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call, read off its ids on the host.
+
+    Attributes:
+        number: calls since the sequence began, from 0.
+        repeat: the ids are those of the call before.
+        masked: ``[B, S]`` bool, positions that hold the mask.
+        filled: ``[B, S]`` bool, positions that held it at the call before and do not now.
+    """
+
+    number: int
+    repeat: bool
+    masked: torch.Tensor
+    filled: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows that a call computes.
+
+    Attributes:
+        assignment: row sets of the layers.
+        selected: rows each sequence may select where ``SELECTED`` is picked, ``[B]`` int64.
+        active: ``[B, S]`` bool, the rows of ``ACTIVE``.
+        written: ``[B, S]`` bool, those of them whose keys and values enter the state.
+    """
+
+    assignment: Assignment
+    selected: torch.Tensor | None = None
+    active: torch.Tensor | None = None
+    written: torch.Tensor | None = None
+
+
+class Schedule(Protocol):
+    """A method, for one sequence: from what happened to the rows of the next call."""
+
+    variants: tuple[Assignment, ...]
+    """What it may answer; the first refreshes everything."""
+
+    first: Assignment | None
+    """Row sets of the first layer, where they are always the same."""
+
+    def next(self, call: Call) -> Plan:
+        """Rows of a call; every call of the sequence is shown in order, repeated ones too."""
+
+
+class Exact:
+    """Every row at every call: nothing is kept."""
+
+    variants: tuple[Assignment, ...] = (EXACT,)
+    first: Assignment | None = None
+
+    def next(self, call: Call) -> Plan:
+        """Always the same."""
+        return Plan(EXACT)

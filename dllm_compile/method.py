@@ -1,0 +1,31 @@
+"""From options to the schedule of a method."""
+
+from __future__ import annotations
+
+import torch
+
+from .core.plan import Exact, Schedule
+from .options import Options
+from .passes.block_cache import BlockCache
+from .passes.feature_cache import FeatureCache
+
+
+def schedule(options: Options, response: torch.Tensor) -> Schedule:
+    """The schedule of one sequence.
+
+    Args:
+        options: what the user chose.
+        response: ``[B, S]`` bool, the rows of the response.
+    """
+    if options.method == "dllm-cache":
+        rows = with_row_before(response) if options.shift else response
+        return FeatureCache(rows, options.prompt_interval, options.response_interval, options.transfer_ratio)
+    if options.method == "fast-dllm" and options.cache != "none":
+        before = options.shift is not False
+        return BlockCache(response, options.cache, options.block_length, options.refresh_interval, before)
+    return Exact()
+
+
+def with_row_before(rows: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool rows, and the one before each: it predicts their token where logits are shifted."""
+    return rows | torch.cat([rows[:, 1:], rows[:, :1] & False], 1)

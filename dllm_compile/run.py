@@ -1,0 +1,195 @@
+"""One call of a graph, as part of a step: which variant each unit runs, and on which rows its values are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.fx
+
+from .core.assignment import ACTIVE, EXACT, NOTHING, READABLE, Assignment
+from .core.layout import position
+from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
+from .core.state import allocate
+from .core.units import Unit
+from .lower import lower
+from .passes.feature_cache import KEEP
+from .program import Program
+from .session import Session, Step
+from .unit_code import UnitCode, Values
+
+HEAD = Assignment("head", leave=READABLE, keep=NOTHING)
+STEM = Assignment("stem", leave=ACTIVE, keep=NOTHING)
+TAIL = Assignment("tail", leave=ACTIVE, keep=NOTHING)
+MOST = 0.9  # with more of the rows readable than this, the head computes all: nothing to gather, one code
+
+
+def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
+    """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
+    if step.repeat and program in session.outputs:
+        return program.answer(session.outputs[program], True)
+    env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
+    if program.prelude is not None:
+        given = [env[n] for n in program.prelude_reads]
+        if program.prelude_run is None:
+            program.prelude_run = lower(program.prelude, given, program.options.lowering)
+        env.update(zip(program.constants, program.prelude_run(*given), strict=True))
+    call = _Call(program, env, session, step)
+    for unit, code in zip(program.units, program.codes, strict=True):
+        call.unit(unit, code)
+    results = {n: call.whole(n) for n in program.results}
+    kept = call.head is not None or program.ids is not None
+    if kept:
+        session.outputs[program] = results
+    return program.answer(results, kept or call.widened)
+
+
+@cache
+def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
+    """The assignment for a stream that is at hand on ``rows``."""
+    return assignment if assignment.enter == rows else replace(assignment, enter=rows)
+
+
+class _Call:
+    """Values of one call, and the rows each is on."""
+
+    def __init__(self, program: Program, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
+        self.program, self.env, self.session, self.step = program, env, session, step
+        self.have: dict[torch.fx.Node, RowSet] = {}
+        self.head = program.head(session.vocabulary)
+        self.keys = {id(unit): _layer_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
+        self.full = session.schedule.variants[0]
+        self.rest = step.assignment
+        self.first = session.schedule.first or self.rest
+        if step.assignment.enter != ALL and not self._known():
+            self.first = self.rest = self.full
+        self.stored: set[torch.fx.Node] = set()
+        self.widened = False
+
+    def _known(self) -> bool:
+        """Whether each layer has rows kept and runs once, so that the others need not be computed."""
+        keys = set(self.keys.values())
+        return len(keys) == len(self.keys) and not keys & self.step.seen and keys <= self.session.layers.keys()
+
+    def unit(self, unit: Unit, code: UnitCode) -> None:
+        """Run one unit."""
+        if unit.attentions:
+            outs, rows = self._layer(unit, code)
+        elif unit is self.head:
+            outs, rows = self._head(unit, code)
+        else:
+            outs, rows = self._other(unit, code)
+        for node, value, at in zip(unit.outputs, outs, rows, strict=False):
+            self.env[node], self.have[node] = value, at
+
+    def _values(self, unit: Unit, state: Sequence[torch.Tensor] = ()) -> Values:
+        inputs = [self.whole(n) for n in unit.inputs]
+        stream = self.env[unit.stream] if unit.stream is not None else None
+        return Values(stream, inputs, state, self.step)
+
+    def _at_hand(self, unit: Unit) -> RowSet:
+        return ALL if unit.stream is None else self.have.get(unit.stream, ALL)
+
+    def _layer(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        step, session = self.step, self.session
+        number, step.layer = step.layer, step.layer + 1
+        state, fresh = self._state(unit)
+        values = self._values(unit, state)
+        assignment = self.rest if number else self.first
+        if not state:
+            assignment = EXACT
+        elif fresh or assignment == self.full:
+            assignment = self.full
+        elif step.repeat and "branch" in assignment.keep:
+            assignment = KEEP  # every row as it was: the same input gives the same output
+        elif assignment.enter == ALL and not code.narrow(values):
+            assignment = self.full
+        if assignment.enter != ALL:
+            assignment = _entering(assignment, self._at_hand(unit))
+        variant = code.variant(assignment, step, values)
+        outs = variant(values)
+        if assignment.pick:
+            session.selected[number] = outs[-1]
+        if step.number == 0 and session.narrows() and not code.narrow(values):
+            session.run_whole("the rows of a layer depend on one another in more than its attention")
+        return outs, variant.rows
+
+    def _state(self, unit: Unit) -> tuple[list[torch.Tensor], bool]:
+        """Rows kept of the layer that these weights are, and whether they are new.
+
+        There are none when it keeps none or has run in this step.
+        """
+        step, key = self.step, self.keys[id(unit)]
+        if not self.rest.keep or key in step.seen:
+            return [], False
+        step.seen.add(key)
+        fresh = key not in self.session.layers
+        if fresh:
+            kept = unit.anchors(self.rest.keep)
+            self.session.layers[key] = allocate(kept, self.program.axes, step.counts.device)
+        return self.session.layers[key], fresh
+
+    def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        """The readable rows; those kept of the other rows stand beside them."""
+        rows, readable = self._at_hand(unit), self.step.indices["readable"]
+        values = self._values(unit)
+        wanted = _entering(HEAD, rows)
+        if rows == ALL and (readable.shape[1] > self.step.shape[1] * MOST or self._slot(unit.outputs[0]) is None):
+            wanted = EXACT
+        if not readable.shape[1]:
+            return [None] * unit.leaving, [NONE] * unit.leaving
+        variant = code.variant(wanted, self.step, values)
+        return variant(values), variant.rows
+
+    def _other(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        """A stem, a tail that is no head, or a unit whose rows mix."""
+        mixing = unit.mixing(self.program.axes)
+        assignment = EXACT
+        if unit.stream is None and self.first.enter == ACTIVE and not mixing:
+            assignment = STEM
+        elif self._at_hand(unit) == ACTIVE and not mixing:
+            assignment = _entering(TAIL, ACTIVE)
+        elif unit.stream is not None:
+            self.env[unit.stream] = self.whole(unit.stream)
+        values = self._values(unit)
+        variant = code.variant(assignment, self.step, values)
+        return variant(values), variant.rows
+
+    def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
+        return self.session.kept.get(self._slot_key(node))
+
+    def _slot_key(self, node: torch.fx.Node) -> Any:
+        """Where all rows of a value are kept; a graph that is one layer has them for each set of weights."""
+        first = next(iter(self.keys.values()), None)
+        return self.program, node, first
+
+    def whole(self, node: torch.fx.Node) -> Any:
+        """All rows of a value: those just computed, beside those kept of the others."""
+        value, rows = self.env[node], self.have.get(node)
+        layout = self.program.axes.layout.get(node)
+        narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
+        if rows is None or layout is None or not (narrowed or self.session.narrows()):
+            return value
+        if position(layout, "T") is None or position(layout, "B") is None:
+            return value
+        kept = self._slot(node)
+        if kept is None:
+            (kept,) = allocate([node], self.program.axes, self.step.counts.device)
+            self.session.kept[self._slot_key(node)] = kept
+        if node not in self.stored and rows == ALL:
+            store_rows(kept, value, layout)
+        elif node not in self.stored and rows != NONE:
+            merge_rows(kept, self.step.indices[rows.name], value, layout)
+        self.stored.add(node)
+        self.widened = True
+        return read_all(kept, layout)
+
+
+def _layer_key(unit: Unit, inputs: list[Any]) -> Any:
+    """State belongs to weights, not to graphs: one graph may serve every layer."""
+    return unit.key, tuple(
+        [id(v) for v in inputs if type(v) is torch.nn.Parameter or isinstance(v, torch.nn.Parameter)]
+    )

@@ -1,0 +1,85 @@
+"""Compiled code of a unit: one a variant, called for every layer of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from .core.assignment import ACTIVE, Assignment
+from .core.axes import Axes
+from .core.emit import Emitted, emit
+from .core.units import Unit
+from .kernels.row_change import pick_rows
+from .lower import Compiled, lower
+from .options import Options
+from .session import Step
+from .trial import rows_are_independent
+
+
+class Variant:
+    """Compiled code of a unit for one assignment, and where its arguments lie in a call's values."""
+
+    def __init__(self, run: Compiled, emitted: Emitted, values: Values) -> None:
+        self.run = run
+        self.rows = emitted.leaves
+        pick = itemgetter(*[values.slot(name) for name in emitted.takes])
+        self.pick = pick if len(emitted.takes) > 1 else lambda flat: (pick(flat),)
+
+    def __call__(self, values: Values) -> Any:
+        """Run it; returns the unit's outputs, then the picked rows if there are any."""
+        return self.run(*self.pick(values.flat))
+
+
+class Values:
+    """All that one unit can be called with in one step, in a flat list."""
+
+    SETS = ("response", "prompt", "readable", "active", "written", "readable@active")
+    FIXED = ("stream", "counts", *[f"index:{name}" for name in SETS])
+
+    def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
+        self.stream, self.inputs = stream, inputs
+        self.flat = [stream, step.counts, *map(step.indices.get, self.SETS), *inputs, *state]
+
+    def slot(self, name: str) -> int:
+        """Where an argument of an emitted unit lies."""
+        if name in self.FIXED:
+            return self.FIXED.index(name)
+        kind, _, which = name.partition(":")
+        return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
+
+
+class UnitCode:
+    """All variants of one kind of unit, shared by every layer of that kind."""
+
+    def __init__(self, unit: Unit, axes: Axes, options: Options) -> None:
+        self.unit, self.axes, self.options = unit, axes, options
+        self.variants: dict[Any, Variant] = {}
+        self.narrows: bool | None = None if unit.mixing(axes) else True
+
+    def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+        """Compiled on first use; the head serves any number of rows, a layer those it was compiled for."""
+        key = assignment if assignment.fixed else (assignment, step.signature)
+        found = self.variants.get(key)
+        if found is None:
+            emitted = emit(self.unit, self.axes, assignment, step.sizes, pick_rows)
+            args = [values.flat[values.slot(name)] for name in emitted.takes]
+            free = [i for i, name in enumerate(emitted.takes) if _any_number(name, assignment)]
+            found = Variant(lower(emitted.module, args, self.options.lowering, free), emitted, values)
+            self.variants[key] = found
+        return found
+
+    def narrow(self, values: Values) -> bool:
+        """Whether the unit may run for fewer rows: known, or tried once on real values."""
+        if self.narrows is None:
+            self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
+        return self.narrows
+
+
+def _any_number(name: str, assignment: Assignment) -> bool:
+    """Whether an argument's rows differ in number from call to call."""
+    return name in ("index:readable", "index:active", "index:written", "index:readable@active") or (
+        name == "stream" and assignment.enter == ACTIVE
+    )
