@@ -20,6 +20,7 @@ from .program import Program
 from .run import run
 from .session import Session, Step, current, enter, sessions
 from .stats import Stats
+from .unit_code import forget
 from .verify import compare
 
 _REFUSED: list[str] = []
@@ -114,9 +115,9 @@ class Backend:
         at = program.index[program.seed]
         if program.ids is not None:
             assert self.weights is not None
-            session = self._session([args[i] for i in self.weights], self.options, False)
+            session = self._session([args[i] for i in self.weights], self.options)
             session.vocabulary = program.vocabulary
-            others = [a for i in self.inputs if i != at and isinstance(a := args[i], torch.Tensor)]
+            others = [args[i] for i in program.read if i not in self.weights]
             step = session.begin(args[at], beside, others)
             enter(session)
             return session, step
@@ -124,7 +125,7 @@ class Backend:
         if joined is None or not joined.hands_on(args[at]):
             if not program.layers:
                 return None, None
-            joined = self._session(program.first_weights(args), replace(self.options, mask_id=None), True)
+            joined = self._session(program.first_weights(args), replace(self.options, mask_id=None))
             joined.begin_hidden(args[at], beside)
             enter(joined)
         step = joined.step
@@ -132,11 +133,14 @@ class Backend:
             self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
         return joined, step if step is not None and step.shape == program.shape else None
 
-    def _session(self, weights: list[torch.Tensor], options: Options, opens: bool) -> Session:
-        """The session of a model: by all its weights, or by those of its first layer where layers are traced alone."""
+    def _session(self, weights: list[torch.Tensor], options: Options) -> Session:
+        """The session of a model: by all its weights, or by those of its first layer where layers are traced alone.
+
+        A graph that Dynamo traced anew, for another number among its arguments, goes on with the same session.
+        """
         owner = tuple(map(id, weights))
         for session in sessions():
-            if session.owner == owner and session.options == options and (opens or session in self.mine):
+            if session.owner == owner and session.options == options:
                 break
         else:
             session = Session(options)
@@ -173,8 +177,9 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
 
 
 def reset() -> None:
-    """Drop the state of every session; called by ``torch._dynamo.reset()`` too."""
+    """Drop the state of every session, and compiled code; called by ``torch._dynamo.reset()`` too."""
     enter(None)
+    forget()
     _REFUSED.clear()
     for session in sessions():
         session.drop()

@@ -2,12 +2,16 @@
 
 A step returns logits of the size of the whole vocabulary, copied so that the caller may write into them. Fresh memory
 of that size is mapped, faulted in and unmapped at every step, which costs more than the copy. A buffer is used again
-once nothing outside holds its memory; the number of owners of its storage tells.
+once nothing outside holds its memory; the number of owners of its storage tells. If nobody wrote into it, which its
+version tells, only the rows that changed since are copied.
 """
 
 from __future__ import annotations
 
 import torch
+
+Rows = torch.Tensor | None
+"""``[B, K]`` int64 rows that changed; ``None`` for all. A row past the last stands for the last."""
 
 
 def owners(tensor: torch.Tensor) -> int:
@@ -15,20 +19,55 @@ def owners(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
+class _Buffer:
+    """Memory handed out before.
+
+    Attributes:
+        tensor: the memory.
+        version: of ``tensor`` when it was handed out.
+        behind: what changed since.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.tensor = value.clone(memory_format=torch.contiguous_format)
+        self.version = self.tensor._version
+        self.behind: list[Rows] = []
+
+    def catch_up(self, value: torch.Tensor) -> None:
+        """Make the buffer equal to ``value``."""
+        changed = [rows for rows in self.behind if rows is not None]
+        if len(changed) < len(self.behind) or self.tensor._version != self.version:
+            self.tensor.copy_(value)
+        else:
+            batch = torch.arange(value.shape[0]).unsqueeze(1)
+            for rows in changed:
+                at = (batch, rows.clamp(max=value.shape[1] - 1))
+                self.tensor[at] = value[at]
+        self.version, self.behind = self.tensor._version, []
+
+
 class Outbox:
     """Buffers handed out before, for one shape at a time."""
 
     def __init__(self) -> None:
-        self.buffers: list[torch.Tensor] = []
+        self.buffers: list[_Buffer] = []
 
-    def copy(self, value: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy of ``value`` that shares no memory with anything the caller still holds."""
+    def copy(self, value: torch.Tensor, rows: Rows = None) -> torch.Tensor:
+        """A contiguous copy of ``value`` that shares no memory with anything the caller still holds.
+
+        Args:
+            value: ``[B, S, ...]`` where ``rows`` are given.
+            rows: what differs from the value copied last; ``None`` when anything may.
+        """
         if value.device.type != "cpu" or torch.is_inference_mode_enabled():
             return value.clone(memory_format=torch.contiguous_format)
-        self.buffers = [b for b in self.buffers if b.shape == value.shape and b.dtype == value.dtype]
-        for buffer in self.buffers:
-            if owners(buffer) == owners(torch.empty(1)):
-                return buffer.copy_(value).detach()
-        buffer = value.clone(memory_format=torch.contiguous_format)
-        self.buffers = [buffer, *self.buffers[:1]]  # a loop holds the last result while it asks for the next
-        return buffer.detach()
+        fits = [b for b in self.buffers if b.tensor.shape == value.shape and b.tensor.dtype == value.dtype]
+        self.buffers = fits
+        for buffer in fits:
+            buffer.behind.append(rows)
+        for buffer in fits:
+            if owners(buffer.tensor) == owners(torch.empty(1)):
+                buffer.catch_up(value)
+                return buffer.tensor.detach()
+        self.buffers = [_Buffer(value), *fits[:1]]  # a loop holds the last result while it asks for the next
+        return self.buffers[0].tensor.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from .core.axes import Axes, fake_like, follow
 from .core.errors import GraphRefused
 from .core.graph import fix_sizes, outline, output_node, placeholders
 from .core.layout import position, size
-from .core.units import Unit
+from .core.units import Unit, closure
 from .lower import Compiled
 from .options import Options
-from .outbox import Outbox
 from .passes import cut, normalized
 from .passes.causal import refuse_causal_masks
 from .passes.seeds import find_seed
-from .unit_code import UnitCode
+from .passes.unmask import unmask
+from .unit_code import shared
 
 
 class Program:
@@ -28,7 +29,11 @@ class Program:
 
     Attributes:
         units: stem, layers and head, whichever the graph has.
+        decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
+        read: arguments that the model reads, ids aside; not those that only the decision does.
+        beside: those of them that belong to the sequence.
+        origin: what a value is called in every graph that has the same units.
     """
 
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
@@ -39,7 +44,8 @@ class Program:
         self.graph = graph
         names = placeholders(graph)
         self.seed, layout = find_seed(graph, args)
-        self.axes = follow(graph, fake, fake_mode, {self.seed.name: layout})
+        again = partial(follow, graph, fake, fake_mode, {self.seed.name: layout})
+        self.axes = unmask(graph, again(), again)
         self.shape = (layout[0][0].size, layout[1][0].size)
         self.units, constants = cut(graph, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
@@ -47,22 +53,22 @@ class Program:
         self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)
         refuse_causal_masks(graph, self.axes, args)
-        self.beside = [
-            i
-            for i, node in enumerate(names)
-            if node is not self.seed
-            and isinstance(args[i], torch.Tensor)
-            and _belongs_to_sequence(node, args[i], self.shape)
-        ]
         self.index = {node: i for i, node in enumerate(names)}
-        self._code: dict[str, UnitCode] = {}
-        self.codes = [self._code.setdefault(unit.key, UnitCode(unit, self.axes, options)) for unit in self.units]
+        self.decision = self.units[-1] if len(self.units) > 1 and self.units[-1].stream is None else None
+        read = closure([n for unit in self.units if unit is not self.decision for n in unit.nodes], set())
+        tensors = [i for n, i in self.index.items() if isinstance(args[i], torch.Tensor) and n is not self.seed]
+        self.read = [i for i in tensors if names[i] in read or self.decision is None]
+        self.beside = [i for i in self.read if _belongs_to_sequence(args[i], self.shape)]
+        self.codes = [shared(unit, self.axes, options.lowering) for unit in self.units]
+        origin = [
+            (node, (unit.key, at, i)) for at, unit in enumerate(self.units) for i, node in enumerate(unit.outputs)
+        ]
+        self.origin = dict(origin)
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude_reads = [n for n in names if any(user in constants for user in n.users)]
         self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
         self.prelude_run: Compiled | None = None
         self.result = output_node(graph).args[0]
-        self.outbox: dict[torch.fx.Node, Outbox] = {}
         self.results = output_node(graph).all_input_nodes
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
@@ -72,18 +78,20 @@ class Program:
 
         A graph of its own could also be a norm that sits between two layers, whose every row is needed.
         """
-        last = self.units[-1]
-        if last.attentions or last.stream is None or not last.outputs or vocabulary is None:
+        if vocabulary is None:
             return None
-        layout = self.axes.layout.get(last.outputs[0], ())
-        readable = position(layout, "T") is not None and position(layout, "B") is not None
-        return last if readable and size(layout[-1]) >= vocabulary and not last.mixing(self.axes) else None
+        for unit in reversed(self.units):
+            if unit.attentions:
+                break
+            if unit.stream is not None and not unit.mixing(self.axes) and self._is_head(unit, vocabulary):
+                return unit
+        return None
 
-    def answer(self, results: dict[torch.fx.Node, Any], kept: bool) -> Any:
-        """The graph's outputs; where ``kept``, a caller may write into them without spoiling what is kept."""
-        mine = self.axes.layout if kept else self.exports
-        fresh = {n: self.outbox.setdefault(n, Outbox()).copy(v) if n in mine else v for n, v in results.items()}
-        return torch.fx.map_arg(self.result, lambda n: fresh[n])
+    def _is_head(self, unit: Unit, vocabulary: int) -> bool:
+        layouts = [self.axes.layout.get(node) for node in unit.outputs[: unit.leaving]]
+        by_row = all(found and None not in (position(found, "T"), position(found, "B")) for found in layouts)
+        widths = [size(self.axes.layout[node][-1]) for node in unit.nodes if self.axes.layout.get(node)]
+        return bool(layouts) and by_row and max(widths, default=0) >= vocabulary
 
     def first_weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """Parameters of the first layer."""
@@ -101,6 +109,6 @@ def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
     return int(axes.fake[table].shape[0]) if isinstance(table, torch.fx.Node) else None
 
 
-def _belongs_to_sequence(node: torch.fx.Node, value: torch.Tensor, shape: tuple[int, int]) -> bool:
+def _belongs_to_sequence(value: torch.Tensor, shape: tuple[int, int]) -> bool:
     """Masks and positions of this sequence; not weights, not tables of the model."""
     return not isinstance(value, torch.nn.Parameter) and value.dim() > 1 and value.shape[-1] == shape[1]

@@ -16,6 +16,7 @@ from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from .core.state import allocate
 from .core.units import Unit
 from .lower import lower
+from .outbox import Outbox
 from .passes.feature_cache import KEEP
 from .program import Program
 from .session import Session, Step
@@ -29,8 +30,8 @@ MOST = 0.9  # with more of the rows readable than this, the head computes all: n
 
 def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
-    if step.repeat and program in session.outputs:
-        return program.answer(session.outputs[program], True)
+    if step.repeat and program in session.outputs and program.decision is None:
+        return _answer(program, session, session.outputs[program], {})
     env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
     if program.prelude is not None:
         given = [env[n] for n in program.prelude_reads]
@@ -41,10 +42,31 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
     for unit, code in zip(program.units, program.codes, strict=True):
         call.unit(unit, code)
     results = {n: call.whole(n) for n in program.results}
-    kept = call.head is not None or program.ids is not None
-    if kept:
+    if call.head is not None or program.ids is not None:
         session.outputs[program] = results
-    return program.answer(results, kept or call.widened)
+    elif not call.widened:
+        results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
+        return torch.fx.map_arg(program.result, lambda n: results[n])
+    return _answer(program, session, results, call.fresh)
+
+
+def _answer(
+    program: Program, session: Session, results: dict[torch.fx.Node, Any], fresh: dict[Any, torch.Tensor]
+) -> Any:
+    """The graph's outputs, which a caller may write into without spoiling what is kept.
+
+    Args:
+        program: the graph.
+        session: whose copies may be used again.
+        results: value of each output.
+        fresh: by the name of an output, the rows that changed since the last call.
+    """
+    copies = {}
+    for node, value in results.items():
+        name = program.origin.get(node, node)
+        box = session.outboxes.setdefault(name, Outbox())
+        copies[node] = box.copy(value, fresh.get(name)) if node in program.axes.layout else value
+    return torch.fx.map_arg(program.result, lambda n: copies[n])
 
 
 @cache
@@ -66,7 +88,9 @@ class _Call:
         self.first = session.schedule.first or self.rest
         if step.assignment.enter != ALL and not self._known():
             self.first = self.rest = self.full
+        self.decides_again = step.repeat and program.decision is not None and self._has_decided()
         self.stored: set[torch.fx.Node] = set()
+        self.fresh: dict[Any, torch.Tensor] = {}  # rows that differ from those returned last
         self.widened = False
 
     def _known(self) -> bool:
@@ -74,9 +98,20 @@ class _Call:
         keys = set(self.keys.values())
         return len(keys) == len(self.keys) and not keys & self.step.seen and keys <= self.session.layers.keys()
 
+    def _has_decided(self) -> bool:
+        """Whether all that the decision and the caller read of the layers is kept from the call before."""
+        assert self.program.decision is not None
+        read = [*self.program.decision.inputs, *self.program.results]
+        made = [n for unit in self.program.layers for n in unit.outputs]
+        heads = self.head.outputs[: self.head.leaving] if self.head is not None else []
+        return not any(n in made for n in read) and bool(heads) and all(self._slot(n) is not None for n in heads)
+
     def unit(self, unit: Unit, code: UnitCode) -> None:
-        """Run one unit."""
-        if unit.attentions:
+        """Run one unit. The same ids decided on again need no layers: what the head gave is kept."""
+        outs: Sequence[Any]
+        if self.decides_again and (unit.attentions or unit is self.head):
+            outs, rows = [None] * len(unit.outputs), [NONE] * len(unit.outputs)
+        elif unit.attentions:
             outs, rows = self._layer(unit, code)
         elif unit is self.head:
             outs, rows = self._head(unit, code)
@@ -162,9 +197,9 @@ class _Call:
         return self.session.kept.get(self._slot_key(node))
 
     def _slot_key(self, node: torch.fx.Node) -> Any:
-        """Where all rows of a value are kept; a graph that is one layer has them for each set of weights."""
+        """Where all rows of a value are kept: by its unit, and by the weights where a graph is one layer of many."""
         first = next(iter(self.keys.values()), None)
-        return self.program, node, first
+        return self.program.origin[node], first
 
     def whole(self, node: torch.fx.Node) -> Any:
         """All rows of a value: those just computed, beside those kept of the others."""
@@ -183,6 +218,8 @@ class _Call:
             store_rows(kept, value, layout)
         elif node not in self.stored and rows != NONE:
             merge_rows(kept, self.step.indices[rows.name], value, layout)
+            if position(layout, "B") == 0 and position(layout, "T") == 1 and self.program.ids is not None:
+                self.fresh[self.program.origin[node]] = self.step.indices[rows.name]
         self.stored.add(node)
         self.widened = True
         return read_all(kept, layout)

@@ -21,6 +21,7 @@ from .core.plan import Call, Exact, Plan, Schedule
 from .ids import at, infer_mask_id, labels, positions, readable_rows, response_rows
 from .method import schedule, with_row_before
 from .options import Options
+from .outbox import Outbox
 from .stats import Stats
 
 
@@ -80,6 +81,7 @@ class Session:
         self.layers: dict[Any, list[torch.Tensor]] = {}
         self.outputs: dict[Any, Any] = {}
         self.kept: dict[Any, torch.Tensor] = {}
+        self.outboxes: dict[Any, Outbox] = {}
         self.selected: dict[int, torch.Tensor] = {}
         self.step: Step | None = None
         self.others: list[tuple[torch.Tensor, int]] = []

@@ -14,7 +14,6 @@ from .core.emit import Emitted, emit
 from .core.units import Unit
 from .kernels.row_change import pick_rows
 from .lower import Compiled, lower
-from .options import Options
 from .session import Step
 from .trial import rows_are_independent
 
@@ -51,11 +50,24 @@ class Values:
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
 
-class UnitCode:
-    """All variants of one kind of unit, shared by every layer of that kind."""
+_SHARED: dict[tuple[str, str], UnitCode] = {}
 
-    def __init__(self, unit: Unit, axes: Axes, options: Options) -> None:
-        self.unit, self.axes, self.options = unit, axes, options
+
+def shared(unit: Unit, axes: Axes, lowering: str) -> UnitCode:
+    """The code of a unit, made once for all layers of its kind, of whatever graph."""
+    return _SHARED.setdefault((unit.key, lowering), UnitCode(unit, axes, lowering))
+
+
+def forget() -> None:
+    """Drop all code."""
+    _SHARED.clear()
+
+
+class UnitCode:
+    """All variants of one kind of unit."""
+
+    def __init__(self, unit: Unit, axes: Axes, lowering: str) -> None:
+        self.unit, self.axes, self.lowering = unit, axes, lowering
         self.variants: dict[Any, Variant] = {}
         self.narrows: bool | None = None if unit.mixing(axes) else True
 
@@ -67,7 +79,7 @@ class UnitCode:
             emitted = emit(self.unit, self.axes, assignment, step.sizes, pick_rows)
             args = [values.flat[values.slot(name)] for name in emitted.takes]
             free = [i for i, name in enumerate(emitted.takes) if _any_number(name, assignment)]
-            found = Variant(lower(emitted.module, args, self.options.lowering, free), emitted, values)
+            found = Variant(lower(emitted.module, args, self.lowering, free), emitted, values)
             self.variants[key] = found
         return found
 

@@ -4,8 +4,10 @@
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
 4. (``core.axes.follow``)  where batch and tokens sit in every value
-5. ``regions``             stem, layers and head, and the roles in a layer
-6. ``feature_cache``         row sets of the roles for each variant of a step; ``core.emit`` writes them
+5. ``unmask``              in a graph that also samples: what is read of a vocabulary becomes one value a row
+6. ``regions``             stem, layers, head and decision, and the roles in a layer
+7. ``feature_cache``, ``block_cache``   a method each: row sets of the roles, and the schedule that chooses among them;
+                           ``core.emit`` writes them
 
 Passes never import each other; only this page names them all.
 """
@@ -34,6 +36,6 @@ def normalized(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTens
 
 
 def cut(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Unit], list[torch.fx.Node]]:
-    """Pass 5: the units of a graph, and the constants that several of them read."""
+    """Pass 6: the units of a graph, and the constants that several of them read."""
     units = regions(graph, axes)
     return units, constants(graph, units, axes)

@@ -13,7 +13,7 @@ import operator
 import torch
 import torch.fx
 
-from dllm_compile.core.axes import Axes, attention
+from dllm_compile.core.axes import Axes, attention, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
@@ -50,6 +50,8 @@ def regions(graph: torch.fx.Graph, axes: Axes) -> list[Unit]:
         cuts.append((len(live) - 1, live[-1]))  # a layer traced alone hands its stream to the caller
     segments = _segments(live, cuts)
     groups = _group(segments, calls)
+    if groups:
+        groups[-1:] = _split_tail(groups[-1], axes)
     units = [_unit(nodes, entering, leaving, axes) for nodes, entering, leaving in groups]
     _place_constants(graph, units, axes)
     return [unit.seal(axes) for unit in units]
@@ -81,7 +83,7 @@ def _cuts(live: list[torch.fx.Node], axes: Axes) -> list[Cut]:
     alive: set[torch.fx.Node] = set()
     for i, node in enumerate(live):
         alive = {n for n in alive if last[n] > i}
-        if last[node] > i:
+        if last[node] > i and not _is_side_value(node, axes):
             alive.add(node)
         if len(alive) == 1:
             (only,) = alive
@@ -95,6 +97,12 @@ def _is_stream(node: torch.fx.Node, axes: Axes) -> bool:
     if layout is None or len(layout) != 3 or not axes.fake[node].is_floating_point():
         return False
     return [tuple(f.kind for f in dim) for dim in layout] == [("B",), ("T",), ("",)]
+
+
+def _is_side_value(node: torch.fx.Node, axes: Axes) -> bool:
+    """Ids, and what compares or counts them: cheap, and no part of the residual stream."""
+    value = axes.fake[node]
+    return isinstance(value, torch.Tensor) and value.dim() <= 2 and not value.is_floating_point()
 
 
 Segment = tuple[list[torch.fx.Node], "torch.fx.Node | None", "torch.fx.Node | None"]
@@ -144,6 +152,30 @@ def _last_layer_end(segments: list[Segment], starts: list[int]) -> int:
     return end
 
 
+def _split_tail(segment: Segment, axes: Axes) -> list[Segment]:
+    """Cut a head from the decision behind it.
+
+    The head is what is made of the stream row by row. What also reads ids, constants that have an entry a token (they
+    may change from call to call) or other rows is the decision, and runs for all rows.
+    """
+    nodes, entering, leaving = segment
+    if entering is None or leaving is not None or any(n.target is attention for n in nodes):
+        return [segment]
+    by_row = {entering}
+    for node in nodes:
+        live = [n for n in node.all_input_nodes if n in axes.live]
+        beside = any((node, n) in axes.beside for n in node.all_input_nodes)
+        if node not in axes.unproven and not beside and all(n in by_row for n in live):
+            by_row.add(node)
+    if all(node in by_row for node in nodes):
+        return [segment]
+    edge = [n for n in nodes if n in by_row and any(user not in by_row for user in n.users)]
+    wide = {n for n in closure(edge, {entering}) if n in nodes}
+    head = [n for n in nodes if n in wide]
+    rest = [n for n in nodes if n not in wide]
+    return [(head, entering, None), (rest, None, None)] if head else [segment]
+
+
 def _joined(segments: list[Segment]) -> Segment:
     return [n for nodes, _, _ in segments for n in nodes], segments[0][1], segments[-1][2]
 
@@ -167,12 +199,22 @@ def _unit(
         for n in nodes
         if n is not leaving and any(u not in inside and (u in axes.live or u.op == "output") for u in n.users)
     ]
-    outputs = [*([leaving] if leaving is not None else []), *read_outside]
-    unit = Unit(nodes, entering, outputs)
+    unit = Unit(nodes, entering, [*([leaving] if leaving is not None else []), *read_outside])
     unit.attentions = [_attention(n, axes) for n in nodes if n.target is attention]
     if unit.attentions:
         unit.branches = _branches(nodes, entering, leaving, axes)
+    elif leaving is None and entering is not None:
+        _logits_first(unit)
     return unit
+
+
+def _logits_first(unit: Unit) -> None:
+    """Of the outputs of a tail, put those made of its last projection first: only they may leave for fewer rows."""
+    projections = [n for n in unit.nodes if n.target is linear]
+    if projections:
+        made = {n: projections[-1] in closure([n], set()) for n in unit.outputs}
+        unit.outputs.sort(key=lambda n: not made[n])
+        unit.leaving = sum(made.values())
 
 
 def _branches(

@@ -49,3 +49,26 @@ def test_shapes_and_strides_may_change() -> None:
     got = box.copy(padded)
     assert torch.equal(got, padded)
     assert got.is_contiguous()
+
+
+def test_only_changed_rows_are_copied_into_memory_nobody_wrote_to() -> None:
+    box, value = Outbox(), torch.randn(2, 6, 3)
+    held = box.copy(value)
+    for step in range(5):
+        rows = torch.tensor([[step, 6], [5, 0]])  # 6 is past the last row
+        value[:, step] += 1
+        value[:, 0] += 1
+        value[:, 5] += 1
+        rows = torch.cat([rows, torch.tensor([[0], [step]])], 1)
+        held = box.copy(value, rows)
+        assert torch.equal(held, value)
+    assert len(box.buffers) == 2
+
+
+def test_memory_the_caller_wrote_into_is_copied_whole() -> None:
+    box, value = Outbox(), torch.randn(1, 4, 3)
+    nothing = torch.zeros(1, 0, dtype=torch.int64)
+    box.copy(value)[:, 2] = -torch.inf
+    assert torch.equal(box.copy(value, nothing), value)
+    box.copy(value).add_(1)
+    assert torch.equal(box.copy(value, nothing), value)

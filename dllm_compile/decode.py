@@ -1,0 +1,122 @@
+"""The decoding loop: a step, and another one, until every sequence is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from .schedule import Progress
+from .stepper import Step
+
+
+@dataclass
+class Generated:
+    """What a generation returns where more than ids is asked for; also read as ``result["sequences"]``.
+
+    Attributes:
+        sequences: ``[B, P + gen_length]`` int64, prompts and responses.
+        nfe: forward calls of the model; one with guidance is one.
+        tokens_per_forward: masks filled a sequence and forward call.
+        history: ``[nfe + 1, B, P + gen_length]`` int64, the ids before the first call and after each; or ``None``.
+    """
+
+    sequences: torch.Tensor
+    nfe: int
+    tokens_per_forward: float
+    history: torch.Tensor | None = None
+
+    def keys(self) -> list[str]:
+        """Names of what there is."""
+        return [each.name for each in fields(self) if getattr(self, each.name) is not None]
+
+    def __getitem__(self, key: str | int) -> Any:
+        name = self.keys()[key] if isinstance(key, int) else key
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+@torch.no_grad()
+def decode(
+    x: torch.Tensor,
+    prompt: int,
+    mask_id: int,
+    eos: tuple[int, ...],
+    step: Step,
+    progress: Progress,
+    streamer: Any = None,
+    output_history: bool = False,
+) -> Generated:
+    """Fill the masks of ``x``.
+
+    A sequence whose masks all lie behind an end that is written is done. Its masks stay until all sequences are done
+    and are then filled with that end: a cache that follows the ids would take so many new tokens for a new block.
+
+    Args:
+        x: ``[B, S]`` int64, prompts and masks.
+        prompt: tokens of the prompts.
+        mask_id: the mask token.
+        eos: ids that end a response; may be empty.
+        step: runs the model once.
+        progress: says what a step may write.
+        streamer: see :func:`dllm_compile.generate`.
+        output_history: keep the ids after each call.
+    """
+    stream = _Stream(streamer, x, prompt)
+    history = [x]
+    host = x.cpu()
+    masked = start = host == mask_id
+    calls = 0
+    while (turn := progress.turn(masked & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
+        x = step(x, turn.to(x.device))
+        calls += 1
+        host = x.cpu()
+        masked = host == mask_id
+        stream.put(host, masked)
+        if output_history:
+            history.append(x)
+    filled = int(start.sum()) - int(masked.sum())
+    behind, end = _ends_before(host, masked, prompt, eos)
+    host = torch.where(behind & masked, end, host)
+    history[-1] = x = host.to(x.device)
+    stream.put(host, host == mask_id)
+    stream.end()
+    rate = filled / max(calls * x.shape[0], 1)
+    return Generated(x, calls, rate, torch.stack(history) if output_history else None)
+
+
+def _ends_before(
+    x: torch.Tensor, masked: torch.Tensor, prompt: int, eos: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences ``[B, 1]`` bool whose masks all lie behind the first end in the response, and that end ``[B, 1]``."""
+    tokens = x.shape[1]
+    position = torch.arange(tokens)
+    ends = torch.isin(x, torch.tensor(eos, dtype=x.dtype)) & (position >= prompt)
+    first_end = torch.where(ends, position, tokens).amin(1, keepdim=True)
+    first_mask = torch.where(masked, position, tokens).amin(1, keepdim=True)
+    return first_end < first_mask, x.gather(1, first_end.clamp(max=tokens - 1))
+
+
+class _Stream:
+    """Hands a streamer of transformers the tokens of one sequence, in order, once nothing before them is open."""
+
+    def __init__(self, streamer: Any, x: torch.Tensor, prompt: int) -> None:
+        self.streamer, self.sent = streamer, prompt
+        if streamer is not None:
+            streamer.put(x[:, :prompt].cpu())
+
+    def put(self, x: torch.Tensor, masked: torch.Tensor) -> None:
+        """Hand on what is new in ``x``, ``[1, S]`` on the CPU."""
+        if self.streamer is None:
+            return
+        settled = int(torch.cat([masked[0], masked.new_ones(1)]).long().argmax())
+        if settled > self.sent:
+            self.streamer.put(x[0, self.sent : settled])
+            self.sent = settled
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self.streamer is not None:
+            self.streamer.end()

@@ -1,0 +1,123 @@
+"""Generation: the sampling loops of LLaDA, Dream and Fast-dLLM on any masked-diffusion model, compiled or not."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from .decode import Generated, decode
+from .family import Family, family, model_inputs
+from .options import Options
+from .schedule import Progress
+from .settings import NAMES, OPTIONS, SYNONYMS, Settings, settings_of
+from .step import Model
+from .stepper import stepper
+
+
+def generate(
+    model: Model,
+    input_ids: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    method: str | None = None,
+    streamer: Any = None,
+    return_dict: bool = False,
+    output_history: bool = False,
+    generator: torch.Generator | None = None,
+    generation_config: Any = None,
+    **settings: Any,
+) -> torch.Tensor | Generated:
+    """Generate responses by a masked-diffusion language model.
+
+    Also a ``custom_generate`` of transformers: ``model.generate(ids, custom_generate=dllm_compile.generate, ...)``,
+    which hands no streamer on (5.23).
+
+    Args:
+        model: maps ids ``[B, S]`` to logits ``[B, S, V]``, bare or as ``.logits``; compiled or not.
+        input_ids: ``[B, P]`` integer prompts, padded on the left. Masks in them are filled with the first block.
+        attention_mask: ``[B, P]``, 0 at padding. Not given to the model where nothing is padding.
+        method: a method of the backend to compile the model by; ``None`` runs it as it is, unless an option of the
+            backend is given, such as ``preset``.
+        streamer: ``put`` gets the prompt, then tokens in order as soon as no mask is before them; then ``end``. For one
+            sequence, as in transformers.
+        return_dict: return :class:`Generated`.
+        output_history: keep the ids after each call; implies ``return_dict``.
+        generator: source of random numbers; ``None`` for PyTorch's own.
+        generation_config: of transformers, which gives it; fills in what is not said otherwise.
+        settings: fields of :class:`dllm_compile.settings.Settings`, their synonyms, and options of the backend.
+
+    Returns:
+        ``[B, P + gen_length]`` int64, or :class:`Generated`.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or a mask token that nobody knows.
+    """
+    if generation_config is not None:  # transformers has checked the names, and added inputs of its own loops
+        _warn_of_processors(settings.get("logits_processor") or ())
+        settings = {name: value for name, value in settings.items() if name in NAMES}
+        return_dict = return_dict or bool(generation_config.return_dict_in_generate)
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; give integer ids [batch, tokens]")
+    if streamer is not None and input_ids.shape[0] > 1:
+        raise ValueError(f"a streamer follows one sequence, not {input_ids.shape[0]}; leave it out, or split the batch")
+    how, options = settings_of(settings, generation_config, input_ids.shape[1])
+    kind = family(model, how.mask_id, how.shift)
+    cached = False
+    if method is not None or options:
+        how, options, cached = _for_backend(how, options, method, kind)
+    x = torch.nn.functional.pad(input_ids.long(), (0, how.gen_length), value=kind.mask_id)
+    progress = Progress(how, x.shape, shift=kind.shift, cached=cached)
+    if options:
+        progress.hold((x == kind.mask_id).cpu())
+    if progress.leads and not how.parallel:
+        how = replace(how, remasking="entropy")
+    inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
+    step = stepper(model, x, kind, how, options, inputs, generator)
+    result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
+    return result if return_dict or output_history else result.sequences
+
+
+def _for_backend(
+    settings: Settings, options: dict[str, Any], method: str | None, kind: Family
+) -> tuple[Settings, dict[str, Any], bool]:
+    """Settings and options of the backend with the same blocks, and whether a block has a cache of its own."""
+    options = {**options, "mask_id": kind.mask_id, "shift": kind.shift}
+    if method is not None:
+        options["method"] = method
+    if settings.block_length is not None:
+        options["block_length"] = settings.block_length
+    backend = Options.of(options)
+    settings = replace(settings, block_length=backend.block_length)
+    return settings, options, backend.method == "fast-dllm" and backend.cache != "none"
+
+
+def _warn_of_processors(processors: Iterable[Any]) -> None:
+    """Say which of transformers' logits processors play no part here."""
+    names = [type(each).__name__ for each in processors]
+    lost = [name for name in names if name not in ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")]
+    if lost:
+        warnings.warn(f"dllm: generate runs no logits processors, so these are left out: {lost}", stacklevel=3)
+
+
+def _signature() -> inspect.Signature:
+    """All names of :func:`generate`, but ``attention_mask`` and names of transformers' own.
+
+    transformers hands over what it finds here as it was given, and ``attention_mask`` once more as it prepared it;
+    other names that neither it nor the model knows it refuses.
+    """
+    plain = inspect.signature(generate)
+    own = [p for name, p in plain.parameters.items() if name not in ("attention_mask", "settings")]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(each.name, keyword, default=each.default) for each in fields(Settings)]
+    known = {*plain.parameters, "max_new_tokens", "eos_token_id"}
+    other = [name for name in (*SYNONYMS, *OPTIONS) if name not in known]
+    more += [inspect.Parameter(name, keyword, default=None) for name in other]
+    return plain.replace(parameters=[*own, *more, plain.parameters["settings"]])
+
+
+generate.__signature__ = _signature()  # type: ignore[attr-defined]

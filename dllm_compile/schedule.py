@@ -1,0 +1,163 @@
+"""How many tokens a step frees and where: how far each sequence of the batch is, block by block.
+
+Everything here is small and on the CPU. The sequences of a batch go on independently, each as it would alone.
+
+Sources: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487), Fast-dLLM (arXiv 2505.22618) and its authors' code.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one step may write.
+
+    Attributes:
+        candidates: ``[B, S]`` bool.
+        count: ``[B]`` int64, how many of them; ``None`` leaves it to threshold, factor or share.
+        most: the largest entry of ``count``, 1, or what :meth:`Progress.hold` holds it to.
+        share: ``[B]`` float32, the probability of each candidate to be written (Dream's ``origin``).
+    """
+
+    candidates: torch.Tensor
+    count: torch.Tensor | None = None
+    most: int | None = None
+    share: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Turn:
+        """The same with its tensors on ``device``."""
+        count = None if self.count is None else self.count.to(device)
+        share = None if self.share is None else self.share.to(device)
+        return replace(self, candidates=self.candidates.to(device), count=count, share=share)
+
+
+def quota(first: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
+    """LLaDA's counts ``[B]`` int64: equal parts of the ``first`` masks of a block, early steps take the remainder."""
+    return (first // steps + (step < first % steps).long()) * (step < steps).long()
+
+
+def fraction(step: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
+    """Dream's share ``[B]`` float32 of what is masked: ``1 - s / t`` on ``linspace(1, eps)``; 1 last, 0 after that."""
+    times = torch.linspace(1, eps, steps + 1)
+    part = 1 - times[1:] / times[:-1]
+    part[-1] = 1
+    return torch.cat([part, torch.zeros(1)])[step.clamp(max=steps)]
+
+
+def capped(first: torch.Tensor, left: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
+    """Counts ``[B]`` int64 of Fast-dLLM's Dream without blocks: equal parts, and what was turned down before."""
+    return torch.minimum(first // steps * (step + 1), first) - (first - left)
+
+
+class Progress:
+    """Where each sequence of a batch stands.
+
+    Args:
+        settings: of the generation.
+        shape: ``(B, S)``, sequences and tokens of prompt and response.
+        shift: whether the model is shifted: Dream's schedule by time, else LLaDA's quota.
+        cached: whether later passes of a block run on its cache (matters to ``as_published`` alone).
+
+    With ``as_published`` come the habits of Fast-dLLM's code: Dream's blocks begin with a pass that frees their first
+    position alone and is step 0 of the schedule; a block is not checked before its second pass, but without a cache
+    in LLaDA; Dream with a threshold and no blocks has a quota as a cap.
+    """
+
+    def __init__(self, settings: Settings, shape: tuple[int, ...], *, shift: bool, cached: bool = False) -> None:
+        batch, tokens = shape
+        self.settings, self.shift, self.prompt = settings, shift, tokens - settings.gen_length
+        self.blocks = settings.blocks
+        self.length = settings.gen_length // self.blocks
+        self.steps = max((settings.steps or settings.gen_length) // self.blocks, 1)
+        self.position = torch.arange(tokens)
+        self.block, self.step, self.first = torch.zeros(3, batch, dtype=torch.int64)
+        self.most = 1
+        published, blocked = settings.as_published, settings.block_length is not None
+        self.leads = published and shift and blocked
+        self.least = 2 if self.leads or (published and cached and not shift) else 1
+        self.caps = published and shift and not blocked and settings.threshold is not None
+
+    def turn(self, masked: torch.Tensor) -> Turn | None:
+        """What the next step may write; ``None`` when all sequences are done.
+
+        Args:
+            masked: ``[B, S]`` bool on the CPU, what is masked before the step.
+        """
+        left = self._advance(masked)
+        live = self.block < self.blocks
+        if not live.any():
+            return None
+        candidates = masked & self._reach() & live.unsqueeze(1)
+        if self.leads:
+            candidates &= (self.step > 0).unsqueeze(1) | (self.position == self._start().unsqueeze(1))
+        turn = self._count(candidates, left)
+        self.step = self.step + live.long()
+        return turn
+
+    def hold(self, masked: torch.Tensor) -> None:
+        """Hold ``most`` at its largest from the first step on: a compiled step is then compiled once.
+
+        Args:
+            masked: ``[B, S]`` bool on the CPU, what is masked at the start.
+        """
+        trial, masked = copy(self), masked.clone()
+        while (turn := trial.turn(masked)) is not None and turn.count is not None:
+            self.most = max(self.most, int(turn.count.max()))
+            masked &= ~turn.candidates | (turn.candidates.cumsum(1) > turn.count.unsqueeze(1))
+
+    def _count(self, candidates: torch.Tensor, left: torch.Tensor) -> Turn:
+        settings, waiting = self.settings, candidates.sum(1)
+        if self.caps:
+            count = capped(self.first, left, self.step, self.steps)
+        elif settings.parallel:
+            return Turn(candidates)
+        elif self.shift or settings.remasking == "origin":
+            share = fraction(self.step, self.steps, settings.eps)
+            if settings.remasking == "origin":
+                return Turn(candidates, share=share)
+            count = (waiting.float() * share).long()
+        else:
+            count = quota(self.first, self.step, self.steps)
+        if self.leads:
+            count = torch.where(self.step == 0, 1, count)
+        count = torch.minimum(count, waiting)
+        return Turn(candidates, count, max(int(count.max()), self.most))
+
+    def _advance(self, masked: torch.Tensor) -> torch.Tensor:
+        """Move sequences past the blocks they are done with; masks ``[B]`` left in the blocks they are in."""
+        while True:
+            left = (masked & self._reach() & (self.position >= self._start().unsqueeze(1))).sum(1)
+            self.first = torch.where(self.step == 0, left, self.first)
+            if self.caps:
+                limit = self.steps + self.first
+            elif self.settings.parallel:
+                limit = self.first.clamp(min=self.least)
+            else:
+                limit = torch.full_like(left, self.steps + int(self.leads)).clamp(min=self.least)
+            tried = self.step >= self.least
+            over = ((left == 0) & (tried | (self.step == 0))) | (tried & (self.step >= limit))
+            over &= self.block < self.blocks
+            if not over.any():
+                return left
+            self.block = self.block + over.long()
+            self.step = self.step.masked_fill(over, 0)
+
+    def _start(self) -> torch.Tensor:
+        """First position ``[B]`` of each block; masks inside a prompt belong to the first block."""
+        start = self.prompt + self.block * self.length
+        return start if self.leads else torch.where(self.block == 0, 0, start)
+
+    def _reach(self) -> torch.Tensor:
+        """Positions ``[B, S]`` that a step may write: all before the end of the block, or the block alone."""
+        end = self.prompt + (self.block + 1) * self.length
+        inside: torch.Tensor = self.position < end.unsqueeze(1)
+        if self.leads:
+            inside &= self.position >= self._start().unsqueeze(1)
+        return inside

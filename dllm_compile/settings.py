@@ -1,0 +1,216 @@
+"""Settings of one generation: one frozen value, under the names of LLaDA, Dream and Fast-dLLM alike."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .options import SYNONYMS as OPTION_SYNONYMS
+from .options import Options
+from .sampling import RULES
+
+SYNONYMS = {
+    "max_new_tokens": "gen_length",
+    "block_size": "block_length",
+    "block_len": "block_length",
+    "diffusion_steps": "steps",
+    "num_steps": "steps",
+    "alg": "remasking",
+    "confidence_threshold": "threshold",
+    "mask_token_id": "mask_id",
+    "eos_token_id": "eos_id",
+}
+RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": "topk_margin", "neg_entropy": "entropy"}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_ID = (lambda v: _is_int(v) and v >= 0, "a token id, such as 126336 for LLaDA")
+_COUNT = (lambda v: _is_int(v) and v >= 1, "a whole number of at least 1")
+_SCALE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
+_SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a share above 0 and up to 1")
+_LEVEL = (_is_number, "a confidence, such as 0.9")
+_SWITCH = (lambda v: isinstance(v, bool), "True or False")
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("gen_length", "block_length", "steps", "top_k"), _COUNT),
+    **dict.fromkeys(("temperature", "cfg_scale", "factor", "alg_temp"), _SCALE),
+    **dict.fromkeys(("top_p", "eps"), _SHARE),
+    **dict.fromkeys(("shift", "as_published"), _SWITCH),
+    "threshold": _LEVEL,
+    "mask_id": _ID,
+}
+"""What values of a field are, and how that is said; ``None`` is one too where it is the default."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How :func:`dllm_compile.generate` samples: the arguments it takes by name.
+
+    Attributes:
+        gen_length: tokens of the response; also ``max_new_tokens``.
+        block_length: tokens of a block, filled one after another; ``None`` for one block. Also ``block_size``.
+        steps: forward calls in all, where the number of tokens a call is fixed; ``None`` for one call a token.
+        temperature: 0 takes the best tokens.
+        remasking: which tokens to write first: by the probability of the token (``"low_confidence"``,
+            ``"maskgit_plus"``), by ``"entropy"``, by ``"topk_margin"``, at ``"random"``, or Dream's ``"origin"``, which
+            writes each with the same probability; also ``alg``. At a temperature, the first and ``"random"`` draw as
+            LLaDA does, unless the model is shifted; all others draw as Dream does.
+        cfg_scale: scale of classifier-free guidance; 0 for none.
+        threshold: write all tokens of a block that are this sure, at least one (Fast-dLLM); ``steps`` is then unused.
+        factor: the same, with a bound that grows with the number of tokens written at once (Fast-dLLM).
+        shift: row ``i - 1`` of the logits predicts token ``i``, as Dream's does; ``None`` asks the model's config.
+            A shifted model follows Dream's schedule, any other LLaDA's.
+        mask_id: token id of the mask; ``None`` asks the model's config.
+        eos_id: id or ids that end a response. A sequence stops when all its masks lie behind one, and they become it.
+        top_p: draw from the fewest tokens that hold more than this share (Dream).
+        top_k: draw from so many of the likeliest tokens (Dream).
+        alg_temp: draw positions by their confidence at this temperature (Dream); 0 or ``None`` takes the surest.
+        eps: where Dream's schedule ends.
+        as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
+            :class:`dllm_compile.schedule.Progress`. Temperature 0 only.
+
+    Raises:
+        ValueError: a value is out of range, or two of them contradict each other.
+    """
+
+    gen_length: int = 128
+    block_length: int | None = None
+    steps: int | None = None
+    temperature: float = 0.0
+    remasking: str = "low_confidence"
+    cfg_scale: float = 0.0
+    threshold: float | None = None
+    factor: float | None = None
+    shift: bool | None = None
+    mask_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    alg_temp: float | None = None
+    eps: float = 1e-3
+    as_published: bool = False
+
+    def __post_init__(self) -> None:
+        if self.remasking not in RULES:
+            near = nearest(self.remasking, RULES)
+            raise ValueError(f"remasking is {self.remasking!r}; did you mean {near!r}? Valid: {', '.join(RULES)}")
+        for name, (fits, wanted) in _VALUES.items():
+            value = getattr(self, name)
+            if not (fits(value) or (value is None and getattr(Settings, name) is None)):
+                raise ValueError(f"{name} is {value!r}; give {wanted}")
+        if not all(map(_is_int, self.eos)):
+            raise ValueError(f"eos_id is {self.eos_id!r}; give a token id, or a tuple of them")
+        self._check_blocks()
+        self._check_rules()
+
+    def _check_blocks(self) -> None:
+        block, blocks = self.block_length, self.blocks
+        if block and self.gen_length % block:
+            more = -(-self.gen_length // block) * block
+            raise ValueError(f"gen_length {self.gen_length} is no multiple of block_length {block}; give {more}")
+        if self.steps and self.steps % blocks and not self.parallel:
+            more = -(-self.steps // blocks) * blocks
+            raise ValueError(f"steps {self.steps} is no multiple of the number of blocks, {blocks}; give {more}")
+
+    def _check_rules(self) -> None:
+        if self.threshold is not None and self.factor is not None:
+            raise ValueError("threshold and factor are two rules for one thing; give one of them")
+        rule = "threshold" if self.threshold is not None else "factor"
+        if self.parallel and self.remasking == "origin":
+            raise ValueError(f"remasking='origin' has no confidence to hold against a {rule}; leave out one of them")
+        if self.parallel and self.alg_temp:
+            raise ValueError(f"alg_temp draws a fixed number of positions, {rule} takes all that are sure; give one")
+        if self.as_published and self.temperature:
+            raise ValueError("as_published repeats traces at temperature 0; leave out one of them")
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the response."""
+        return self.gen_length // (self.block_length or self.gen_length)
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        return () if self.eos_id is None else self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether confidence decides how many tokens a step writes."""
+        return self.threshold is not None or self.factor is not None
+
+    def draws_rows(self, shift: bool) -> bool:
+        """Whether a step draws or filters as Dream's does: for masked rows alone, a number that depends on values."""
+        if self.remasking == "origin" or self.alg_temp or self.top_k or (self.top_p or 1) < 1:
+            return True
+        return self.temperature > 0 and (shift or self.remasking not in ("low_confidence", "random"))
+
+
+def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -> tuple[Settings, dict[str, Any]]:
+    """Read arguments as a user wrote them.
+
+    Args:
+        given: names, synonyms among them, and values.
+        config: a ``transformers.GenerationConfig`` that fills gaps: length, end of sequence, and where it says to
+            sample, how.
+        prompt: tokens of the prompt, which ``config.max_length`` counts.
+
+    Returns:
+        Settings, and what is left: options of the backend.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or one thing said twice.
+    """
+    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        meant = SYNONYMS.get(name, name)
+        if meant not in SETTINGS and name not in OPTIONS:
+            near = nearest(name, NAMES)
+            raise ValueError(f"there is no argument {name!r}; did you mean {near!r}? Arguments: {', '.join(NAMES)}")
+        target = own if meant in SETTINGS else options
+        if meant in target:
+            raise ValueError(f"{meant!r} is given twice, once as {name!r}; give it once")
+        target[meant] = value
+    if config is not None:
+        own = {**_from_config(config, prompt), **own}
+    if own.get("remasking") == "confidence_threshold":
+        own.setdefault("threshold", 0.9)
+    if "remasking" in own:
+        own["remasking"] = RULE_SYNONYMS.get(own["remasking"], own["remasking"])
+    if isinstance(own.get("eos_id"), list):
+        own["eos_id"] = tuple(own["eos_id"])
+    return Settings(**own), options
+
+
+def _from_config(config: Any, prompt: int) -> dict[str, Any]:
+    own: dict[str, Any] = {"eos_id": config.eos_token_id}
+    length = config.max_new_tokens or (config.max_length and config.max_length - prompt)
+    if length:
+        own["gen_length"] = length
+    if config.do_sample:
+        own["temperature"] = 1.0 if config.temperature is None else config.temperature
+        own.update(top_p=config.top_p, top_k=config.top_k or None)
+    return own
+
+
+def nearest(name: Any, valid: Collection[str]) -> str:
+    """The valid name most like the one given."""
+    return difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)[0]
+
+
+SETTINGS = tuple(each.name for each in fields(Settings))
+OPTIONS = tuple(
+    name
+    for name in (*(each.name for each in fields(Options)), *OPTION_SYNONYMS, "preset")
+    if name not in SETTINGS and name not in SYNONYMS
+)
+NAMES = (*SETTINGS, *SYNONYMS, *OPTIONS)
+"""Every name that decides how a generation runs."""

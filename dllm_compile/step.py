@@ -1,0 +1,111 @@
+"""One denoising step: token ids in, token ids out. Plain PyTorch that TorchDynamo traces to one graph.
+
+What changes from step to step is a tensor: the ids, the candidates, how many to free, the noise. Nothing is written in
+place and no size depends on values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .sampling import chosen, confidence, gumbel
+
+Model = Callable[..., Any]
+
+
+def read_logits(model: Model, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits ``[B, S, V]`` of ids ``[B, S]`` int64, from a model that returns them bare or as ``.logits``."""
+    out = model(ids, **inputs)
+    logits: torch.Tensor = out if isinstance(out, torch.Tensor) else out.logits
+    return logits
+
+
+def guided_logits(
+    read: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    *,
+    mask_id: int,
+    shift: bool,
+    cfg_scale: float,
+    given: torch.Tensor | None,
+    **inputs: Any,
+) -> torch.Tensor:
+    """Logits ``[B, S, V]`` whose row ``i`` predicts token ``i``, with classifier-free guidance where asked for.
+
+    Guidance runs ``x`` and a copy without its prompt as one batch and gives ``u + (cfg_scale + 1)(c - u)`` (LLaDA).
+
+    Args:
+        read: maps ids and ``inputs`` to logits.
+        x: ``[B, S]`` int64.
+        mask_id: what stands for the prompt in the unconditional half.
+        shift: the model's row ``i - 1`` predicts token ``i`` (Dream).
+        cfg_scale: 0 for none.
+        given: ``[B, S]`` bool, the prompt; required with guidance.
+        inputs: further inputs of the model; tensors of a sequence have the batch first.
+    """
+    if cfg_scale > 0:
+        assert given is not None
+        twice = {name: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        conditional, free = read(torch.cat([x, torch.where(given, mask_id, x)]), **twice).chunk(2)
+        logits = free + (cfg_scale + 1) * (conditional - free)
+    else:
+        logits = read(x, **inputs)
+    return torch.cat([logits[:, :1], logits[:, :-1]], 1) if shift else logits
+
+
+def denoise_step(
+    model: Model,
+    x: torch.Tensor,
+    candidates: torch.Tensor,
+    count: torch.Tensor | None = None,
+    most: int | None = None,
+    *,
+    mask_id: int,
+    shift: bool = False,
+    remasking: str = "low_confidence",
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    threshold: float | None = None,
+    factor: float | None = None,
+    given: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    draws: torch.Tensor | None = None,
+    **inputs: Any,
+) -> torch.Tensor:
+    """Run the model once and write the surest of the candidates.
+
+    Args:
+        model: maps ids ``[B, S]`` to logits ``[B, S, V]``, bare or as ``.logits``; compiled or not.
+        x: ``[B, S]`` int64 token ids.
+        candidates: ``[B, S]`` bool, masked positions that may be written.
+        count: ``[B]`` int64, tokens to write in each sequence; ``None`` leaves it to ``threshold`` or ``factor``.
+        most: the largest entry of ``count``.
+        mask_id: the mask token.
+        shift: row ``i - 1`` of the logits predicts token ``i``.
+        remasking: rule of confidence, see :func:`dllm_compile.sampling.confidence`; ``"random"`` takes ``draws``.
+        temperature: of the Gumbel noise; 0 takes the best token.
+        cfg_scale: scale of classifier-free guidance; 0 for none.
+        threshold, factor: of Fast-dLLM, see :func:`dllm_compile.sampling.chosen`.
+        given: ``[B, S]`` bool, the prompt; required with ``cfg_scale``.
+        noise: ``[B, S, V]`` float64, uniform; required with ``temperature``.
+        draws: ``[B, S]``, the confidences of ``"random"``.
+        inputs: further inputs of the model, such as ``attention_mask``.
+
+    Returns:
+        ``[B, S]`` int64, a new tensor.
+    """
+
+    def read(ids: torch.Tensor, **more: Any) -> torch.Tensor:
+        return read_logits(model, ids, **more)
+
+    logits = guided_logits(read, x, mask_id=mask_id, shift=shift, cfg_scale=cfg_scale, given=given, **inputs)
+    if temperature > 0:
+        assert noise is not None
+        token = gumbel(logits, noise, temperature).argmax(-1)
+    else:
+        token = logits.argmax(-1)
+    sure = confidence(logits.softmax(-1), token, remasking) if draws is None else draws
+    return torch.where(chosen(sure, candidates, count, most, threshold, factor), token, x)

@@ -1,0 +1,74 @@
+"""From settings to the step that a loop repeats: compiled or not, drawn in one graph or in eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .compiled import compiled
+from .draw import draw_step
+from .family import Family, vocabulary
+from .schedule import Turn
+from .settings import Settings
+from .step import Model, denoise_step, guided_logits, read_logits
+
+Step = Callable[[torch.Tensor, Turn], torch.Tensor]
+"""Maps ids ``[B, S]`` and a turn on their device to new ids."""
+
+
+def stepper(
+    model: Model,
+    x: torch.Tensor,
+    kind: Family,
+    settings: Settings,
+    options: dict[str, Any],
+    inputs: dict[str, Any],
+    generator: torch.Generator | None,
+) -> Step:
+    """The step of one generation.
+
+    Args:
+        model: maps ids to logits.
+        x: ``[B, S]`` int64, the ids at the start.
+        kind: family of the model.
+        settings: how to sample.
+        options: of the backend; empty runs the model as it is.
+        inputs: of the model, beside the ids.
+        generator: source of random numbers.
+    """
+    given = x != kind.mask_id if settings.cfg_scale > 0 else None
+    fixed = {**inputs, "mask_id": kind.mask_id, "shift": kind.shift, "cfg_scale": settings.cfg_scale, "given": given}
+    if settings.draws_rows(kind.shift):
+        read = partial(compiled(read_logits, model, options) if options else read_logits, model)
+
+        def drawn(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+            return draw_step(guided_logits(read, x, **fixed), x, turn, settings, generator)
+
+        return drawn
+    step = compiled(denoise_step, model, options) if options and not settings.cfg_scale else denoise_step
+    if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
+        model = partial(compiled(read_logits, model, options), model)
+    fixed.update(remasking=settings.remasking, temperature=settings.temperature)
+    fixed.update(threshold=settings.threshold, factor=settings.factor)
+    columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
+
+    def whole(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        uniform = partial(torch.rand, generator=generator, device=x.device)
+        noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
+        draws = uniform(x.shape) if settings.remasking == "random" else None
+        new: torch.Tensor = step(model, x, turn.candidates, turn.count, turn.most, noise=noise, draws=draws, **fixed)
+        return new
+
+    return whole
+
+
+def _columns(model: Model, x: torch.Tensor, inputs: dict[str, Any]) -> int:
+    """Width of the logits, for which noise is drawn; a model that does not tell is called once."""
+    known = vocabulary(model)
+    if known is None:
+        with torch.no_grad():
+            known = read_logits(model, x, **inputs).shape[-1]
+    return known

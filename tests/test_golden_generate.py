@@ -1,0 +1,55 @@
+"""Traces of the authors' samplers, repeated by ``dllm_compile.generate`` call by call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dllm_compile
+
+from . import golden_models
+
+LLADA, DREAM = golden_models.names("llada_fastdllm"), golden_models.names("dream_fastdllm")
+VANILLA = golden_models.names("llada_vanilla") + golden_models.names("dream_vanilla")
+CACHES = {"generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual"}
+
+
+def cache(trace: golden_models.Trace) -> str | None:
+    """Fast-dLLM's cache that a trace was recorded with."""
+    if trace.meta.get("function") == "block":
+        return "dual" if trace.settings["dual_cache"] else "prefix"
+    return CACHES.get(trace.meta.get("function", ""))
+
+
+def arguments(trace: golden_models.Trace) -> dict[str, Any]:
+    """What a trace was recorded with, under the authors' names."""
+    unknown = ("dual_cache", "logits_eos_inf", "confidence_eos_eot_inf")
+    given = {name: value for name, value in trace.settings.items() if name not in unknown}
+    if trace.name.startswith("dream"):
+        given["shift"] = True
+        if given["alg"] != "confidence_threshold":
+            given.pop("threshold", None)
+    return {**given, "mask_id": trace.mask_id, "as_published": "fastdllm" in trace.name}
+
+
+def repeat(name: str, **options: Any) -> None:
+    trace = golden_models.trace(name)
+    model = golden_models.model(trace.meta["model"])
+    prompt = trace.tensors["prompt"].long()
+    result = dllm_compile.generate(model, prompt, output_history=True, **arguments(trace), **options)
+    assert result.nfe == int(trace.tensors["nfe"])
+    for step, (got, want) in enumerate(zip(result.history, trace.tensors["tokens"].long(), strict=True)):
+        assert torch.equal(got, want), f"tokens before call {step}"
+    assert torch.equal(result.sequences, result.history[-1])
+
+
+@pytest.mark.parametrize("name", [n for n in VANILLA + LLADA + DREAM if cache(golden_models.trace(n)) is None])
+def test_plain_generation_repeats_its_authors_code(name: str) -> None:
+    repeat(name)
+
+
+@pytest.mark.parametrize("name", [n for n in LLADA + DREAM if cache(golden_models.trace(n)) is not None])
+def test_cached_generation_repeats_its_authors_code(name: str) -> None:
+    repeat(name, method="fast-dllm", cache=cache(golden_models.trace(name)), lowering="eager")
