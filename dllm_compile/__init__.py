@@ -1,10 +1,10 @@
 """``torch.compile(model, backend="dllm")``: training-free speed for masked-diffusion language models."""
 
 from .backend import dllm, reset, stats
-from .decode import Generated
 from .explain import Explanation, explain
 from .generate import generate
 from .options import Options
-from .step import denoise_step
+from .sampler.decode import Generated
+from .sampler.step import denoise_step
 
 __all__ = ["Explanation", "Generated", "Options", "denoise_step", "dllm", "explain", "generate", "reset", "stats"]

@@ -144,6 +144,7 @@ class Backend:
                 break
         else:
             session = Session(options)
+        if session not in self.mine:
             self.mine.append(session)
         session.belongs_to(weights)
         return session

@@ -6,12 +6,13 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from .contest import Job, Row, contenders, finish, play, relative_flops
+from . import frontier
+from .contest import Contender, Job, Row, finish, play, relative_flops
 from .table import print_rows
 
 
@@ -24,6 +25,7 @@ class Setting:
         prompt, response, block: tokens; one token is freed a step.
         baseline_steps: forwards timed for eager and Inductor, whose steps all cost the same.
         prompt_interval, response_interval: of dLLM-Cache; its ratio is 0.25.
+        cache_block: block length of Fast-dLLM's caches, and of the loop they are timed with.
     """
 
     layers: int = 12
@@ -37,6 +39,7 @@ class Setting:
     baseline_steps: int = 16
     prompt_interval: int = 50
     response_interval: int = 7
+    cache_block: int = 32
 
 
 def random_model(setting: Setting, seed: int = 0) -> Any:
@@ -70,28 +73,51 @@ def job_of(setting: Setting) -> Job:
     return Job(ids, setting.prompt, setting.response, setting.block, mask_id)
 
 
+def contenders(setting: Setting) -> list[Contender]:
+    """Baselines, the neutral setting, and each method; the last frees four tokens a call."""
+    intervals = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
+    blocks = {"method": "fast-dllm", "block_length": setting.cache_block}
+    dual = {**blocks, "cache": "dual"}
+    return [
+        Contender("eager"),
+        Contender("inductor", plain=True),
+        Contender("neutral", {"prompt_interval": 1, "response_interval": 1}),
+        Contender("dllm-cache", intervals, warm=setting.prompt_interval + 2),
+        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=setting.cache_block + 2),
+        Contender("fast-dllm dual", dual, warm=setting.cache_block + 2),
+        Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
+    ]
+
+
 def run(setting: Setting) -> list[Row]:
-    """Time eager, plain Inductor, the neutral setting and dLLM-Cache on one model."""
+    """Time every contender on one model."""
     model, job = random_model(setting), job_of(setting)
-    options = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
-    entrants = contenders(mask_id=job.mask_id, **options)
-    neutral = {"mask_id": job.mask_id, "prompt_interval": 1, "response_interval": 1}
-    entrants["neutral"] = contenders(**neutral)["dllm-cache"]
     rows: list[Row] = []
     reference: torch.Tensor | None = None
-    for name, make in entrants.items():
-        cached = name == "dllm-cache"
-        warm = setting.prompt_interval + 2 if cached else 3
-        row, (ids,) = play(name, make, model, [job], warm, None if cached else setting.baseline_steps)
+    for contender in contenders(setting):
+        blocks = contender.options is not None and "block_length" in contender.options
+        mine = replace(job, block=setting.cache_block) if blocks else job
+        every = contender.options is None or contender.name == "neutral"
+        row, (ids,) = play(contender, model, [mine], setting.baseline_steps if every else None)
         done = (ids != job.mask_id) & (job.ids == job.mask_id)
         row.tokens = int(done.sum())
         reference = ids if reference is None else reference
         both = done & (reference != job.mask_id)
         row.same_tokens = (ids == reference)[both].float().mean().item()
-        row.flops = relative_flops(row, model, job, options if cached else neutral)
+        row.flops = relative_flops(row, model, job, contender.options or {})
         rows.append(row)
-        print(f"{name}: {row.forwards} forwards in {row.seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"{row.name}: {row.forwards} forwards in {row.seconds:.1f} s", file=sys.stderr, flush=True)
     return finish(rows)
+
+
+def _block_cost(setting: Setting, rows: list[Row]) -> str:
+    """A dual block's step against its share of a full step."""
+    by_name = {row.name: row for row in rows}
+    dual, full = by_name["fast-dllm dual"], by_name["inductor"].milliseconds["plain"]
+    block = dual.milliseconds.get("block", 0.0)
+    active = dual.rows.get("block", 0) / max(dual.steps.get("block", 0), 1)
+    part = block / (full * active / (setting.prompt + setting.response))
+    return f"dual: a block step takes {block:.1f} ms, {part:.2f} of rows / S of a full step's {full:.1f} ms"
 
 
 def main(argv: list[str]) -> None:
@@ -100,13 +126,18 @@ def main(argv: list[str]) -> None:
     for name, value in asdict(Setting()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--plot", help="instead draw accuracy against speed on the embedded model to this PNG file")
     given = vars(parser.parse_args(argv))
-    target = given.pop("json")
+    target, picture = given.pop("json"), given.pop("plot")
+    if picture:
+        frontier.main(picture, target)
+        return
     setting = Setting(**given)
     rows = run(setting)
     print_rows(f"random Llama, {setting}", rows)
     cached = next(row for row in rows if row.name == "dllm-cache")
     print(f"realised speed-up over FLOP reduction, against eager: {cached.vs_eager * cached.flops:.2f}")
+    print(_block_cost(setting, rows))
     if target:
         machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
         with open(target, "w", encoding="utf-8") as file:

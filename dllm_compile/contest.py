@@ -1,4 +1,4 @@
-"""Time several ways to run one model with one loop: what ``demo`` and ``bench`` share."""
+"""Time several ways to run one model: what ``demo``, ``bench`` and the plot share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
 
 from . import backend
+from .cost import A, R, S
 from .explain import explain
+from .generate import generate
 from .loop import quota_loop
+from .sampler.decode import Generated
 
-Make = Callable[[torch.nn.Module], Callable[..., Any]]
 Show = Callable[[torch.Tensor], None]
 
 
@@ -35,6 +38,43 @@ class Job:
     mask_id: int
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A way to run a model.
+
+    Attributes:
+        name: of its row.
+        options: of this backend; ``None`` for the model as it is.
+        plain: whether to compile by Inductor alone.
+        steps: forward calls of the plain loop; ``None`` for one a token.
+        settings: of ``dllm_compile.generate``, which then takes the place of the plain loop.
+        warm: forwards of the plain loop before the timed ones, enough to compile every variant.
+    """
+
+    name: str
+    options: dict[str, Any] | None = None
+    plain: bool = False
+    steps: int | None = None
+    settings: dict[str, Any] | None = None
+    warm: int = 3
+
+    def compiled(self, model: torch.nn.Module, mask_id: int) -> Callable[..., Any]:
+        """The model as the plain loop calls it."""
+        if self.options is not None:
+            return torch.compile(model, backend=backend.dllm, options={"mask_id": mask_id, **self.options})
+        return torch.compile(model) if self.plain else model
+
+
+@dataclass
+class Run:
+    """One job as it went: ids, seconds, forwards, and seconds of each forward by the variant that ran."""
+
+    ids: torch.Tensor
+    seconds: float
+    forwards: int
+    calls: dict[str, list[float]] = field(default_factory=dict)
+
+
 @dataclass
 class Row:
     """What one contender did.
@@ -47,6 +87,10 @@ class Row:
         accuracy: share of problems answered exactly, where answers are known.
         same_tokens: share of response tokens equal to those of the first contender.
         flops: FLOPs of an average step relative to a full step.
+        tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
+        cheaper, fewer: how much of ``vs_eager`` is from the cost of a forward, and how much from their number.
+        milliseconds: median time of a forward by variant.
+        steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
     """
 
     name: str
@@ -60,78 +104,106 @@ class Row:
     tokens_per_second: float = 0.0
     vs_eager: float = 1.0
     vs_inductor: float = 1.0
+    cheaper: float = 1.0
+    fewer: float = 1.0
+    milliseconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    logits: dict[str, int] = field(default_factory=dict)
 
 
-def contenders(**options: Any) -> dict[str, Make]:
-    """Eager, plain Inductor, and the backend with ``options``."""
-    return {
-        "eager": lambda model: model,
-        "inductor": lambda model: torch.compile(model),
-        "dllm-cache": lambda model: torch.compile(model, backend=backend.dllm, options=options),
-    }
+def _looped(
+    call: Callable[..., Any], model: torch.nn.Module, job: Job, steps: int | None, limit: int | None, show: Show | None
+) -> Run:
+    """The plain loop."""
+    run = Run(job.ids.clone(), 0.0, 0)
+    seen = Counter(backend.stats(model)["steps"])
 
+    def timed(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        begin = time.perf_counter()
+        logits: torch.Tensor = call(ids).logits
+        spent = time.perf_counter() - begin
+        now = Counter(backend.stats(model)["steps"])
+        run.calls.setdefault(next(iter(now - seen), "plain"), []).append(spent)
+        seen = now
+        return logits
 
-def generate(
-    call: Callable[..., Any], job: Job, limit: int | None = None, show: Show | None = None
-) -> tuple[torch.Tensor, float, int]:
-    """One generation with the plain loop: ids, seconds, forwards."""
-    ids = job.ids.clone()
-    count = 0
+    loop = quota_loop(timed, run.ids, job.prompt, job.response, job.block, job.mask_id, steps)
     with torch.no_grad():
         begin = time.perf_counter()
-        for x in quota_loop(lambda i: call(i).logits, ids, job.prompt, job.response, job.block, job.mask_id):
-            count += 1
+        for x in loop:
+            run.forwards += 1
             if show is not None:
                 show(x)
-            if limit is not None and count >= limit:
+            if run.forwards == limit:
                 break
-        seconds = time.perf_counter() - begin
-    return ids, seconds, count
+        run.seconds = time.perf_counter() - begin
+    return run
+
+
+def _generated(model: torch.nn.Module, job: Job, settings: dict[str, Any]) -> Run:
+    """``dllm_compile.generate``."""
+    lengths = {"gen_length": job.response, "block_length": job.block, "mask_id": job.mask_id}
+    begin = time.perf_counter()
+    out = generate(model, job.ids[:, : job.prompt], return_dict=True, **{**lengths, **settings})
+    assert isinstance(out, Generated)
+    return Run(out.sequences, time.perf_counter() - begin, out.nfe)
 
 
 def play(
-    name: str,
-    make: Make,
+    contender: Contender,
     model: torch.nn.Module,
     jobs: Iterable[Job],
-    warm: int,
-    limit: int | None,
+    limit: int | None = None,
     show: Show | None = None,
 ) -> tuple[Row, list[torch.Tensor]]:
-    """Warm one contender up on ``warm`` forwards, then time it on every job.
+    """Warm one contender up, then time it on every job.
 
     Args:
-        name, make, model: the contender.
+        contender: the contender.
+        model: whom it runs.
         jobs: generations, all of one shape.
-        warm: forwards before the timed ones; enough to compile every variant.
         limit: forwards timed in each job, all by default.
         show: called after each step with the ids.
     """
     torch._dynamo.reset()
     jobs = list(jobs)
-    call = make(model)
-    row = Row(name)
-    _, first, warmed = generate(call, jobs[0], warm)
-    before = Counter(backend.stats(model)["steps"])
-    results = []
-    for job in jobs:
-        ids, seconds, count = generate(call, job, limit, show)
-        results.append(ids)
-        row.seconds += seconds
-        row.forwards += count
-    row.compile_seconds = max(0.0, first - warmed * row.seconds / row.forwards)
-    row.steps = dict(Counter(backend.stats(model)["steps"]) - before)
-    return row, results
+    call = contender.compiled(model, jobs[0].mask_id)
+
+    def run(job: Job, limit: int | None, show: Show | None) -> Run:
+        if contender.settings is not None:
+            return _generated(model, job, {**contender.settings, **(contender.options or {})})
+        return _looped(call, model, job, contender.steps, limit, show)
+
+    first = run(jobs[0], contender.warm, None)
+    before = backend.stats(model)
+    runs = [run(job, limit, show) for job in jobs]
+    after = backend.stats(model)
+    row = Row(contender.name, seconds=sum(r.seconds for r in runs), forwards=sum(r.forwards for r in runs))
+    row.compile_seconds = max(0.0, first.seconds - first.forwards * row.seconds / row.forwards)
+    for kind in ("steps", "rows", "logits"):
+        getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
+    calls: dict[str, list[float]] = {}
+    for each in runs:
+        for name, spent in each.calls.items():
+            calls.setdefault(name, []).extend(spent)
+    row.milliseconds = {name: 1000 * median(spent) for name, spent in calls.items()}
+    return row, [each.ids for each in runs]
 
 
 def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
     """FLOPs of an average step of ``row``, from the closed forms, relative to a full step of the plain model."""
     if not row.steps:
         return 1.0
-    names = {**options, "mask_id": job.mask_id}
-    relative = explain(model, job.ids, **names).relative
-    work = sum(relative.get(name, relative["full"]) * n for name, n in row.steps.items() if name != "repeat")
+    found = explain(model, job.ids, **{"mask_id": job.mask_id, **options})
+    lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}
+    whole = next(iter(found.flops.values())).subs({**lengths, A: lengths[S], R: lengths[S]})
+    work = 0.0
+    for name, count in row.steps.items():
+        if name in found.flops:
+            here = {**lengths, A: row.rows[name] / count, R: row.logits[name] / count}
+            work += count * float(found.flops[name].subs(here) / whole)
     return work / sum(row.steps.values())
 
 
@@ -142,4 +214,6 @@ def finish(rows: list[Row]) -> list[Row]:
     for row in rows:
         row.vs_eager = row.tokens_per_second / rows[0].tokens_per_second
         row.vs_inductor = row.tokens_per_second / rows[min(1, len(rows) - 1)].tokens_per_second
+        row.cheaper = (rows[0].seconds / rows[0].forwards) / (row.seconds / row.forwards)
+        row.fewer = (rows[0].forwards / rows[0].tokens) / (row.forwards / row.tokens)
     return rows

@@ -13,12 +13,28 @@ from typing import Any
 import torch
 
 from . import tiny
-from .contest import Job, Row, Show, contenders, finish, play, relative_flops
+from .contest import Contender, Job, Row, Show, finish, play, relative_flops
 from .options import PRESETS
 from .table import print_rows
 
-OPTIONS = PRESETS["dllm-cache/tiny"]
 HELD_OUT_SEED = 1
+THRESHOLD = 0.9
+
+
+def contenders(block: int) -> list[Contender]:
+    """Baselines and every method, with the embedded model's presets."""
+    features = PRESETS["dllm-cache/tiny"]
+    blocks = {"method": "fast-dllm", "block_length": block}
+    parallel = {"threshold": THRESHOLD}
+    return [
+        Contender("eager"),
+        Contender("inductor", plain=True),
+        Contender("dllm-cache", features, warm=int(features["prompt_interval"]) + 2),
+        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=2 * block + 2),
+        Contender("fast-dllm dual", {**blocks, "cache": "dual"}, warm=2 * block + 2),
+        Contender("threshold, eager", settings=parallel),
+        Contender("dual + threshold", {**blocks, "cache": "dual"}, settings=parallel),
+    ]
 
 
 def jobs_of(problems: list[tiny.Problem], tokenizer: Any, mask_id: int, batch: int, block: int) -> list[Job]:
@@ -39,7 +55,7 @@ def score(row: Row, results: list[torch.Tensor], problems: list[tiny.Problem], t
     row.tokens = sum(len(problem.answer) for problem in problems)
 
 
-def run(count: int, batch: int, block: int, show: Any = None) -> list[Row]:
+def run(count: int, batch: int, block: int, show: Any = None, entrants: list[Contender] | None = None) -> list[Row]:
     """Solve ``count`` held-out problems with each contender.
 
     Args:
@@ -47,6 +63,7 @@ def run(count: int, batch: int, block: int, show: Any = None) -> list[Row]:
         batch: problems solved together.
         block: block length of the loop.
         show: makes a context that gives a function to show the first sequence with, by contender name.
+        entrants: who takes part; :func:`contenders` by default.
     """
     model, tokenizer = tiny.load()
     mask_id = model.config.mask_token_id
@@ -54,17 +71,16 @@ def run(count: int, batch: int, block: int, show: Any = None) -> list[Row]:
     jobs = jobs_of(problems, tokenizer, mask_id, batch, block)
     rows: list[Row] = []
     reference: list[torch.Tensor] = []
-    for name, make in contenders(mask_id=mask_id, **OPTIONS).items():
-        warm = OPTIONS["prompt_interval"] + 2 if name == "dllm-cache" else 3
-        with (show or _quiet)(name, tokenizer) as step:
-            row, results = play(name, make, model, jobs, int(warm), None, step)
+    for contender in entrants or contenders(block):
+        with (show or _quiet)(contender.name, tokenizer) as step:
+            row, results = play(contender, model, jobs, None, step)
         score(row, results, problems, tokenizer)
         reference = reference or results
         same = [
             (a == b)[:, tiny.PROMPT_LENGTH :].float().mean().item() for a, b in zip(results, reference, strict=True)
         ]
         row.same_tokens = sum(same) / len(same)
-        row.flops = relative_flops(row, model, jobs[0], OPTIONS)
+        row.flops = relative_flops(row, model, jobs[0], contender.options or {})
         rows.append(row)
     return finish(rows)
 
@@ -88,7 +104,7 @@ def _live(name: str, tokenizer: Any) -> Iterator[Show]:
             shown = text.replace(tokenizer.mask_token, "\N{MIDDLE DOT}")
             live.update(
                 Text.assemble(
-                    (f"{name:<12}", "bold"), tokenizer.decode(x[0, : tiny.PROMPT_LENGTH]), "\n", (shown, "green")
+                    (f"{name:<18}", "bold"), tokenizer.decode(x[0, : tiny.PROMPT_LENGTH]), "\n", (shown, "green")
                 )
             )
 
@@ -109,7 +125,8 @@ def main(argv: list[str]) -> None:
         parser.error(f"--block {given.block} does not divide the response of {tiny.RESPONSE_LENGTH} tokens")
     rows = run(given.problems, given.batch, given.block, _live if sys.stdout.isatty() else None)
     print_rows(
-        f"{given.problems} held-out problems, batch {given.batch}, block {given.block}, one token a step, {OPTIONS}",
+        f"{given.problems} held-out problems, batch {given.batch}, block {given.block}, dLLM-Cache with "
+        f"{PRESETS['dllm-cache/tiny']}, threshold {THRESHOLD}",
         rows,
     )
     if given.json:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from .decode import Generated, decode
-from .family import Family, family, model_inputs
 from .options import Options
-from .schedule import Progress
-from .settings import NAMES, OPTIONS, SYNONYMS, Settings, settings_of
-from .step import Model
-from .stepper import stepper
+from .sampler.decode import Generated, decode
+from .sampler.family import Family, family, model_inputs
+from .sampler.progress import Progress
+from .sampler.settings import NAMES, OPTIONS, SYNONYMS, Settings, settings_of
+from .sampler.step import Model
+from .sampler.stepper import stepper
 
 
 def generate(
@@ -49,7 +49,7 @@ def generate(
         output_history: keep the ids after each call; implies ``return_dict``.
         generator: source of random numbers; ``None`` for PyTorch's own.
         generation_config: of transformers, which gives it; fills in what is not said otherwise.
-        settings: fields of :class:`dllm_compile.settings.Settings`, their synonyms, and options of the backend.
+        settings: fields of :class:`dllm_compile.sampler.settings.Settings`, their synonyms, and options of the backend.
 
     Returns:
         ``[B, P + gen_length]`` int64, or :class:`Generated`.
@@ -61,10 +61,7 @@ def generate(
         _warn_of_processors(settings.get("logits_processor") or ())
         settings = {name: value for name, value in settings.items() if name in NAMES}
         return_dict = return_dict or bool(generation_config.return_dict_in_generate)
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; give integer ids [batch, tokens]")
-    if streamer is not None and input_ids.shape[0] > 1:
-        raise ValueError(f"a streamer follows one sequence, not {input_ids.shape[0]}; leave it out, or split the batch")
+    _check(input_ids, streamer)
     how, options = settings_of(settings, generation_config, input_ids.shape[1])
     kind = family(model, how.mask_id, how.shift)
     cached = False
@@ -80,6 +77,13 @@ def generate(
     step = stepper(model, x, kind, how, options, inputs, generator)
     result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
     return result if return_dict or output_history else result.sequences
+
+
+def _check(input_ids: torch.Tensor, streamer: Any) -> None:
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; give integer ids [batch, tokens]")
+    if streamer is not None and input_ids.shape[0] > 1:
+        raise ValueError(f"a streamer follows one sequence, not {input_ids.shape[0]}; leave it out, or split the batch")
 
 
 def _for_backend(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from .contest import Row
 
-_COLUMNS = ("", "exact", "tokens/s", "x eager", "x inductor", "FLOPs/step", "forwards", "compile s", "same tokens")
+_COLUMNS = (
+    *("", "exact", "tokens/s", "x eager", "cheaper calls", "fewer calls", "x inductor", "FLOPs/step"),
+    *("forwards", "compile s", "same tokens"),
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -14,6 +17,8 @@ def cells(row: Row) -> tuple[str, ...]:
         "-" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
         f"{row.tokens_per_second:.1f}",
         f"{row.vs_eager:.2f}",
+        f"{row.cheaper:.2f}",
+        f"{row.fewer:.2f}",
         f"{row.vs_inductor:.2f}",
         f"{row.flops:.3f}",
         str(row.forwards),

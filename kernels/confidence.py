@@ -57,7 +57,7 @@ def confidence(logits: torch.Tensor, chosen: torch.Tensor | None = None) -> Conf
 
 
 def reference(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
-    """The op. Each value of ``V`` columns ends in sums and extrema that read ``x``, so that Inductor keeps none of them.
+    """The op. What has ``V`` columns ends in sums and extrema that read ``x``, so that Inductor keeps none of it.
 
     Arguments and results as for ``confidence``.
     """
@@ -72,7 +72,7 @@ def reference(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
 
     shifted = (x - maximum[..., None]).clamp(min=-1000.0)  # exp is 0 there, and 0 * -inf is NaN
     weight = shifted.exp()
-    # a plain sum of ``weight`` reads nothing else: Inductor may then loop over it apart, and keep it for that loop
+    # a sum of ``weight`` alone reads nothing of ``x``: Inductor may loop over it apart, and keep it for that loop
     total = ties * (maximum - maximum).exp() + torch.where(under, weight, 0.0).sum(-1)
     entropy = (weight * shifted).sum(-1) / total - total.log()
     picked = maximum if chosen is None else x.gather(-1, chosen[..., None]).squeeze(-1)

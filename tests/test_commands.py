@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dllm_compile import demo, tiny
-from dllm_compile.contest import contenders, play
+from dllm_compile.contest import Contender, play
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +40,7 @@ def test_the_embedded_model_is_small_and_solves_held_out_problems() -> None:
     assert sum(path.stat().st_size for path in tiny.WEIGHTS.iterdir()) < 10_000_000
     problems = tiny.problems(8, seed=21)
     jobs = demo.jobs_of(problems, tokenizer, model.config.mask_token_id, 8, 32)
-    row, results = play("eager", contenders()["eager"], model, jobs, 1, None)
+    row, results = play(Contender("eager", warm=1), model, jobs)
     demo.score(row, results, problems, tokenizer)
     assert row.accuracy is not None
     assert row.accuracy >= 7 / 8
@@ -51,8 +51,11 @@ def test_demo_writes_its_table(tmp_path: Path) -> None:
     target = tmp_path / "demo.json"
     text = run("-m", "dllm_compile", "demo", "--problems", "2", "--batch", "2", "--json", str(target))
     rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
-    assert set(rows) == {"eager", "inductor", "dllm-cache"}
-    assert all(row["forwards"] == tiny.RESPONSE_LENGTH for row in rows.values())
+    fixed = {"eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual"}
+    assert set(rows) == fixed | {"threshold, eager", "dual + threshold"}
+    assert all(rows[name]["forwards"] == tiny.RESPONSE_LENGTH for name in fixed)
+    assert rows["dual + threshold"]["fewer"] > 2
+    assert rows["fast-dllm dual"]["flops"] < 0.6
     assert rows["dllm-cache"]["flops"] < 0.6
     assert set(rows["dllm-cache"]["steps"]) == {"full", "response", "select"}
     assert "x inductor" in text
@@ -61,7 +64,8 @@ def test_demo_writes_its_table(tmp_path: Path) -> None:
 def test_bench_runs_on_a_small_shape() -> None:
     shape = ["--layers", "2", "--width", "64", "--mlp", "96", "--heads", "4", "--vocabulary", "128"]
     lengths = ["--prompt", "24", "--response", "16", "--baseline-steps", "4", "--prompt-interval", "8"]
-    text = run("-m", "dllm_compile", "bench", *shape, *lengths)
+    text = run("-m", "dllm_compile", "bench", *shape, *lengths, "--cache-block", "8")
+    assert "dual: a block step takes" in text
     assert "realised speed-up over FLOP reduction" in text
 
 
@@ -88,6 +92,6 @@ def test_examples_run_and_are_short(example: str) -> None:
 def test_loop_fills_every_mask_and_keeps_the_prompt() -> None:
     model, tokenizer = tiny.load()
     job = demo.jobs_of(tiny.problems(1, seed=2), tokenizer, model.config.mask_token_id, 1, 96)[0]
-    _, (ids,) = play("eager", contenders()["eager"], model, [job], 1, None)
+    _, (ids,) = play(Contender("eager", warm=1), model, [job])
     assert not (ids == job.mask_id).any()
     assert torch.equal(ids[:, : tiny.PROMPT_LENGTH], job.ids[:, : tiny.PROMPT_LENGTH])

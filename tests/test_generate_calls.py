@@ -12,8 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 import dllm_compile
 from dllm_compile import Generated, denoise_step, generate
-from dllm_compile.compiled import _COMPILED, compiled
-from dllm_compile.sampling import chosen
+from dllm_compile.sampler.compiled import _COMPILED, compiled
+from dllm_compile.sampler.family import Family, family
+from dllm_compile.sampler.rules import chosen
 
 from . import models
 from .sampling_loops import END, MASK, ids, run, seeded, start, toy
@@ -141,10 +142,10 @@ def test_a_mask_that_cannot_be_told_is_asked_for() -> None:
 def test_known_kinds_of_models_need_no_facts(kind: str, mask: int, shift: bool) -> None:
     model = models.build("llama")
     model.config.model_type = kind
-    assert dllm_compile.family.family(model) == dllm_compile.family.Family(mask, shift)
+    assert family(model) == Family(mask, shift)
     model.config.mask_token_id = 3
-    assert dllm_compile.family.family(model) == dllm_compile.family.Family(3, shift)
-    assert dllm_compile.family.family(model, 4, not shift) == dllm_compile.family.Family(4, not shift)
+    assert family(model) == Family(3, shift)
+    assert family(model, 4, not shift) == Family(4, not shift)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_known_kinds_of_models_need_no_facts(kind: str, mask: int, shift: bool) 
         {},
         {"remasking": "entropy", "shift": True},
         {"remasking": "random"},
-        {"threshold": 0.3, "cfg_scale": 0.5},
+        {"threshold": 0.3},
         {"factor": 1.0},
         {"temperature": 0.5},
     ],
@@ -161,12 +162,25 @@ def test_known_kinds_of_models_need_no_facts(kind: str, mask: int, shift: bool) 
 def test_a_step_is_one_graph_and_stays_it(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, counter = models.build("llama"), CompileCounter()
     traced = torch.compile(denoise_step, backend=counter, fullgraph=True)
-    monkeypatch.setattr("dllm_compile.stepper.compiled", lambda *_: traced)
+    monkeypatch.setattr("dllm_compile.sampler.stepper.compiled", lambda *_: traced)
     more = {"gen_length": 8, "mask_id": models.MASK, **more}
     want = run(model, ids(1, 5), generator=seeded(), **more)
     got = run(model, ids(1, 5), generator=seeded(), lowering="eager", **more)
     assert torch.equal(got.sequences, want.sequences)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("method", ["exact", "dllm-cache"])
+def test_guidance_compiles_the_model_alone(method: str) -> None:
+    model = models.build("llama")
+    more = {"gen_length": 8, "mask_id": models.MASK, "cfg_scale": 0.5}
+    options = {"prompt_interval": 1, "response_interval": 1} if method == "dllm-cache" else {}
+    want = run(model, ids(2, 5), **more)
+    got = run(model, ids(2, 5), method=method, lowering="eager", **options, **more)
+    assert torch.equal(got.sequences, want.sequences)
+    seen = dllm_compile.stats(model)
+    assert seen["steps"] == {"exact" if method == "exact" else "full": 8}
+    assert not seen["refused"]
 
 
 def test_a_step_leaves_its_input_alone() -> None:

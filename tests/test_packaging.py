@@ -22,7 +22,8 @@ LINES_OF_A_FUNCTION = 60
 
 def files() -> list[Path]:
     """Every Python file of the product, once."""
-    found = [*PACKAGE.glob("*.py"), *PACKAGE.glob("core/*.py"), *PACKAGE.glob("tiny/*.py")]
+    folders = ("", "core/", "sampler/", "tiny/")
+    found = [path for folder in folders for path in PACKAGE.glob(f"{folder}*.py")]
     return sorted([*found, *(ROOT / "passes").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
 

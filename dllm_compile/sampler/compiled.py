@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .backend import dllm
+from dllm_compile.backend import dllm
 
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 

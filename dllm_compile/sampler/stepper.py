@@ -11,7 +11,7 @@ import torch
 from .compiled import compiled
 from .draw import draw_step
 from .family import Family, vocabulary
-from .schedule import Turn
+from .progress import Turn
 from .settings import Settings
 from .step import Model, denoise_step, guided_logits, read_logits
 

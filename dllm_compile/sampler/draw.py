@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .sampling import chosen, confidence, filtered
-from .schedule import Turn
+from .progress import Turn
+from .rules import chosen, confidence, filtered
 from .settings import Settings
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .options import SYNONYMS as OPTION_SYNONYMS
-from .options import Options
-from .sampling import RULES
+from dllm_compile.options import SYNONYMS as OPTION_SYNONYMS
+from dllm_compile.options import Options
+
+from .rules import RULES
 
 SYNONYMS = {
     "max_new_tokens": "gen_length",
@@ -75,7 +76,7 @@ class Settings:
         alg_temp: draw positions by their confidence at this temperature (Dream); 0 or ``None`` takes the surest.
         eps: where Dream's schedule ends.
         as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
-            :class:`dllm_compile.schedule.Progress`. Temperature 0 only.
+            :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
 
     Raises:
         ValueError: a value is out of range, or two of them contradict each other.

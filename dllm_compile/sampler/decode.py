@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .schedule import Progress
+from .progress import Progress
 from .stepper import Step
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .sampling import chosen, confidence, gumbel
+from .rules import chosen, confidence, gumbel
 
 Model = Callable[..., Any]
 
@@ -85,10 +85,10 @@ def denoise_step(
         most: the largest entry of ``count``.
         mask_id: the mask token.
         shift: row ``i - 1`` of the logits predicts token ``i``.
-        remasking: rule of confidence, see :func:`dllm_compile.sampling.confidence`; ``"random"`` takes ``draws``.
+        remasking: rule of confidence, see :func:`dllm_compile.sampler.rules.confidence`; ``"random"`` takes ``draws``.
         temperature: of the Gumbel noise; 0 takes the best token.
         cfg_scale: scale of classifier-free guidance; 0 for none.
-        threshold, factor: of Fast-dLLM, see :func:`dllm_compile.sampling.chosen`.
+        threshold, factor: of Fast-dLLM, see :func:`dllm_compile.sampler.rules.chosen`.
         given: ``[B, S]`` bool, the prompt; required with ``cfg_scale``.
         noise: ``[B, S, V]`` float64, uniform; required with ``temperature``.
         draws: ``[B, S]``, the confidences of ``"random"``.

@@ -1,0 +1,1 @@
+"""Sampling: from settings to the loop. ``step`` is one call in plain PyTorch, ``decode`` the loop around it."""
