@@ -39,6 +39,7 @@ class Explanation:
     state_bytes: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
     lengths: dict[str, int] = field(default_factory=dict)
     variants: dict[str, Assignment] = field(default_factory=dict)
+    first: str | None = None
 
     def __str__(self) -> str:
         lines = [*self.graphs]
@@ -48,7 +49,8 @@ class Explanation:
         for name, a in self.variants.items():
             lines.append(f"{name:<15}{a.query.name:<17}{a.key.name:<17}{a.value.name:<10}{self.relative[name]:.3f}")
         if self.variants:
-            lines.append("(dLLM-Cache: the first layer is always full; the head computes the readable rows)")
+            first = f"the first layer is always {self.first}; " if self.first else ""
+            lines.append(f"({first}the head computes the readable rows)")
         lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
         lines.append(f"state bytes = {self.state_bytes}")
         if self.lengths:
@@ -122,8 +124,8 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     masked = ids.cpu() == mask_id if mask_id is not None else torch.zeros(ids.shape, dtype=torch.bool)
     response, tokens = int(masked.sum(1).max()), ids.shape[1]
     method = schedule(options, masked)
-    method.next(Call(0, False, masked, masked & False))
-    second = method.next(Call(1, False, masked, masked & False))
+    method.next(Call(0, False, masked, masked & False, masked & False))
+    second = method.next(Call(1, False, masked, masked & False, masked & False))
     out.lengths = {
         "B": ids.shape[0],
         "S": tokens,
@@ -136,6 +138,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     if not any(program.layers for program in programs):
         return
     out.variants = {variant.name: variant for variant in method.variants}
+    out.first = method.first.name if method.first else None
     for name, assignment in out.variants.items():
         work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
         out.flops[name] = sympy.expand(work)

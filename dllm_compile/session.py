@@ -132,11 +132,12 @@ class Session:
             repeat = torch.equal(host, self.ids) and _unchanged(others, self.others)
         assert self.mask_id is not None
         masked = host.eq(self.mask_id)
-        filled = ~masked if self.ids is None else self.ids.eq(self.mask_id) & ~masked
+        changed = torch.zeros_like(masked) if self.ids is None else self.ids.ne(host)
+        filled = ~masked if self.ids is None else changed & ~masked & self.ids.eq(self.mask_id)
         self.ids = host
         self.others = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in others]
         self.number += 1
-        self.step = self._step(Call(self.number, repeat, masked, filled), ids.device)
+        self.step = self._step(Call(self.number, repeat, masked, filled, changed), ids.device)
         self.stats.count(self.step)
         return self.step
 

@@ -57,7 +57,12 @@ class BlockCache:
             self._without_blocks()
         ahead = torch.where(call.masked & self.response, self.block, self.block.max() + 1).amin(1, keepdim=True)
         at = torch.where(ahead > self.block.max(), self.at, ahead)  # a finished sequence stays where it is
-        due = at != self.at
+        block = (self.block == at) & self.response  # a sequence without a response is at no block
+        if self.cache == "prefix":
+            block = block.long().cummax(1).values.bool()
+        due = (at != self.at) | (call.changed & ~block).any(
+            1, keepdim=True
+        )  # nobody would see a token edited elsewhere
         if not call.repeat:
             self.age += 1
             due |= torch.tensor(self.interval is not None) & (self.age >= (self.interval or 0))
@@ -65,9 +70,6 @@ class BlockCache:
         self.age[due] = 0
         if bool((due | (ahead > self.block.max())).all()):
             return Plan(FULL)
-        block = self.block == at
-        if self.cache == "prefix":
-            block = block.long().cummax(1).values.bool()
         written = block | due
         active = written.clone()
         if self.before:

@@ -19,12 +19,14 @@ class Call:
         repeat: the ids are those of the call before.
         masked: ``[B, S]`` bool, positions that hold the mask.
         filled: ``[B, S]`` bool, positions that held it at the call before and do not now.
+        changed: ``[B, S]`` bool, positions that hold another token than at the call before.
     """
 
     number: int
     repeat: bool
     masked: torch.Tensor
     filled: torch.Tensor
+    changed: torch.Tensor
 
 
 @dataclass(frozen=True)
