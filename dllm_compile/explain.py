@@ -27,9 +27,12 @@ class Explanation:
     Attributes:
         graphs: a description of each graph that Dynamo handed over, in order.
         refused: graphs that run on plain Inductor, with the reason.
-        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n`` and ``R``.
+        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n``, ``A`` and ``R``.
         relative: the same relative to a full step, for the given lengths and half of the response still masked.
         state_bytes: closed form of what is kept between steps.
+        lengths: the lengths that ``relative`` is for.
+        variants: of a step, by name.
+        first: the variant of the first layer, where it is always the same.
     """
 
     graphs: list[str] = field(default_factory=list)

@@ -60,9 +60,8 @@ class BlockCache:
         block = (self.block == at) & self.response  # a sequence without a response is at no block
         if self.cache == "prefix":
             block = block.long().cummax(1).values.bool()
-        due = (at != self.at) | (call.changed & ~block).any(
-            1, keepdim=True
-        )  # nobody would see a token edited elsewhere
+        edited = (call.changed & ~block).any(1, keepdim=True)  # elsewhere, where the rows of the block would miss it
+        due = (at != self.at) | edited
         if not call.repeat:
             self.age += 1
             due |= torch.tensor(self.interval is not None) & (self.age >= (self.interval or 0))
