@@ -84,11 +84,24 @@ class Backend:
         if program is None:
             return self._run_plain(key, args)
         session, step = self._step(program, args)
-        result = self._run_plain(key, args) if session is None or step is None else run(program, args, session, step)
+        if session is None or step is None:
+            result = self._run_plain(key, args)
+        else:
+            result = self._run(program, args, session, step)
         if session is not None:
             session.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         if session is not None and step is not None and _verifies(session.options, step):
             compare(self.module, program, args, result, session, step)
+        return result
+
+    def _run(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
+        done = False
+        try:
+            result = run(program, args, session, step)
+            done = True
+        finally:
+            if not done:
+                session.drop()  # an error or an interrupt in the middle leaves rows half written
         return result
 
     def _program(self, args: Sequence[Any]) -> Program | None:
@@ -118,7 +131,7 @@ class Backend:
             session = self._session([args[i] for i in self.weights], self.options)
             session.vocabulary = program.vocabulary
             others = [args[i] for i in program.read if i not in self.weights]
-            step = session.begin(args[at], beside, others)
+            step = session.begin(args[at], beside, program, others)
             enter(session)
             return session, step
         joined = current()
@@ -126,7 +139,7 @@ class Backend:
             if not program.layers:
                 return None, None
             joined = self._session(program.first_weights(args), replace(self.options, mask_id=None))
-            joined.begin_hidden(args[at], beside)
+            joined.begin_hidden(args[at], beside, program)
             enter(joined)
         step = joined.step
         if step is None and program.layers and not joined.idle:
@@ -178,7 +191,7 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
 
 
 def reset() -> None:
-    """Drop the state of every session, and compiled code; called by ``torch._dynamo.reset()`` too."""
+    """Drop the state of every session, and code that no graph holds; called by ``torch._dynamo.reset()`` too."""
     enter(None)
     forget()
     _REFUSED.clear()

@@ -25,9 +25,8 @@ def entrants() -> list[Contender]:
         intervals = {"prompt_interval": 50, "response_interval": interval}
         out.append(Contender(f"dllm-cache {interval}", intervals, warm=52))
     for cache in ("prefix", "dual"):
-        for length in (8, 16, 32):
-            options = {"method": "fast-dllm", "cache": cache, "block_length": length}
-            out.append(Contender(f"fast-dllm {cache} {length}", options, warm=2 * length + 2))
+        options = {"method": "fast-dllm", "cache": cache, "block_length": BLOCK}
+        out.append(Contender(f"fast-dllm {cache}", options, warm=2 * BLOCK + 2))
     for threshold in (0.7, 0.9, 0.99):
         out.append(Contender(f"threshold, eager {threshold}", settings={"threshold": threshold}))
         dual = {"method": "fast-dllm", "cache": "dual", "block_length": BLOCK}

@@ -67,6 +67,11 @@ def generate(
     cached = False
     if method is not None or options:
         how, options, cached = _for_backend(how, options, method, kind)
+    if cached and bool((input_ids == kind.mask_id).any()):
+        raise ValueError(
+            f"the prompt holds the mask {kind.mask_id}, and block caches count blocks from the first mask; "
+            "fill it, or give method='dllm-cache'"
+        )
     x = torch.nn.functional.pad(input_ids.long(), (0, how.gen_length), value=kind.mask_id)
     progress = Progress(how, x.shape, shift=kind.shift, cached=cached)
     if options:

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from .core.plan import with_row_before
+
 
 def labels(hidden: torch.Tensor) -> torch.Tensor:
     """Number the rows of ``[B, S, d]``: ``[B, S]`` int64, the same where rows are bitwise the same (a 63-bit hash)."""
@@ -35,11 +37,7 @@ def infer_mask_id(ids: torch.Tensor) -> int | None:
 
 def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
     """Rows a sampler can read, ``[B, S]`` bool: masked ones and, unless ``shift`` is False, the row before each."""
-    if shift is False:
-        return masked
-    before = torch.zeros_like(masked)
-    before[:, :-1] = masked[:, 1:]
-    return masked | before
+    return masked if shift is False else with_row_before(masked)
 
 
 def positions(rows: torch.Tensor, least: int = 0) -> torch.Tensor:

@@ -29,8 +29,9 @@ def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Seq
     if how == "eager":
         return module
     example = list(args)
+    shapes = ShapeEnv(duck_shape=False)  # equal by chance is not equal
     if free:
-        mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))  # equal by chance is not equal
+        mode = FakeTensorMode(shape_env=shapes)
         for i, value in enumerate(args):
             if isinstance(value, torch.Tensor):
                 sizes = [DimDynamic.STATIC] * value.dim()
@@ -38,4 +39,8 @@ def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Seq
                     sizes[1] = DimDynamic.DYNAMIC
                 example[i] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
     with torch.no_grad():
-        return compile_fx(module, example)  # type: ignore[return-value]
+        compiled = compile_fx(module, example)
+    fixed = [str(symbol) for symbol, value in shapes.replacements.items() if value.is_number]
+    if fixed:
+        raise RuntimeError(f"code for any number of rows was compiled for one number of them: {', '.join(fixed)}")
+    return compiled  # type: ignore[return-value]

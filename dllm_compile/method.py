@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .core.plan import Exact, Schedule
+from .core.plan import Exact, Schedule, with_row_before
 from .options import Options
 from .passes.block_cache import BlockCache
 from .passes.feature_cache import FeatureCache
@@ -24,8 +24,3 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
         before = options.shift is not False
         return BlockCache(response, options.cache, options.block_length, options.refresh_interval, before)
     return Exact()
-
-
-def with_row_before(rows: torch.Tensor) -> torch.Tensor:
-    """``[B, S]`` bool rows, and the one before each: it predicts their token where logits are shifted."""
-    return rows | torch.cat([rows[:, 1:], rows[:, :1] & False], 1)

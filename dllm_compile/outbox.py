@@ -3,7 +3,8 @@
 A step returns logits of the size of the whole vocabulary, copied so that the caller may write into them. Fresh memory
 of that size is mapped, faulted in and unmapped at every step, which costs more than the copy. A buffer is used again
 once nothing outside holds its memory; the number of owners of its storage tells. If nobody wrote into it, which its
-version tells, only the rows that changed since are copied.
+version tells, only the rows that changed since are copied. A caller who writes by ``numpy()`` or ``data`` goes around
+the version: such writes stay in rows that are not computed anew.
 """
 
 from __future__ import annotations
@@ -52,19 +53,16 @@ class Outbox:
     def __init__(self) -> None:
         self.buffers: list[_Buffer] = []
 
-    def copy(self, value: torch.Tensor, rows: Rows = None) -> torch.Tensor:
-        """A contiguous copy of ``value`` that shares no memory with anything the caller still holds.
+    def changed(self, rows: Rows) -> None:
+        """Note that these rows of the value are no longer those copied last."""
+        for buffer in self.buffers:
+            buffer.behind.append(rows)
 
-        Args:
-            value: ``[B, S, ...]`` where ``rows`` are given.
-            rows: what differs from the value copied last; ``None`` when anything may.
-        """
+    def copy(self, value: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of ``value`` that shares no memory with anything the caller still holds."""
         if value.device.type != "cpu" or torch.is_inference_mode_enabled():
             return value.clone(memory_format=torch.contiguous_format)
         fits = [b for b in self.buffers if b.tensor.shape == value.shape and b.tensor.dtype == value.dtype]
-        self.buffers = fits
-        for buffer in fits:
-            buffer.behind.append(rows)
         for buffer in fits:
             if owners(buffer.tensor) == owners(torch.empty(1)):
                 buffer.catch_up(value)

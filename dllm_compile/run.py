@@ -11,7 +11,7 @@ import torch
 import torch.fx
 
 from .core.assignment import ACTIVE, EXACT, NOTHING, READABLE, Assignment
-from .core.layout import position
+from .core.layout import Layout, position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from .core.state import allocate
 from .core.units import Unit
@@ -30,45 +30,26 @@ MOST = 0.9  # with more of the rows readable than this, the head computes all: n
 
 def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
-    if step.repeat and program in session.outputs and program.decision is None:
-        return _answer(program, session, session.outputs[program], {})
     env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
+    call = _Call(program, env, session, step)
+    if step.repeat and program in session.outputs and program.decision is None:
+        return call.answer(session.outputs[program], set(program.results))
+    if step.repeat and (kept := call.kept_results()) is not None:
+        return call.answer(kept, set(kept))
     if program.prelude is not None:
         given = [env[n] for n in program.prelude_reads]
         if program.prelude_run is None:
             program.prelude_run = lower(program.prelude, given, program.options.lowering)
         env.update(zip(program.constants, program.prelude_run(*given), strict=True))
-    call = _Call(program, env, session, step)
-    if step.repeat and (known := call.again()) is not None:
-        return _answer(program, session, known, {})
     for unit, code in zip(program.units, program.codes, strict=True):
         call.unit(unit, code)
     results = {n: call.whole(n) for n in program.results}
     if call.head is not None or program.ids is not None:
         session.outputs[program] = results
-    elif not call.widened:
+    elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
         return torch.fx.map_arg(program.result, lambda n: results[n])
-    return _answer(program, session, results, call.fresh)
-
-
-def _answer(
-    program: Program, session: Session, results: dict[torch.fx.Node, Any], fresh: dict[Any, torch.Tensor]
-) -> Any:
-    """The graph's outputs, which a caller may write into without spoiling what is kept.
-
-    Args:
-        program: the graph.
-        session: whose copies may be used again.
-        results: value of each output.
-        fresh: by the name of an output, the rows that changed since the last call.
-    """
-    copies = {}
-    for node, value in results.items():
-        name = program.origin.get(node, node)
-        box = session.outboxes.setdefault(name, Outbox())
-        copies[node] = box.copy(value, fresh.get(name)) if node in program.axes.layout else value
-    return torch.fx.map_arg(program.result, lambda n: copies[n])
+    return call.answer(results, call.stored)
 
 
 @cache
@@ -83,44 +64,65 @@ class _Call:
     def __init__(self, program: Program, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
         self.program, self.env, self.session, self.step = program, env, session, step
         self.have: dict[torch.fx.Node, RowSet] = {}
+        self.stored: set[torch.fx.Node] = set()  # values whose every row is kept, up to date
         self.head = program.head(session.vocabulary)
         self.keys = {id(unit): _layer_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
         self.full = session.schedule.variants[0]
         self.rest = step.assignment
         self.first = session.schedule.first or self.rest
-        if step.assignment.enter != ALL and not self._known():
+        if step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read())):
             self.first = self.rest = self.full
-        self.decides_again = step.repeat and program.decision is not None and self._has_decided()
-        self.stored: set[torch.fx.Node] = set()
-        self.fresh: dict[Any, torch.Tensor] = {}  # rows that differ from those returned last
-        self.widened = False
+        self.only_decides = step.repeat and program.decision is not None and self._kept_whole(self._read(), True)
 
     def _known(self) -> bool:
         """Whether each layer has rows kept and runs once, so that the others need not be computed."""
         keys = set(self.keys.values())
         return len(keys) == len(self.keys) and not keys & self.step.seen and keys <= self.session.layers.keys()
 
-    def _has_decided(self) -> bool:
-        """Whether all that the decision and the caller read of the layers is kept from the call before."""
-        assert self.program.decision is not None
-        read = [*self.program.decision.inputs, *self.program.results]
-        made = [n for unit in self.program.layers for n in unit.outputs]
-        heads = self.head.outputs[: self.head.leaving] if self.head is not None else []
-        return not any(n in made for n in read) and bool(heads) and all(self._slot(n) is not None for n in heads)
+    def _read(self) -> list[torch.fx.Node]:
+        """What the decision and the caller read of layers and head."""
+        decision = self.program.decision
+        read = [*self.program.results, *(decision.inputs if decision is not None else [])]
+        units = [*self.program.layers, *([self.head] if self.head is not None else [])]
+        made = {n for unit in units for n in unit.outputs}
+        return [n for n in dict.fromkeys(read) if n in made]
 
-    def again(self) -> dict[torch.fx.Node, Any] | None:
+    def _kept_whole(self, nodes: list[torch.fx.Node], current: bool = False) -> bool:
+        """Whether all rows of ``nodes`` are kept where some may not be computed; ``current`` asks for all of them."""
+        return all(self._slot(n) is not None or not (current or self._widens(n)) for n in nodes)
+
+    def kept_results(self) -> dict[torch.fx.Node, Any] | None:
         """Results of layers traced alone whose inputs are those of the step before, where all of them are kept."""
+        if not self.keys or self.head is not None or not self._known() or self._read() != list(self.program.results):
+            return None
         slots = {n: self._slot(n) for n in self.program.results}
-        if not self.keys or self.head is not None or not self._known() or None in slots.values():
+        if None in slots.values():
             return None
         self.step.seen |= set(self.keys.values())
         self.step.layer += len(self.keys)
         return {n: read_all(kept, self.program.axes.layout[n]) for n, kept in slots.items() if kept is not None}
 
+    def answer(self, results: dict[torch.fx.Node, Any], kept: set[torch.fx.Node]) -> Any:
+        """The graph's outputs, which a caller may write into without spoiling what is kept.
+
+        Args:
+            results: value of each output.
+            kept: those whose changes have been noted; any row of the others may differ from the one returned last.
+        """
+        copies = {}
+        for node, value in results.items():
+            if node in self.program.axes.layout:
+                box = self._outbox(node)
+                if node not in kept:
+                    box.changed(None)
+                value = box.copy(value)
+            copies[node] = value
+        return torch.fx.map_arg(self.program.result, lambda n: copies[n])
+
     def unit(self, unit: Unit, code: UnitCode) -> None:
-        """Run one unit. The same ids decided on again need no layers: what the head gave is kept."""
+        """Run one unit. Deciding again on the same ids needs no layers: what the head gave is kept."""
         outs: Sequence[Any]
-        if self.decides_again and (unit.attentions or unit is self.head):
+        if self.only_decides and (unit.attentions or unit is self.head):
             outs, rows = [None] * len(unit.outputs), [NONE] * len(unit.outputs)
         elif unit.attentions:
             outs, rows = self._layer(unit, code)
@@ -159,7 +161,7 @@ class _Call:
         outs = variant(values)
         if assignment.pick:
             session.selected[number] = outs[-1]
-        if step.number == 0 and session.narrows() and not code.narrow(values):
+        if session.narrows() and (step.number == 0 or code.narrows is None) and not code.narrow(values):
             session.run_whole("the rows of a layer depend on one another in more than its attention")
         return outs, variant.rows
 
@@ -210,30 +212,41 @@ class _Call:
     def _slot_key(self, node: torch.fx.Node) -> Any:
         """Where all rows of a value are kept: by its unit, and by the weights where a graph is one layer of many."""
         first = next(iter(self.keys.values()), None)
-        return self.program.origin[node], first
+        return self.program.origin.get(node, node), first
+
+    def _outbox(self, node: torch.fx.Node) -> Outbox:
+        return self.session.outboxes.setdefault(self._slot_key(node), Outbox())
+
+    def _widens(self, node: torch.fx.Node) -> bool:
+        """Whether a value may be computed for some rows only, and has rows."""
+        layout = self.program.axes.layout.get(node, ())
+        narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
+        return (narrowed or self.session.narrows()) and None not in (position(layout, "T"), position(layout, "B"))
 
     def whole(self, node: torch.fx.Node) -> Any:
         """All rows of a value: those just computed, beside those kept of the others."""
         value, rows = self.env[node], self.have.get(node)
-        layout = self.program.axes.layout.get(node)
-        narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
-        if rows is None or layout is None or not (narrowed or self.session.narrows()):
+        if rows is None or not self._widens(node):
             return value
-        if position(layout, "T") is None or position(layout, "B") is None:
-            return value
+        layout = self.program.axes.layout[node]
         kept = self._slot(node)
         if kept is None:
             (kept,) = allocate([node], self.program.axes, self.step.counts.device)
             self.session.kept[self._slot_key(node)] = kept
         if node not in self.stored and rows == ALL:
             store_rows(kept, value, layout)
+            self._outbox(node).changed(None)
         elif node not in self.stored and rows != NONE:
-            merge_rows(kept, self.step.indices[rows.name], value, layout)
-            if position(layout, "B") == 0 and position(layout, "T") == 1 and self.program.ids is not None:
-                self.fresh[self.program.origin[node]] = self.step.indices[rows.name]
+            index = self.step.indices[rows.name]
+            merge_rows(kept, index, value, layout)
+            self._outbox(node).changed(index if _rows_lead(layout) else None)
         self.stored.add(node)
-        self.widened = True
         return read_all(kept, layout)
+
+
+def _rows_lead(layout: Layout) -> bool:
+    """Whether the batch and the tokens are the first two dimensions."""
+    return [tuple(factor.kind for factor in dim) for dim in layout[:2]] == [("B",), ("T",)]
 
 
 def _layer_key(unit: Unit, inputs: list[Any]) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .core.assignment import ACTIVE, Assignment
-from .core.plan import Call, Exact, Plan, Schedule
+from .core.plan import Call, Exact, Plan, Schedule, with_row_before
 from .ids import at, infer_mask_id, labels, positions, readable_rows, response_rows
-from .method import schedule, with_row_before
+from .method import schedule
 from .options import Options
 from .outbox import Outbox
 from .stats import Stats
@@ -38,7 +38,6 @@ class Step:
         counts: ``[B, 1]`` int64, rows each sequence may select.
         layer: how many layers have run in this step.
         seen: the layers that have run.
-        fresh: the layer at hand has no rows kept yet.
     """
 
     number: int
@@ -50,7 +49,6 @@ class Step:
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
-    fresh: bool = False
 
     @property
     def signature(self) -> tuple[int, int, int]:
@@ -75,6 +73,7 @@ class Session:
     def drop(self) -> None:
         """Forget the sequence and free all cached rows."""
         self.ids: torch.Tensor | None = None
+        self.caller: object = None
         self.first: torch.Tensor | None = None
         self.beside: list[torch.Tensor] = []
         self.number = -1
@@ -106,13 +105,16 @@ class Session:
         """Whether ``stream`` is what the last graph of this session returned; it is kept so that no other can be."""
         return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
 
-    def begin(self, ids: torch.Tensor, beside: list[torch.Tensor], others: Sequence[torch.Tensor] = ()) -> Step | None:
+    def begin(
+        self, ids: torch.Tensor, beside: list[torch.Tensor], caller: object, others: Sequence[torch.Tensor] = ()
+    ) -> Step | None:
         """Read one call.
 
         Args:
             ids: ``[B, S]`` integer token ids.
             beside: the other inputs that belong to the sequence (padding masks, position ids).
-            others: further inputs; a call with other values there is no repetition.
+            caller: the graph that is called; a call of another one is no repetition.
+            others: further inputs; a call with other values there is none either.
 
         Returns:
             The step, or ``None`` when these ids are no denoising step (nothing is masked, or nobody knows the mask).
@@ -129,25 +131,28 @@ class Session:
             repeat = False
         else:
             assert self.ids is not None
-            repeat = torch.equal(host, self.ids) and _unchanged(others, self.others)
+            same = torch.equal(host, self.ids) and _unchanged(others, self.others)
+            repeat = same and caller is self.caller
         assert self.mask_id is not None
         masked = host.eq(self.mask_id)
         changed = torch.zeros_like(masked) if self.ids is None else self.ids.ne(host)
         filled = ~masked if self.ids is None else changed & ~masked & self.ids.eq(self.mask_id)
-        self.ids = host
+        if not repeat:
+            self.outputs.clear()
+        self.ids, self.caller = host, caller
         self.others = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in others]
         self.number += 1
         self.step = self._step(Call(self.number, repeat, masked, filled, changed), ids.device)
         self.stats.count(self.step)
         return self.step
 
-    def begin_hidden(self, hidden: torch.Tensor, beside: list[torch.Tensor]) -> Step | None:
+    def begin_hidden(self, hidden: torch.Tensor, beside: list[torch.Tensor], caller: object) -> Step | None:
         """Read one call off the hidden state ``[B, S, d]`` that enters the first layer: equal rows, equal tokens.
 
         A model that breaks its graph before the first layer looks its ids up outside of any graph. What is masked is
         then inferred in any case, since a user's mask id says nothing about rows.
         """
-        return self.begin(labels(hidden), beside)
+        return self.begin(labels(hidden), beside, caller)
 
     def _is_new(self, ids: torch.Tensor) -> bool:
         if self.ids is None or self.first is None or ids.shape != self.ids.shape:

@@ -50,12 +50,12 @@ class Values:
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
 
-_SHARED: dict[tuple[str, str], UnitCode] = {}
+_SHARED: dict[tuple[str, int, str], UnitCode] = {}
 
 
 def shared(unit: Unit, axes: Axes, lowering: str) -> UnitCode:
     """The code of a unit, made once for all layers of its kind, of whatever graph."""
-    return _SHARED.setdefault((unit.key, lowering), UnitCode(unit, axes, lowering))
+    return _SHARED.setdefault((unit.key, unit.leaving, lowering), UnitCode(unit, axes, lowering))
 
 
 def forget() -> None:

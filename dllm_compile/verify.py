@@ -32,7 +32,9 @@ def compare(
     for got, exact in zip(tree_leaves(result), tree_leaves(want), strict=True):
         if not isinstance(got, torch.Tensor):
             continue
-        if session.vocabulary is not None and got.dim() == 3 and got.shape[-1] >= session.vocabulary:
+        if program.decision is not None and got.dim() == 2 and got.dtype == torch.int64:
+            _note_tokens(got, exact, session, step)
+        elif session.vocabulary is not None and got.dim() == 3 and got.shape[-1] >= session.vocabulary:
             _note(got, exact, session, step)
         else:
             session.shadow[got.data_ptr()] = (got, exact)
@@ -43,10 +45,19 @@ def _note(got: torch.Tensor, exact: torch.Tensor, session: Session, step: Step) 
     rows.scatter_(1, step.indices["readable"], True)
     rows = rows[:, :-1]
     error = (got - exact).abs().amax(-1)[rows]
-    flips = (got.argmax(-1) != exact.argmax(-1)) & rows
+    stats = session.stats
+    stats.max_logit_error = max(stats.max_logit_error, error.max().item() if error.numel() else 0.0)
+    _note_flips((got.argmax(-1) != exact.argmax(-1)) & rows, session, step)
+
+
+def _note_tokens(got: torch.Tensor, exact: torch.Tensor, session: Session, step: Step) -> None:
+    """Of a whole step: its new ids."""
+    _note_flips(got != exact, session, step)
+
+
+def _note_flips(flips: torch.Tensor, session: Session, step: Step) -> None:
     stats = session.stats
     stats.checked += 1
-    stats.max_logit_error = max(stats.max_logit_error, error.max().item() if error.numel() else 0.0)
     stats.token_flips += int(flips.sum())
     for row in flips.any(1).nonzero().flatten().tolist():
         stats.first_divergence.setdefault(row, step.number)

@@ -21,7 +21,7 @@ import warnings
 import torch
 
 from dllm_compile.core.assignment import ACTIVE, KEYS, Assignment
-from dllm_compile.core.plan import Call, Plan
+from dllm_compile.core.plan import Call, Plan, with_row_before
 
 FULL = Assignment("full", keep=KEYS)
 BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, keep=KEYS)
@@ -64,16 +64,14 @@ class BlockCache:
         due = (at != self.at) | edited
         if not call.repeat:
             self.age += 1
-            due |= torch.tensor(self.interval is not None) & (self.age >= (self.interval or 0))
+            if self.interval is not None:
+                due |= self.age >= self.interval
         self.at = at
         self.age[due] = 0
         if bool((due | (ahead > self.block.max())).all()):
             return Plan(FULL)
         written = block | due
-        active = written.clone()
-        if self.before:
-            active[:, :-1] |= written[:, 1:]
-        return Plan(BLOCK, active=active, written=written)
+        return Plan(BLOCK, active=with_row_before(written) if self.before else written, written=written)
 
     def _without_blocks(self) -> None:
         """The loop fills tokens of any block: keep all of the response alive."""

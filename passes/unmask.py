@@ -40,7 +40,7 @@ def unmask(graph: torch.fx.Graph, axes: Axes, follow: Callable[[], Axes]) -> Axe
     """
     shifts = {node: whole for node in graph.nodes if (whole := _shifted(node, axes)) is not None}
     for node, whole in shifts.items():
-        parts: Any = node.args[0]
+        parts: Any = _argument(node, 0, "tensors")
         node.replace_all_uses_with(whole)
         for gone in (node, *parts):
             graph.erase_node(gone)
@@ -70,7 +70,8 @@ def _argument(node: Node, place: int, name: str, default: Any = None) -> Any:
 
 def _shifted(node: Node, axes: Axes) -> Node | None:
     """``l`` when the node is ``cat([l[:, :1], l[:, :-1]], 1)`` along the tokens of ``l``."""
-    parts: Any = node.args[0] if _is(node, "cat", "concat") and _argument(node, 1, "dim", 0) == 1 else ()
+    at_tokens = _is(node, "cat", "concat") and _argument(node, 1, "dim", 0) == 1
+    parts: Any = _argument(node, 0, "tensors", ()) if at_tokens else ()
     if not isinstance(parts, (tuple, list)) or len(parts) != 2:
         return None
     first, rest = parts
@@ -116,12 +117,13 @@ def _fuse(graph: torch.fx.Graph, soft: Node, axes: Axes) -> bool:
     layout = axes.layout.get(soft, ())
     if len(layout) != 3 or _argument(soft, 1, "dim") not in (-1, 2) or position(layout, "T") != 1:
         return False
-    logits = _uncast(soft.args[0], axes)
-    sources = dict.fromkeys((soft, soft.args[0], logits))
-    tokens = [n for source in sources for n in source.users if _is_last(n, "argmax")]  # type: ignore[union-attr]
+    scores = _argument(soft, 0, "input")
+    logits = _uncast(scores, axes)
+    sources = dict.fromkeys((soft, scores, logits))
+    tokens = [n for source in sources for n in source.users if _is_last(n, "argmax")]
     readings: dict[Node, Reading] = {}
     for user in soft.users:
-        found = _readings(user, tokens)
+        found = _readings(user, soft, tokens, axes)
         if found is None:
             return False
         readings.update(found)
@@ -132,8 +134,8 @@ def _fuse(graph: torch.fx.Graph, soft: Node, axes: Axes) -> bool:
         with graph.inserting_before(node):
             asked = greedy if chosen is None else graph.call_function(confidence, (logits, chosen))
             value = graph.call_function(operator.getitem, (asked, Confidence._fields.index(name)))
-            if name != "best" and axes.fake[soft].dtype == torch.float64:
-                value = graph.call_method("double", (value,))
+            if name != "best":
+                value = graph.call_method("to", (value, axes.fake[soft].dtype))
             if axes.fake[node].dim() == 3:
                 value = graph.call_method("unsqueeze", (value, -1))
         node.replace_all_uses_with(value)
@@ -148,9 +150,11 @@ def _measure(graph: torch.fx.Graph, after: Node, of: Node, name: str) -> Node:
 
 
 def _uncast(node: Any, axes: Axes) -> Node:
-    """The value before casts to a wider dtype."""
-    while _is(node, *_CASTS) and axes.fake[node.args[0]].dtype.itemsize <= axes.fake[node].dtype.itemsize:
-        if not axes.fake[node.args[0]].is_floating_point():
+    """The value before casts to a dtype that holds every value of its own."""
+    while _is(node, *_CASTS) and isinstance(node.args[0], Node):
+        narrow, wide = axes.fake[node.args[0]], axes.fake[node]
+        holds_all = torch.promote_types(narrow.dtype, wide.dtype) == wide.dtype
+        if not narrow.is_floating_point() or not holds_all or narrow.device != wide.device:
             break
         node = node.args[0]
     assert isinstance(node, Node)
@@ -167,7 +171,7 @@ def _is_last(node: object, *names: str) -> bool:
 Reading = tuple[str, "Node | None"]
 
 
-def _readings(user: Node, tokens: list[Node]) -> dict[Node, Reading] | None:
+def _readings(user: Node, soft: Node, tokens: list[Node], axes: Axes) -> dict[Node, Reading] | None:
     """What a user of the probabilities asks for: by node, the measure, and the chosen token if it is not the best."""
     if user in tokens:
         return {}
@@ -177,28 +181,36 @@ def _readings(user: Node, tokens: list[Node]) -> dict[Node, Reading] | None:
         return {part: (("probability", "best")[part.args[1]], None) for part in user.users}  # type: ignore[index]
     if _is(user, "gather") and _argument(user, 1, "dim") in (-1, 2):
         index = _argument(user, 2, "index")
-        if _is(index, "unsqueeze") and _argument(index, 1, "dim") in (-1, 2):
-            return {user: ("probability", None if index.args[0] in tokens else index.args[0])}
-        return None
-    if _is(user, "topk") and _argument(user, 1, "k") == 2 and _argument(user, 2, "dim", -1) in (-1, 2):
-        return _margin(user)
-    return _entropy(user)
+        if not _is(index, "unsqueeze") or _argument(index, 1, "dim") not in (-1, 2):
+            return None
+        token = _argument(index, 0, "input")
+        whole = axes.fake[token].shape == axes.fake[soft].shape[:-1]
+        return {user: ("probability", None if token in tokens else token)} if whole else None
+    if _is(user, "topk"):
+        two = _argument(user, 1, "k") == 2 and _argument(user, 2, "dim", -1) in (-1, 2)
+        ordered = _argument(user, 3, "largest", True) is True and _argument(user, 4, "sorted", True) is True
+        return _margin(user) if two and ordered else None
+    return _entropy(user, soft)
 
 
 def _only(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _entropy(user: Node) -> dict[Node, Reading] | None:
+def _entropy(user: Node, soft: Node) -> dict[Node, Reading] | None:
     """``sum(p * log(p + 1e-10))``, from either of the two readers of ``p``."""
     node: Node | None = user
-    if _is(node, "add") and node.args[1] == 1e-10:  # type: ignore[union-attr]
-        node = _only(node)  # type: ignore[arg-type]
-        node = _only(node) if node is not None and _is(node, "log") else None
-    if node is None or not _is(node, "mul"):
+    if _is(user, "add"):
+        log = _only(user)
+        node = _only(log) if log is not None and _is(log, "log") else None
+    if node is None or not _is(node, "mul") or node.kwargs or len(node.args) != 2:
         return None
-    node = _only(node)
-    return {node: ("entropy", None)} if node is not None and _is_last(node, "sum") else None
+    other = node.args[1] if node.args[0] is soft else node.args[0]
+    inside: Any = _argument(other, 0, "input") if isinstance(other, Node) and _is(other, "log") else None
+    if soft not in node.args or not _is(inside, "add") or (*inside.args, *inside.kwargs.values()) != (soft, 1e-10):
+        return None
+    total = _only(node)
+    return {total: ("entropy", None)} if total is not None and _is_last(total, "sum") else None
 
 
 def _margin(two: Node) -> dict[Node, Reading] | None:
@@ -206,11 +218,14 @@ def _margin(two: Node) -> dict[Node, Reading] | None:
     values = _only(two)
     if values is None or not _is(values, "getitem") or values.args[1] != 0 or len(values.users) != 2:
         return None
-    ends = [part.args[1] for part in values.users if _is(part, "getitem")]
-    less = {_only(part) for part in values.users}
-    if ends != [(Ellipsis, 0), (Ellipsis, 1)] or len(less) != 1 or not _is(next(iter(less)), "sub"):
+    parts: dict[Any, Node] = {part.args[1]: part for part in values.users if _is(part, "getitem")}
+    first, second = parts.get((Ellipsis, 0)), parts.get((Ellipsis, 1))
+    if first is None or second is None:
         return None
-    return {next(iter(less)): ("margin", None)}  # type: ignore[dict-item]
+    less = _only(first)
+    if less is None or not _is(less, "sub") or less.args != (first, second) or less.kwargs:
+        return None
+    return {less: ("margin", None)} if _only(second) is less else None
 
 
 def _confidence_rows(

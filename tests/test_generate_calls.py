@@ -245,3 +245,11 @@ def test_what_is_compiled_is_kept_as_long_as_the_model() -> None:
     gc.collect()
     assert gone() is None
     assert not any(isinstance(key, torch.nn.Module) for key in _COMPILED)
+
+
+def test_masks_in_a_prompt_are_refused_by_block_caches() -> None:
+    prompt = ids(1, 6)
+    prompt[:, 2] = models.MASK
+    more = {"gen_length": 8, "block_length": 4, "mask_id": models.MASK, "lowering": "eager"}
+    with pytest.raises(ValueError, match="the prompt holds the mask"):
+        run(models.build("llama"), prompt, method="fast-dllm", cache="dual", **more)

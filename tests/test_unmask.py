@@ -90,8 +90,8 @@ def session() -> Session:
 
 def play(
     step: Step, name: str, options: dict[str, Any], count: int = 1, calls: int = 8
-) -> tuple[list[torch.Tensor], list[torch.Tensor], Step]:
-    """The ids after each call: compiled, and by eager from the same ids."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.nn.Module]:
+    """The ids after each call, compiled and by eager from the same ids; and the model, which the session lives with."""
     model, x = models.build(name), models.start(PROMPT, RESPONSE)
     run = torch.compile(step, backend="dllm", options={"mask_id": MASK, "lowering": "eager", **options})
     got, want = [], []
@@ -101,13 +101,13 @@ def play(
             want.append(step(model, x, candidates, count))
             x = run(model, x, candidates, count)
             got.append(x)
-    return got, want, run
+    return got, want, model
 
 
 @pytest.mark.parametrize("options", [{"method": "exact"}, NEUTRAL], ids=["exact", "neutral"])
 @pytest.mark.parametrize("rule", NARROW)
 def test_a_step_equals_eager_and_keeps_nothing_as_wide_as_the_vocabulary(rule: str, options: dict[str, Any]) -> None:
-    got, want, _ = play(NARROW[rule], "llama", {**options, "shift": rule in SHIFTED})
+    got, want, _model = play(NARROW[rule], "llama", {**options, "shift": rule in SHIFTED})
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert session().kept
     assert all(VOCABULARY not in kept.shape for kept in session().kept.values())
@@ -117,7 +117,7 @@ def test_a_step_equals_eager_and_keeps_nothing_as_wide_as_the_vocabulary(rule: s
 @pytest.mark.parametrize("name", ["qwen2", "modernbert", "esm", "qwen3-moe"])
 @pytest.mark.parametrize("rule", ["llada", "dream"])
 def test_steps_of_other_models(rule: str, name: str) -> None:
-    got, want, _ = play(NARROW[rule], name, {**NEUTRAL, "shift": rule in SHIFTED}, count=2, calls=4)
+    got, want, _model = play(NARROW[rule], name, {**NEUTRAL, "shift": rule in SHIFTED}, count=2, calls=4)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -126,7 +126,7 @@ def test_steps_of_other_models(rule: str, name: str) -> None:
 def test_block_caches_decide_as_the_plain_loop_does_on_the_same_logits(rule: str, cache: str) -> None:
     """The fused step against the same cache behind a model compiled alone, with the arithmetic in eager."""
     options = {"method": "fast-dllm", "cache": cache, "block_length": 4, "shift": rule in SHIFTED}
-    got, _, _ = play(NARROW[rule], "qwen2", options)
+    got, _, _model = play(NARROW[rule], "qwen2", options)
     assert session().stats.steps == {"full": 2, "block": 6}
     torch._dynamo.reset()
     model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
@@ -139,7 +139,7 @@ def test_block_caches_decide_as_the_plain_loop_does_on_the_same_logits(rule: str
 
 @pytest.mark.parametrize("rule", ["llada", "dream"])
 def test_compiled_by_inductor(rule: str) -> None:
-    got, want, _ = play(NARROW[rule], "llama", {**NEUTRAL, "lowering": "inductor", "shift": rule in SHIFTED})
+    got, want, _model = play(NARROW[rule], "llama", {**NEUTRAL, "lowering": "inductor", "shift": rule in SHIFTED})
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -228,3 +228,140 @@ def test_no_probability_of_a_word_is_left(rule: str) -> None:
     names = [getattr(node.target, "__name__", node.target) for node in graph.nodes]
     assert "confidence" in names
     assert "softmax" not in names[names.index("confidence") :]
+
+
+def squares(logits: torch.Tensor) -> torch.Tensor:
+    p = logits.softmax(-1)
+    return (p * p).sum(-1)
+
+
+def expected(logits: torch.Tensor) -> torch.Tensor:
+    p = logits.softmax(-1)
+    return (p * torch.arange(p.shape[-1])).sum(-1)
+
+
+def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+    p, q = logits.softmax(-1), (2 * logits).softmax(-1)
+    return (q * torch.log(p + 1e-10)).sum(-1)
+
+
+def another_epsilon(logits: torch.Tensor) -> torch.Tensor:
+    p = logits.softmax(-1)
+    return (p * torch.log(p + 0.5)).sum(-1)
+
+
+def negative_margin(logits: torch.Tensor) -> torch.Tensor:
+    two = logits.softmax(-1).topk(2, dim=-1).values
+    best, second = two[..., 0], two[..., 1]
+    return second - best
+
+
+def least_likely(logits: torch.Tensor) -> torch.Tensor:
+    two = logits.softmax(-1).topk(2, dim=-1, largest=False).values
+    return two[..., 0] - two[..., 1]
+
+
+def over_rows(logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(1).amax(-1)
+
+
+def of_another(logits: torch.Tensor) -> torch.Tensor:
+    best = (-logits).argmax(-1)
+    return F.softmax(input=logits, dim=-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
+
+
+def three_rows(logits: torch.Tensor) -> torch.Tensor:
+    p = logits.softmax(-1)
+    few = p.gather(-1, logits.argmax(-1)[:, :3].unsqueeze(-1)).squeeze(-1)
+    return torch.cat(tensors=[few, p.amax(-1)[:, 3:]], dim=1)
+
+
+LOOKALIKES = (
+    *(squares, expected, cross_entropy, another_epsilon, negative_margin),
+    *(least_likely, over_rows, of_another, three_rows),
+)
+
+
+@pytest.mark.parametrize("measure", LOOKALIKES)
+def test_what_only_looks_like_a_known_measure_keeps_its_meaning(
+    measure: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    def step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return measure(model(x).logits)
+
+    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    run = torch.compile(step, backend="dllm", options={"mask_id": MASK, "lowering": "eager", "method": "exact"})
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, x), step(model, x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_confidence_that_is_returned_keeps_its_dtype(dtype: torch.dtype) -> None:
+    def step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).logits.softmax(-1).amax(-1)
+
+    model, x = models.build("llama", dtype), models.start(PROMPT, RESPONSE)
+    run = torch.compile(step, backend="dllm", options={"mask_id": MASK, "lowering": "eager", "method": "exact"})
+    with torch.no_grad():
+        got, want = run(model, x), step(model, x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.01)
+
+
+def test_two_graphs_of_one_model_never_answer_for_each_other() -> None:
+    """A plain call and one with hidden states, on the same ids, step by step."""
+    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+
+    def plain(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).logits
+
+    def twice(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * model(x).logits
+
+    options = {"mask_id": MASK, "lowering": "eager", **NEUTRAL}
+    one, two = (
+        torch.compile(plain, backend="dllm", options=options),
+        torch.compile(twice, backend="dllm", options=options),
+    )
+    with torch.no_grad():
+        for step in range(5):
+            masked = x == MASK
+            torch.testing.assert_close(one(model, x)[masked], plain(model, x)[masked], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(two(model, x)[masked], twice(model, x)[masked], rtol=1e-9, atol=1e-9)
+            x[:, PROMPT + step] = 5
+
+
+def test_a_graph_that_joins_in_the_middle_of_a_block_returns_no_zeros() -> None:
+    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+
+    def twice(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * model(x).logits
+
+    options = {"mask_id": MASK, "lowering": "eager", "method": "fast-dllm", "cache": "dual", "block_length": 4}
+    one = torch.compile(model, backend="dllm", options=options)
+    two = torch.compile(twice, backend="dllm", options=options)
+    with torch.no_grad():
+        one(x)
+        x[:, PROMPT] = 5
+        torch.testing.assert_close(two(model, x), twice(model, x), rtol=1e-9, atol=1e-9)
+
+
+def test_an_error_in_the_middle_of_a_step_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    run = models.compiled(model, **NEUTRAL)
+    with torch.no_grad():
+        run(x)
+        x[:, PROMPT] = 5
+        with monkeypatch.context() as broken:
+            broken.setattr("dllm_compile.run._Call._head", lambda *_: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                run(x)
+        masked = x == MASK
+        torch.testing.assert_close(run(x).logits[masked], model(x).logits[masked], rtol=1e-9, atol=1e-9)
+
+
+def test_verify_counts_the_tokens_of_whole_steps() -> None:
+    got, want, _model = play(llada, "llama", {"method": "fast-dllm", "cache": "dual", "block_length": 4, "verify": 1})
+    flips = sum(int((a != b).sum()) for a, b in zip(got, want, strict=True))
+    seen = session().stats
+    assert (seen.checked, seen.token_flips) == (8, flips)

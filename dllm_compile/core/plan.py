@@ -46,6 +46,11 @@ class Plan:
     written: torch.Tensor | None = None
 
 
+def with_row_before(rows: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool rows, and the one before each: it predicts their token where logits are shifted."""
+    return rows | torch.cat([rows[:, 1:], rows[:, :1] & False], 1)
+
+
 class Schedule(Protocol):
     """A method, for one sequence: from what happened to the rows of the next call."""
 

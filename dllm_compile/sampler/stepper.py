@@ -48,12 +48,12 @@ def stepper(
             return draw_step(guided_logits(read, x, **fixed), x, turn, settings, generator)
 
         return drawn
+    columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
     step = compiled(denoise_step, model, options) if options and not settings.cfg_scale else denoise_step
     if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
         model = partial(compiled(read_logits, model, options), model)
     fixed.update(remasking=settings.remasking, temperature=settings.temperature)
     fixed.update(threshold=settings.threshold, factor=settings.factor)
-    columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
 
     def whole(x: torch.Tensor, turn: Turn) -> torch.Tensor:
         uniform = partial(torch.rand, generator=generator, device=x.device)
