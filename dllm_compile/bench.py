@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import frontier
+from . import frontier, kernel_bench
 from .contest import Contender, Job, Row, finish, play, relative_flops
 from .table import print_rows
 
@@ -127,8 +127,12 @@ def main(argv: list[str]) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="instead draw accuracy against speed on the embedded model to this PNG file")
+    parser.add_argument("--confidence", action="store_true", help="instead time the confidence operation alone")
     given = vars(parser.parse_args(argv))
     target, picture = given.pop("json"), given.pop("plot")
+    if given.pop("confidence"):
+        kernel_bench.main()
+        return
     if picture:
         frontier.main(picture, target)
         return

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_compile import demo, tiny
-from dllm_compile.contest import Contender, play
+from dllm_compile import bench, demo, frontier, kernel_bench, tiny
+from dllm_compile.contest import Contender, Row, play
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +67,22 @@ def test_bench_runs_on_a_small_shape() -> None:
     text = run("-m", "dllm_compile", "bench", *shape, *lengths, "--cache-block", "8")
     assert "dual: a block step takes" in text
     assert "realised speed-up over FLOP reduction" in text
+
+
+def test_bench_times_the_confidence_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kernel_bench, "VOCABULARY", 1000)
+    bench.main(["--confidence"])
+    assert "32 rows of 1000 float32 logits" in capsys.readouterr().out
+    logits = torch.randn(4, 50)
+    for got, want in zip(kernel_bench.fused(logits), kernel_bench.plain(logits), strict=True):
+        torch.testing.assert_close(got, want, check_dtype=False)
+
+
+def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:
+    rows = [Row(contender.name, accuracy=0.9, vs_eager=float(i + 1)) for i, contender in enumerate(frontier.entrants())]
+    frontier.draw(rows, str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert all(row.name.startswith(frontier.SERIES) for row in rows)
 
 
 def test_commands_say_what_is_wrong() -> None:
