@@ -67,11 +67,8 @@ def generate(
     cached = False
     if method is not None or options:
         how, options, cached = _for_backend(how, options, method, kind)
-    if cached and bool((input_ids == kind.mask_id).any()):
-        raise ValueError(
-            f"the prompt holds the mask {kind.mask_id}, and block caches count blocks from the first mask; "
-            "fill it, or give method='dllm-cache'"
-        )
+    if cached:
+        _refuse_masks(input_ids, kind.mask_id)
     x = torch.nn.functional.pad(input_ids.long(), (0, how.gen_length), value=kind.mask_id)
     progress = Progress(how, x.shape, shift=kind.shift, cached=cached)
     if options:
@@ -89,6 +86,14 @@ def _check(input_ids: torch.Tensor, streamer: Any) -> None:
         raise ValueError(f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; give integer ids [batch, tokens]")
     if streamer is not None and input_ids.shape[0] > 1:
         raise ValueError(f"a streamer follows one sequence, not {input_ids.shape[0]}; leave it out, or split the batch")
+
+
+def _refuse_masks(prompt: torch.Tensor, mask_id: int) -> None:
+    if bool((prompt == mask_id).any()):
+        raise ValueError(
+            f"the prompt holds the mask {mask_id}, and block caches count blocks from the first mask; "
+            "fill it, or give method='dllm-cache'"
+        )
 
 
 def _for_backend(
