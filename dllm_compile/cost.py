@@ -3,25 +3,28 @@
 A token-wise call costs the same for every row, so its count for all ``S`` rows, taken once with
 ``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
 per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
-selected rows, ``A`` active rows, ``R`` readable rows.
+selected rows, ``A`` active rows, ``E`` entries kept by eviction, ``R`` readable rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
 
 import sympy
 import torch
 import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.assignment import Assignment
+from .core.assignment import KEYED, KEYS, Assignment
 from .core.axes import Axes, attention, linear, run_node
 from .core.emit import emit
 from .core.rows import RowSet
 from .core.state import shape
 from .core.units import Unit
-from .kernels.row_change import pick_rows
+from .unit_code import CHOICES
 
-B, S, P, G, N, A, R = sympy.symbols("B S P G n A R", positive=True, integer=True)
+B, S, P, G, N, A, E, R = sympy.symbols("B S P G n A E R", positive=True, integer=True)
 ROWS = {
     "all": S,
     "none": sympy.Integer(0),
@@ -30,26 +33,27 @@ ROWS = {
     "selected": N,
     "prompt+selected": P + N,
     "active": A,
+    "keyed": E + A,
     "readable": R,
 }
 
 
 def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
     """FLOPs of a unit for an assignment, as an expression in the symbols above (a multiply-add counts as 2)."""
-    computed = emit(unit, axes, assignment, {"selected": 1}, pick_rows).rows
+    computed = emit(unit, axes, assignment, {"selected": 1, "kept": 1}, CHOICES).rows
     total = sympy.Integer(0)
     for node in unit.nodes:
         if node in computed:
-            total += _node(node, axes, computed[node])
+            total += _node(node, axes, computed[node], ROWS[assignment.keys.name])
     return sympy.expand(total)
 
 
-def _node(node: torch.fx.Node, axes: Axes, rows: RowSet) -> sympy.Expr:
+def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, keys: sympy.Expr) -> sympy.Expr:
     tokens, batch = _extent(axes, "T"), _extent(axes, "B")
     if node.target is attention:
         query, value = axes.fake[node.args[0]], axes.fake[node.args[2]]  # type: ignore[index]
         heads = query.numel() // (query.shape[-1] * query.shape[-2] * batch)
-        return 2 * B * heads * (query.shape[-1] + value.shape[-1]) * ROWS[rows.name] * S
+        return 2 * B * heads * (query.shape[-1] + value.shape[-1]) * ROWS[rows.name] * keys
     if node.target is linear:
         x, weight = axes.fake[node.args[0]], axes.fake[node.args[1]]  # type: ignore[index]
         count = 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
@@ -62,15 +66,13 @@ def _node(node: torch.fx.Node, axes: Axes, rows: RowSet) -> sympy.Expr:
     return sympy.Rational(count, tokens * batch) * B * ROWS[rows.name]
 
 
-def state_bytes(unit: Unit, axes: Axes, keep: frozenset[str]) -> sympy.Expr:
-    """Bytes kept between steps for one layer of this kind that keeps the roles ``keep``."""
-    total = sympy.Integer(0)
-    for node in unit.anchors(keep):
+def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy.Expr:
+    """Bytes kept between steps for one layer of this kind by a method that has these variants."""
+    evicts = any(variant.keys == KEYED for variant in variants)
+    rows, total = (E, 8 * B * E) if evicts else (S + 1, sympy.Integer(0))
+    for node in unit.anchors(KEYS if evicts else variants[0].keep):
         _, _, *rest = shape(axes.layout[node], 1)
-        width = 1
-        for extent in rest:
-            width *= extent
-        total += B * (S + 1) * width * axes.fake[node].element_size()
+        total += B * rows * prod(rest) * axes.fake[node].element_size()
     return total
 
 

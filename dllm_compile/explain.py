@@ -27,7 +27,7 @@ class Explanation:
     Attributes:
         graphs: a description of each graph that Dynamo handed over, in order.
         refused: graphs that run on plain Inductor, with the reason.
-        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n``, ``A`` and ``R``.
+        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n``, ``A``, ``E`` and ``R``.
         relative: the same relative to a full step, for the given lengths and half of the response still masked.
         state_bytes: closed form of what is kept between steps.
         lengths: the lengths that ``relative`` is for.
@@ -127,15 +127,16 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     masked = ids.cpu() == mask_id if mask_id is not None else torch.zeros(ids.shape, dtype=torch.bool)
     response, tokens = int(masked.sum(1).max()), ids.shape[1]
     method = schedule(options, masked)
-    method.next(Call(0, False, masked, masked & False, masked & False))
-    second = method.next(Call(1, False, masked, masked & False, masked & False))
+    plans = [method.next(Call(i, False, masked, masked & False, masked & False)) for i in range(options.delay + 3)]
+    active = plans[-1].active
     out.lengths = {
         "B": ids.shape[0],
         "S": tokens,
         "P": tokens - response,
         "G": response,
         "n": int(response * options.transfer_ratio),
-        "A": tokens if second.active is None else int(second.active.sum(1).max()),
+        "A": tokens if active is None else int(active.sum(1).max()),
+        "E": max(plan.kept for plan in plans),
         "R": response // 2 + 1,
     }
     if not any(program.layers for program in programs):
@@ -145,8 +146,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     for name, assignment in out.variants.items():
         work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
         out.flops[name] = sympy.expand(work)
-    keep = method.variants[0].keep
-    kept = (cost.state_bytes(u, p.axes, keep) for p in programs for u in p.layers)
+    kept = (cost.state_bytes(u, p.axes, method.variants) for p in programs for u in p.layers)
     out.state_bytes = sympy.expand(sum(kept, sympy.Integer(0)))
     values = [(sympy.Symbol(k, positive=True, integer=True), v) for k, v in out.lengths.items()]
     whole = out.flops[method.variants[0].name].subs([(cost.R, tokens)]).subs(values)

@@ -73,7 +73,7 @@ def generate(
     progress = Progress(how, x.shape, shift=kind.shift, cached=cached)
     if options:
         progress.hold((x == kind.mask_id).cpu())
-    if progress.leads and not how.parallel:
+    if progress.leads and cached and not how.parallel:
         how = replace(how, remasking="entropy")
     inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
     step = stepper(model, x, kind, how, options, inputs, generator)

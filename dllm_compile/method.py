@@ -7,6 +7,7 @@ import torch
 from .core.plan import Exact, Schedule, with_row_before
 from .options import Options
 from .passes.block_cache import BlockCache
+from .passes.eviction import Eviction
 from .passes.feature_cache import FeatureCache
 
 
@@ -23,4 +24,7 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
     if options.method == "fast-dllm" and options.cache != "none":
         before = options.shift is not False
         return BlockCache(response, options.cache, options.block_length, options.refresh_interval, before)
+    if options.method == "sparse-dllm":
+        before = options.shift is not False
+        return Eviction(response, options.keep_ratio, options.kernel_size, options.block_length, options.delay, before)
     return Exact()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-METHODS = ("dllm-cache", "fast-dllm", "exact")
+METHODS = ("dllm-cache", "fast-dllm", "sparse-dllm", "exact")
 CACHES = ("prefix", "dual", "none")
 LOWERINGS = ("inductor", "eager")
 
@@ -46,7 +46,8 @@ class Options:
     """Everything ``torch.compile(model, backend="dllm", options={...})`` understands.
 
     Attributes:
-        method: ``"dllm-cache"``, ``"fast-dllm"``, or ``"exact"``, which reuses nothing but what is provably unchanged.
+        method: ``"dllm-cache"``, ``"fast-dllm"``, ``"sparse-dllm"``, or ``"exact"``, which reuses nothing but what is
+            provably unchanged.
         prompt_interval: steps between refreshes of the prompt (K_p), at least 1; -1 refreshes always.
         response_interval: steps between refreshes of the whole response (K_r), at least 1; -1 refreshes always.
         transfer_ratio: share of the response recomputed in the steps between (rho), 0 to 1; 0 recomputes none.
@@ -54,6 +55,9 @@ class Options:
             ``"none"`` everything.
         block_length: tokens of a block of the sampling loop, at least 1; ``None`` takes the response as one block.
         refresh_interval: steps between full steps inside a block, at least 1; ``None`` for none.
+        keep_ratio: of Sparse-dLLM: share of the entries outside of the active block that are kept, 0 to 1.
+        kernel_size: window that their scores are pooled over, odd; ``None`` for none.
+        delay: full steps of a block before the one that chooses them, at least 0.
         mask_id: token id of the mask; by default the id that ends the first call.
         shift: whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
@@ -69,6 +73,9 @@ class Options:
     cache: str = "prefix"
     block_length: int | None = None
     refresh_interval: int | None = None
+    keep_ratio: float = 0.5
+    kernel_size: int | None = 3
+    delay: int = 1
     mask_id: int | None = None
     shift: bool | None = None
     verify: int = 0
@@ -88,9 +95,16 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least 1, such as {example}, or None")
-        ratio = self.transfer_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"transfer_ratio is {ratio!r}; give a share of the response from 0 to 1, such as 0.25")
+        for name, of in (("transfer_ratio", "response"), ("keep_ratio", "entries outside of a block")):
+            ratio = getattr(self, name)
+            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
+                usual = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"{name} is {ratio!r}; give a share of the {of} from 0 to 1, such as {usual}")
+        window = self.kernel_size
+        if window is not None and (not _is_int(window) or window < 1 or window % 2 == 0):
+            raise ValueError(f"kernel_size is {window!r}; give an odd number of at least 1, such as 3, or None")
+        if not _is_int(self.delay) or self.delay < 0:
+            raise ValueError(f"delay is {self.delay!r}; give a number of steps of at least 0, such as 1")
         if self.mask_id is not None and (not _is_int(self.mask_id) or self.mask_id < 0):
             raise ValueError(f"mask_id is {self.mask_id!r}; give the token id of the mask, such as 126336 for LLaDA")
         if self.shift is not None and not isinstance(self.shift, bool):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.fx
 
-from .core.assignment import ACTIVE, EXACT, NOTHING, READABLE, Assignment
+from .core.assignment import ACTIVE, EXACT, KEYS, NOTHING, READABLE, Assignment
 from .core.layout import Layout, position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
-from .core.state import allocate
+from .core.state import allocate, allocate_entries
 from .core.units import Unit
 from .lower import lower
 from .outbox import Outbox
@@ -149,7 +149,7 @@ class _Call:
         assignment = self.rest if number else self.first
         if not state:
             assignment = EXACT
-        elif fresh or assignment == self.full:
+        elif (fresh and assignment.evict is None) or assignment == self.full:
             assignment = self.full
         elif step.repeat and "branch" in assignment.keep:
             assignment = KEEP  # every row as it was: the same input gives the same output
@@ -161,9 +161,12 @@ class _Call:
         outs = variant(values)
         if assignment.pick:
             session.selected[number] = outs[-1]
-        if session.narrows() and (step.number == 0 or code.narrows is None) and not code.narrow(values):
+        if session.narrows() and (step.number == 0 or code.narrows is None) and not self._narrows(code, values):
             session.run_whole("the rows of a layer depend on one another in more than its attention")
         return outs, variant.rows
+
+    def _narrows(self, code: UnitCode, values: Values) -> bool:
+        return code.narrow(values) and code.writable(self.session.schedule.variants)
 
     def _state(self, unit: Unit) -> tuple[list[torch.Tensor], bool]:
         """Rows kept of the layer that these weights are, and whether they are new.
@@ -171,14 +174,16 @@ class _Call:
         There are none when it keeps none or has run in this step.
         """
         step, key = self.step, self.keys[id(unit)]
-        if not self.rest.keep or key in step.seen:
+        layers, entries = self.session.layers, step.sizes["kept"]
+        if key in step.seen or not (self.rest.keep or entries or self.rest.keys != ALL):
             return [], False
         step.seen.add(key)
-        fresh = key not in self.session.layers
-        if fresh:
-            kept = unit.anchors(self.rest.keep)
-            self.session.layers[key] = allocate(kept, self.program.axes, step.counts.device)
-        return self.session.layers[key], fresh
+        fresh = key not in layers or (entries > 0 and layers[key][-1].shape[1] != entries)
+        if fresh and entries:
+            layers[key] = allocate_entries(unit.anchors(KEYS), self.program.axes, step.counts.device, entries)
+        elif fresh:
+            layers[key] = allocate(unit.anchors(self.rest.keep), self.program.axes, step.counts.device)
+        return layers[key], fresh
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """The readable rows; those kept of the other rows stand beside them."""

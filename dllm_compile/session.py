@@ -51,9 +51,10 @@ class Step:
     seen: set[Any] = field(default_factory=set)
 
     @property
-    def signature(self) -> tuple[int, int, int]:
+    def signature(self) -> tuple[int, ...]:
         """What a layer's compiled code depends on."""
-        return self.sizes["response"], self.sizes["prompt"], self.sizes["selected"]
+        names = ("response", "prompt", "selected", "kept", "block", "outside")
+        return tuple(self.sizes.get(name, 0) for name in names)
 
 
 class Session:
@@ -205,14 +206,21 @@ class Session:
         selected = plan.selected if plan.selected is not None else torch.zeros(batch, dtype=torch.int64)
         sizes = {name: index.shape[1] for name, index in indices.items()}
         sizes["selected"] = int(selected.max())
+        sizes["kept"] = plan.kept
         counts = selected.unsqueeze(1).to(device)
-        return Step(call.number, call.repeat, plan.assignment, indices, sizes, counts, (batch, tokens))
+        return Step(call.number, call.repeat and plan.same, plan.assignment, indices, sizes, counts, (batch, tokens))
 
     def _rows(self, call: Call, plan: Plan) -> dict[str, torch.Tensor]:
         """Positions of the row sets that change from call to call."""
         readable = readable_rows(call.masked, self.options.shift)
         if call.number == 0:
             readable = torch.ones_like(readable)  # the first logits kept are those of all rows
+        if plan.block is not None:
+            return {
+                "readable": positions(readable, 2),
+                "block": positions(plan.block),
+                "outside": positions(~plan.block),
+            }
         if plan.active is None or plan.written is None:
             return {"readable": positions(readable, 2)}
         tokens = readable.shape[1]

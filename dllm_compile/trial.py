@@ -8,7 +8,7 @@ import torch
 
 from .core.assignment import EXACT, RESPONSE, Assignment
 from .core.axes import Axes
-from .core.emit import emit
+from .core.emit import Choices, emit
 from .core.errors import GraphRefused
 from .core.layout import position
 from .core.rows import ALL
@@ -40,10 +40,10 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     index = torch.arange(0, count, 3, device=stream.device).expand(stream.shape[0], -1)
     sizes = {"response": index.shape[1]}
     try:
-        probe = emit(unit, axes, _PROBE, sizes)
+        probe = emit(unit, axes, _PROBE, sizes, Choices())
     except GraphRefused:
         return False
-    whole = emit(unit, axes, EXACT, sizes)
+    whole = emit(unit, axes, EXACT, sizes, Choices())
     state = allocate(unit.anchors(), axes, stream.device)
     values = {"stream": stream, "index:response": index}
     values |= {f"input:{i}": v for i, v in enumerate(inputs)} | {f"state:{i}": v for i, v in enumerate(state)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 
 from .core.assignment import ACTIVE, Assignment
 from .core.axes import Axes
-from .core.emit import Emitted, emit
+from .core.emit import Choices, Emitted, emit
+from .core.errors import GraphRefused
 from .core.units import Unit
+from .kernels.kept_entries import kept_entries
 from .kernels.row_change import pick_rows
 from .lower import Compiled, lower
 from .session import Step
@@ -35,7 +37,7 @@ class Variant:
 class Values:
     """All that one unit can be called with in one step, in a flat list."""
 
-    SETS = ("response", "prompt", "readable", "active", "written", "readable@active")
+    SETS = ("response", "prompt", "readable", "active", "written", "readable@active", "block", "outside")
     FIXED = ("stream", "counts", *[f"index:{name}" for name in SETS])
 
     def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
@@ -49,6 +51,8 @@ class Values:
         kind, _, which = name.partition(":")
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
+
+CHOICES = Choices(pick_rows, kept_entries)
 
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
 
@@ -76,7 +80,7 @@ class UnitCode:
         key = assignment if assignment.fixed else (assignment, step.signature)
         found = self.variants.get(key)
         if found is None:
-            emitted = emit(self.unit, self.axes, assignment, step.sizes, pick_rows)
+            emitted = emit(self.unit, self.axes, assignment, step.sizes, CHOICES)
             args = [values.flat[values.slot(name)] for name in emitted.takes]
             free = [i for i, name in enumerate(emitted.takes) if _any_number(name, assignment)]
             found = Variant(lower(emitted.module, args, self.lowering, free), emitted, values)
@@ -88,6 +92,15 @@ class UnitCode:
         if self.narrows is None:
             self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
         return self.narrows
+
+    def writable(self, variants: Iterable[Assignment]) -> bool:
+        """Whether the unit can be written for each of ``variants``."""
+        try:
+            for assignment in variants:
+                emit(self.unit, self.axes, assignment, {"selected": 1, "kept": 1}, CHOICES)
+        except GraphRefused:
+            return False
+        return True
 
 
 def _any_number(name: str, assignment: Assignment) -> bool:

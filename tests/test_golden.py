@@ -60,6 +60,8 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
         given = trace.tensors["rows"][step].bool()
         rows = rows[:, given]
         assert (out[:, given][rows] - want[rows]).abs().max() < 1e-4
+    if "kept_index" in trace.tensors:
+        check_kept(trace, step)
     if "update_index" not in trace.tensors:
         return
     chosen, gap = trace.tensors["update_index"][step], trace.tensors["update_gap"][step]
@@ -70,6 +72,20 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
             continue
         got = session.selected[layer].sort(1).values - prompt
         assert torch.equal(got, chosen[layer].long()), f"rows chosen at step {step} in layer {layer}"
+
+
+def check_kept(trace: golden_models.Trace, step: int) -> None:
+    """Positions that each layer keeps, from the second step of a block on; ties are broken as the authors' were."""
+    per_block = trace.settings["steps"] // (trace.settings["gen_length"] // trace.settings["block_length"])
+    block, at = divmod(step, per_block)
+    session: Session = next(s for s in sessions() if s.number == step)
+    if at == 0 or per_block <= 2:
+        return
+    want, tied = trace.tensors["kept_index"][block], trace.tensors["kept_tie"][block]
+    got = [state[-1].sort(1).values[0] for state in session.layers.values()]
+    assert len(got) == len(want)
+    for layer, positions in enumerate(got):
+        assert tied[layer] or torch.equal(positions, want[layer].long()), f"kept at step {step} in layer {layer}"
 
 
 def cache_options(name: str) -> dict[str, object]:
@@ -119,3 +135,14 @@ def test_compiled_by_inductor(name: str) -> None:
 @pytest.mark.parametrize("name", ["llada_fastdllm__llada_a__prefix_p13_g32_b8_s16"])
 def test_block_caches_compiled_by_inductor(name: str) -> None:
     replay(name, block_options(name))
+
+
+def eviction_options(name: str) -> dict[str, object]:
+    settings = golden_models.trace(name).settings
+    return {"method": "sparse-dllm", **{key: settings[key] for key in ("keep_ratio", "kernel_size", "block_length")}}
+
+
+@pytest.mark.parametrize("shift", [None, False])
+@pytest.mark.parametrize("name", golden_models.names("llada_sparse"))
+def test_sparse_dllm_repeats_its_authors_code(name: str, shift: bool | None) -> None:
+    replay(name, {**eviction_options(name), "shift": shift, "lowering": "eager"})

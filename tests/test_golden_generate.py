@@ -31,7 +31,7 @@ def arguments(trace: golden_models.Trace) -> dict[str, Any]:
         given["shift"] = True
         if given["alg"] != "confidence_threshold":
             given.pop("threshold", None)
-    return {**given, "mask_id": trace.mask_id, "as_published": "fastdllm" in trace.name}
+    return {**given, "mask_id": trace.mask_id, "as_published": "vanilla" not in trace.name}
 
 
 def repeat(name: str, **options: Any) -> None:
@@ -48,6 +48,11 @@ def repeat(name: str, **options: Any) -> None:
 @pytest.mark.parametrize("name", [n for n in VANILLA + LLADA + DREAM if cache(golden_models.trace(n)) is None])
 def test_plain_generation_repeats_its_authors_code(name: str) -> None:
     repeat(name)
+
+
+@pytest.mark.parametrize("name", golden_models.names("dream_sparse"))
+def test_evicting_generation_repeats_its_authors_code(name: str) -> None:
+    repeat(name, method="sparse-dllm", lowering="eager")
 
 
 @pytest.mark.parametrize("name", [n for n in LLADA + DREAM if cache(golden_models.trace(n)) is not None])

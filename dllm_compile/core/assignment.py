@@ -12,6 +12,7 @@ SELECTED = RowSet("selected", RESPONSE)
 PROMPT = RowSet("prompt")
 PROMPT_SELECTED = RowSet("prompt+selected")
 ACTIVE = RowSet("active")
+KEYED = RowSet("keyed")
 READABLE = RowSet("readable")
 
 NOTHING: frozenset[str] = frozenset()
@@ -30,6 +31,9 @@ class Assignment:
         enter, leave: rows of the residual stream that come in, and of the outputs that go on.
         keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS`` or ``FEATURES``.
         pick: whether ``SELECTED`` is chosen here, from the values.
+        keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the fresh rows.
+        gaps: whether some of those may be no rows.
+        evict: share and pooling window, where the entries to keep are chosen here, from queries and keys.
     """
 
     name: str
@@ -40,15 +44,20 @@ class Assignment:
     leave: RowSet = ALL
     keep: frozenset[str] = FEATURES
     pick: bool = False
+    keys: RowSet = ALL
+    gaps: bool = False
+    evict: tuple[float, int | None] | None = None
 
     @cached_property
     def fixed(self) -> bool:
         """Whether one code serves any sequence: each row set is all, none, or one of any number of rows."""
-        return self.sets() <= {ALL, NONE, READABLE, ACTIVE}
+        return self.sets() <= {ALL, NONE, READABLE, ACTIVE, KEYED}
 
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""
-        named = {self.query, self.key, self.value, self.enter, self.leave} | ({SELECTED} if self.pick else set())
+        named = {self.query, self.key, self.value, self.enter, self.leave, self.keys} | (
+            {SELECTED} if self.pick else set()
+        )
         return named | {s.parent for s in named if s.parent is not None}
 
 

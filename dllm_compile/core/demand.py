@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from .assignment import ACTIVE, READABLE, Assignment
+from .assignment import ACTIVE, KEYS, READABLE, Assignment
 from .axes import Axes, attention
 from .errors import GraphRefused
 from .layout import position
@@ -27,7 +27,7 @@ class Demand:
     """Row sets of the values of a unit.
 
     Attributes:
-        anchors: of the values that are kept between steps; all their rows are at hand.
+        anchors: rows computed of the values that are kept between steps; those that attention reads are at hand.
         computed: of each live node; nodes that are not computed are missing.
         leaves: of each output.
     """
@@ -61,7 +61,7 @@ def _anchors(unit: Unit, assignment: Assignment) -> dict[torch.fx.Node, RowSet]:
         rows[att.value] = join(rows.get(att.value, NONE), assignment.value)
     for branch in unit.branches:
         rows[branch.node] = assignment.query
-    return {node: rows[node] for node in unit.anchors(assignment.keep)}
+    return {node: rows[node] for node in unit.anchors(assignment.keep if assignment.keys == ALL else KEYS)}
 
 
 def _demand(
@@ -69,7 +69,11 @@ def _demand(
 ) -> tuple[dict[torch.fx.Node, RowSet], bool]:
     """Rows of each live node, and whether more of the stream is asked for than comes in."""
     wanted: dict[torch.fx.Node, RowSet] = {}
+    missing = False
     for node, rows in zip(unit.outputs, leaves, strict=True):
+        if node in anchors and rows == anchors[node]:
+            continue  # the rows computed for the state are those that leave
+        missing |= node in anchors and not rows.within(assignment.keys)
         wanted[node] = join(wanted.get(node, NONE), rows)
     computed: dict[torch.fx.Node, RowSet] = {}
     live = [node for node in unit.nodes if node in axes.live]
@@ -80,22 +84,27 @@ def _demand(
         computed[node] = rows
         for operand in node.all_input_nodes:
             if operand in axes.live:
-                asked = ALL if reads_all(unit, axes, node, operand) else rows
+                asked = rows_read(unit, axes, assignment, node, operand, rows)
                 wanted[operand] = join(wanted.get(operand, NONE), asked)
     for node in live:
         for operand in node.all_input_nodes:
             if node in computed and operand in computed and operand not in axes.layout:
                 computed[node] = computed[operand]  # parts of a split have the rows of the whole
     if unit.stream is None:
-        return computed, False
+        return computed, missing
     asked, enter = wanted.get(unit.stream, NONE), assignment.enter
-    return computed, not (asked.within(enter) or (asked, enter) in COUNTED)
+    return computed, missing or not (asked.within(enter) or (asked, enter) in COUNTED)
 
 
-def reads_all(unit: Unit, axes: Axes, node: torch.fx.Node, operand: torch.fx.Node) -> bool:
-    """Attention reads every key and value; a call without a token axis reads every row."""
+def rows_read(
+    unit: Unit, axes: Axes, assignment: Assignment, node: torch.fx.Node, operand: torch.fx.Node, rows: RowSet
+) -> RowSet:
+    """Rows of an operand that ``node`` reads for ``rows`` of its own.
+
+    Attention reads the keys and values of the assignment; a call without a token axis reads every row.
+    """
     if node.target is attention:
-        return operand is not node.args[0]
+        return rows if operand is node.args[0] else assignment.keys
     layout = axes.layout.get(node)
     no_tokens = layout is not None and position(layout, "T") is None
-    return no_tokens and axes.layout.get(operand) is not None and not unit.mixing(axes)
+    return ALL if no_tokens and axes.layout.get(operand) is not None and not unit.mixing(axes) else rows

@@ -22,9 +22,9 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
-from .assignment import ACTIVE, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
-from .axes import Axes
-from .demand import COUNTED, find_demand, reads_all
+from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
+from .axes import Axes, attention
+from .demand import COUNTED, find_demand, rows_read
 from .errors import GraphRefused
 from .graph import free_tokens
 from .layout import position, resized
@@ -51,10 +51,20 @@ class Emitted:
     leaves: list[RowSet] = field(default_factory=list)
 
 
-Pick = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+@dataclass(frozen=True)
+class Choices:
+    """How rows are chosen inside a unit.
+
+    Attributes:
+        pick: chooses the selected rows; see :func:`dllm_compile.kernels.row_change.pick_rows`.
+        keep: chooses the entries to keep; see :func:`dllm_compile.kernels.kept_entries.kept_entries`.
+    """
+
+    pick: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor] | None = None
+    keep: Callable[..., torch.Tensor] | None = None
 
 
-def emit(unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], pick: Pick | None = None) -> Emitted:
+def emit(unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], choices: Choices) -> Emitted:
     """Write ``unit`` for ``assignment``.
 
     Args:
@@ -62,25 +72,25 @@ def emit(unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], 
         axes: what following the axes of its graph found.
         assignment: the row set of each role.
         sizes: rows in each named set that occurs (``"response"``, ``"selected"``, ...).
-        pick: chooses the selected rows; see :func:`dllm_compile.kernels.row_change.pick_rows`.
+        choices: how the rows are chosen that are decided inside.
 
     Raises:
         GraphRefused: the unit has a shape that cannot be written for fewer rows.
     """
-    return _Writer(unit, axes, assignment, sizes, pick).write()
+    return _Writer(unit, axes, assignment, sizes, choices).write()
 
 
 class _Writer:
-    def __init__(
-        self, unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], pick: Pick | None
-    ) -> None:
-        self.unit, self.axes, self.assignment, self.sizes, self.pick = unit, axes, assignment, sizes, pick
+    def __init__(self, unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], choices: Choices) -> None:
+        self.unit, self.axes, self.assignment, self.sizes, self.choices = unit, axes, assignment, sizes, choices
         self.graph = torch.fx.Graph()
-        self.kept = unit.anchors(assignment.keep)
+        self.evicting = assignment.evict is not None or assignment.keys == KEYED
+        self.kept = unit.anchors(KEYS if self.evicting else assignment.keep)
         demand = find_demand(unit, axes, assignment)
         self.anchors, self.computed, self.leaves = demand.anchors, demand.computed, demand.leaves
         self.env: dict[torch.fx.Node, torch.fx.Node] = {}
         self.narrowed: dict[tuple[torch.fx.Node, RowSet], torch.fx.Node] = {}
+        self.keyed: torch.fx.Node | None = None
         self.chosen: tuple[torch.fx.Node, torch.fx.Node] | None = None
         self.inside = set(unit.nodes)
         self._placeholders()
@@ -93,15 +103,14 @@ class _Writer:
         names = [*(["stream"] if self.unit.stream is not None else [])]
         names += [f"input:{i}" for i in range(len(self.unit.inputs))]
         names += [f"state:{i}" for i in range(len(self.kept))]
+        names += [f"state:{len(self.kept)}"] if self.evicting else []
         sets = self.assignment.sets()
-        names += [
-            f"index:{s.name}"
-            for s in sorted(sets, key=lambda s: s.name)
-            if s not in (ALL, NONE, SELECTED, PROMPT_SELECTED)
-        ]
+        handed = sets - {ALL, NONE, SELECTED, PROMPT_SELECTED, KEYED}
+        names += [f"index:{name}" for name in sorted(s.name for s in handed)]
         names += ["index:prompt"] if PROMPT_SELECTED in sets else []
         names += ["index:response", "counts"] if self.assignment.pick else []
         names += ["index:written"] if ACTIVE in sets else []
+        names += ["index:block", "index:outside"] if self.assignment.evict is not None else []
         names += [f"index:{s.name}@{parent.name}" for s, parent in COUNTED if s in sets and parent in sets]
         for name in dict.fromkeys(names):
             self.takes.append(name)
@@ -121,6 +130,11 @@ class _Writer:
             return at
         if rows == PROMPT_SELECTED:
             return self._call(torch.cat, ([self.slot["index:prompt"], self._choose()[1]], 1))
+        if rows == KEYED and parent == ALL:
+            if self.keyed is None:
+                kept = self.slot[f"state:{len(self.kept)}"]
+                self.keyed = self._call(torch.cat, ([kept, self.slot["index:written"]], 1))
+            return self.keyed
         name = f"index:{rows.name}" if parent == ALL else f"index:{rows.name}@{parent.name}"
         if name not in self.slot:
             raise GraphRefused(f"rows {rows.name!r} cannot be found inside {parent.name!r}")
@@ -129,7 +143,7 @@ class _Writer:
     def _choose(self) -> tuple[torch.fx.Node, torch.fx.Node]:
         """Pick the selected rows once, by comparing the new values of the response with those of the last step."""
         if self.chosen is None:
-            assert self.pick is not None
+            assert self.choices.pick is not None
             anchor = self.unit.attentions[0].value
             layout = self.axes.layout[anchor]
             at = self.slot["index:response"]
@@ -138,7 +152,7 @@ class _Writer:
             if self.computed[anchor] == ALL:
                 fresh = self._call(row_ops.gather_rows, (fresh, at, layout))
             fresh = self._call(row_ops.rows_first, (fresh, layout))
-            picked = self._call(self.pick, (fresh, old, at, self._tokens(), self.sizes["selected"]))
+            picked = self._call(self.choices.pick, (fresh, old, at, self._tokens(), self.sizes["selected"]))
             self.chosen = picked, self._call(row_ops.positions_of, (picked, at, self.slot["counts"], self._tokens()))
         return self.chosen
 
@@ -155,6 +169,8 @@ class _Writer:
                 self._available(node)  # a role nobody reads in this step still enters the state
         if self.assignment.pick:
             outs.append(self._choose()[1])
+        if self.assignment.evict is not None:
+            self._evict()
         self.graph.output(tuple(outs))
         takes = self.takes
         for name, node in self.slot.items():
@@ -169,6 +185,8 @@ class _Writer:
 
     def _on(self, node: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
         """``node`` on exactly ``rows``."""
+        if node in self.anchors and rows == self.computed[node] and rows != self._has(node):
+            return self._raw(node)
         base = self._available(node)
         have = self._has(node)
         if rows == have or node not in self.axes.live or position(self.axes.layout.get(node, ()), "T") is None:
@@ -182,7 +200,7 @@ class _Writer:
         """Rows on which the value of ``node`` is at hand."""
         if node is self.unit.stream:
             return self.assignment.enter
-        return ALL if node in self.anchors else self.computed.get(node, ALL)
+        return self.assignment.keys if node in self.anchors else self.computed.get(node, ALL)
 
     def _available(self, node: torch.fx.Node) -> torch.fx.Node:
         if node in self.env:
@@ -192,7 +210,9 @@ class _Writer:
         rows, layout, state = self.anchors[node], self.axes.layout[node], self.state[node]
         if self.assignment.pick and node is self.unit.attentions[0].value:
             self._choose()  # compares with the state before it is overwritten
-        if rows == NONE:
+        if self.assignment.keys == KEYED:
+            value = self._call(row_ops.extend_rows, (state, self._raw(node), layout))
+        elif rows == NONE:
             value = self._call(row_ops.read_all, (state, layout))
         elif rows == ALL:
             value = self._call(row_ops.store_rows, (state, self._raw(node), layout))
@@ -213,18 +233,45 @@ class _Writer:
 
         def operand(n: torch.fx.Node) -> torch.fx.Node:
             if n in self.axes.live:
-                return self._on(n, ALL if reads_all(self.unit, self.axes, node, n) else rows)
+                return self._on(n, rows_read(self.unit, self.axes, self.assignment, node, n, rows))
             return self._constant(n, node, rows)
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
         if rows != ALL and node in self.axes.layout:
             args = free_tokens(node, args, self.axes.layout[node])
+        if node.target is attention and self.assignment.keys == KEYED:
+            args, kwargs = self._mask_keys(args, kwargs)
         copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         copied.meta["stack_trace"] = node.meta.get("stack_trace", "")
         self.narrowed[node, NONE] = copied
         if node not in self.anchors:
             self.env[node] = copied
         return copied
+
+    def _mask_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of attention for the keys it reads: the mask follows them, and no row is attended to."""
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        if mask is None and not self.assignment.gaps:
+            return args, kwargs
+        mask = self._call(row_ops.mask_keys, (mask, self._index(KEYED, ALL), self._tokens()))
+        rest = {name: value for name, value in kwargs.items() if name != "attn_mask"}
+        return (*args[:3], mask, *args[4:]), rest
+
+    def _evict(self) -> None:
+        """Choose the entries to keep, and keep them."""
+        assert self.choices.keep is not None
+        assert self.assignment.evict is not None
+        call = self.unit.attentions[0].node
+        query, key = (self._on(n, ALL) for n in call.args[:2])  # type: ignore[arg-type]
+        mask = call.kwargs.get("attn_mask", call.args[3] if len(call.args) > 3 else None)
+        mask = self._plain(mask) if isinstance(mask, torch.fx.Node) else None
+        block, outside = self.slot["index:block"], self.slot["index:outside"]
+        chosen = (query, key, mask, block, outside, self.sizes["kept"], *self.assignment.evict)
+        at = self._call(self.choices.keep, chosen)
+        self._call(torch.Tensor.copy_, (self.slot[f"state:{len(self.kept)}"], at))
+        for node in self.kept:
+            rows = self._call(row_ops.take_rows, (self._available(node), at, self.axes.layout[node]))
+            self._call(torch.Tensor.copy_, (self.state[node], rows))
 
     def _constant(self, node: torch.fx.Node, user: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
         """A constant operand: whole, or the entries of the computed rows, or made anew at their number."""

@@ -38,12 +38,18 @@ class Plan:
         selected: rows each sequence may select where ``SELECTED`` is picked, ``[B]`` int64.
         active: ``[B, S]`` bool, the rows of ``ACTIVE``.
         written: ``[B, S]`` bool, those of them whose keys and values enter the state.
+        block: ``[B, S]`` bool, the rows whose queries choose the entries to keep, where they are chosen.
+        kept: entries that a sequence keeps.
+        same: whether the ids of the call before would give its result again.
     """
 
     assignment: Assignment
     selected: torch.Tensor | None = None
     active: torch.Tensor | None = None
     written: torch.Tensor | None = None
+    block: torch.Tensor | None = None
+    kept: int = 0
+    same: bool = True
 
 
 def with_row_before(rows: torch.Tensor) -> torch.Tensor:

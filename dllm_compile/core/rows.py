@@ -129,6 +129,37 @@ def read_all(state: torch.Tensor, layout: Layout) -> torch.Tensor:
     return rows_back(state[:, : state.shape[1] - 1], layout)
 
 
+def extend_rows(state: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The kept rows ``[B, E, ...]`` and the ``K`` fresh ones behind them, in the layout of ``fresh``."""
+    return rows_back(torch.cat([state, rows_first(fresh, layout)], 1), layout)
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Rows ``index`` ``[B, E]`` of ``x`` as ``[B, E, ...]``; a number past the last reads the last."""
+    rows = rows_first(x, layout)
+    return _take(rows, index.clamp(max=rows.shape[1] - 1))
+
+
+def mask_keys(mask: torch.Tensor | None, index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """An attention mask for the keys at ``index``.
+
+    Args:
+        mask: ``[B or 1, H or 1, Q or 1, S]``, bool (may attend) or floating (added); ``None`` for none.
+        index: ``[B, K]`` int64 positions of the keys; ``tokens``, "no row", is hidden.
+        tokens: the token count ``S``.
+
+    Returns:
+        ``[B, H or 1, Q or 1, K]``.
+    """
+    there = (index < tokens)[:, None, None, :]
+    if mask is None:
+        return there
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(index.shape[0], -1, -1, tokens)
+    at = index.clamp(max=tokens - 1)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    mask = mask.gather(3, at)
+    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)
+
+
 def positions_of(picked: torch.Tensor, response: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
     """Positions ``[B, n]`` of picked response rows; ``tokens`` ("no row") beyond a sequence's own count.
 

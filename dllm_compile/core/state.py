@@ -24,6 +24,19 @@ def allocate(nodes: Iterable[torch.fx.Node], axes: Axes, device: torch.device) -
         return [_zeros(axes, node, device) for node in nodes]
 
 
+def allocate_entries(
+    nodes: Iterable[torch.fx.Node], axes: Axes, device: torch.device, count: int
+) -> list[torch.Tensor]:
+    """``count`` entries ``[B, count, ...]`` of each of ``nodes``, then their positions ``[B, count]`` int64."""
+    out: list[torch.Tensor] = []
+    with torch.inference_mode(False):
+        for node in nodes:
+            batch, _, *rest = shape(axes.layout[node], 1)
+            out.append(torch.zeros((batch, count, *rest), dtype=axes.fake[node].dtype, device=device))
+        out.append(torch.zeros((out[0].shape[0], count), dtype=torch.int64, device=device))
+    return out
+
+
 def _zeros(axes: Axes, node: torch.fx.Node, device: torch.device) -> torch.Tensor:
     layout = axes.layout[node]
     tokens = next(f.size for dim in layout for f in dim if f.kind == "T")

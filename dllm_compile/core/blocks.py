@@ -1,0 +1,55 @@
+"""Which block each sequence of a batch is at, and since when."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from .plan import Call
+
+
+class Blocks:
+    """Blocks of a response; the active one is the first that still holds masks.
+
+    A loop that fills a token outside of the active block has no blocks. It would be handed logits of the last full step
+    for the rows it may choose from, so from then on the whole response counts as one block.
+
+    Args:
+        response: ``[B, S]`` bool, the rows of the response.
+        length: tokens of a block; ``None`` takes the whole response as one.
+
+    Attributes:
+        active: ``[B, S]`` bool, the rows of the active block.
+        moved: ``[B, 1]`` bool, whether a sequence is at another block than at the call before.
+        done: ``[B, 1]`` bool, whether nothing of a sequence is masked.
+    """
+
+    def __init__(self, response: torch.Tensor, length: int | None) -> None:
+        self.response, self.length = response, length
+        rank = response.cumsum(1) - 1
+        self.block = torch.where(response, rank // (length or response.shape[1]), -1)
+        self.at = torch.full((response.shape[0], 1), -1)
+
+    def next(self, call: Call) -> None:
+        """Follow one call."""
+        if call.number and bool((call.filled & self.response & (self.block != self.at)).any()):
+            self._give_up()
+        beyond = self.block.max() + 1
+        ahead = torch.where(call.masked & self.response, self.block, beyond).amin(1, keepdim=True)
+        self.done = ahead == beyond
+        at = torch.where(self.done, self.at, ahead)  # a finished sequence stays where it is
+        self.moved = at != self.at
+        self.at = at
+        self.active = (self.block == at) & self.response  # a sequence without a response is at no block
+
+    def _give_up(self) -> None:
+        """The loop fills tokens of any block: keep all of the response alive."""
+        warnings.warn(
+            f"dllm: a token outside of the active block of {self.length} was filled, so this loop has no such blocks; "
+            "the whole response is recomputed from here on. Give the loop's block_length, or use method='dllm-cache'",
+            stacklevel=2,
+        )
+        self.length = None
+        self.block = torch.where(self.response, 0, -1)
+        self.at = torch.full_like(self.at, -1)

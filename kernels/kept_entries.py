@@ -1,0 +1,66 @@
+"""Which keys and values a block keeps: the statistic of Sparse-dLLM (arXiv 2508.02558, and its authors' code).
+
+    q_h   = mean of the block's rotated queries                      per query head
+    s_j   = mean over h of <q_h, k_{h,j}>                            one score a position outside of the block, unscaled
+    s_j   = max of s in the window of w positions around j           positions before and behind the block side by side
+    kept  = the int(n r) positions with the largest s, n of them outside of the block
+
+in float32 at least. All heads of a layer keep the same positions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def kept_entries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    block: torch.Tensor,
+    outside: torch.Tensor,
+    most: int,
+    keep_ratio: float,
+    kernel_size: int | None,
+) -> torch.Tensor:
+    """Positions of the entries to keep, best first.
+
+    Args:
+        query: ``[B, H, S, h]``, rotated.
+        key: ``[B, H or fewer, S, h]``, rotated.
+        mask: of attention, bool (may attend) or floating (added), broadcastable to ``[B, H, S, S]``; a key that no
+            query of the block may see is never kept, and does not count among the ``n``.
+        block: ``[B, b]`` int64 positions of the block; ``S`` for no row.
+        outside: ``[B, n]`` int64 positions of the rest, in order; ``S`` for no row.
+        most: entries of the result, ``int(n r)`` of the longest sequence.
+        keep_ratio: ``r``, 0 to 1.
+        kernel_size: ``w``, odd; ``None`` for no pooling.
+
+    Returns:
+        ``[B, most]`` int64; ``S``, "no row", behind those of a sequence that keeps fewer.
+    """
+    tokens = query.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    there = (block < tokens)[:, None, :, None]
+    heads, width = query.shape[1], query.shape[3]
+    at = block.clamp(max=tokens - 1)[:, None, :, None].expand(-1, heads, -1, width)
+    mean = (query.gather(2, at).to(dtype) * there).sum(2) / there.sum(2)
+    grouped = mean.view(mean.shape[0], key.shape[1], -1, width).mean(
+        2
+    )  # heads that share a key head: the mean is linear
+    score = (grouped.unsqueeze(2) * key.to(dtype)).sum(-1).mean(1)
+    seen = outside < tokens
+    place = outside.clamp(max=tokens - 1)
+    if mask is not None:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        allowed = allowed.expand(query.shape[0], -1, tokens, tokens).any(1)
+        allowed = allowed.gather(1, block.clamp(max=tokens - 1)[..., None].expand(-1, -1, tokens))
+        seen = seen & (allowed & (block < tokens)[..., None]).any(1).gather(1, place)
+    score = torch.where(seen, score.gather(1, place), -torch.inf)
+    if kernel_size is not None:
+        score = torch.nn.functional.max_pool1d(score[:, None], kernel_size, 1, kernel_size // 2)[:, 0]
+        score = torch.where(seen, score, -torch.inf)
+    best = score.topk(most, 1).indices
+    count = (seen.sum(1, keepdim=True).double() * keep_ratio).long()
+    rank = torch.arange(most, device=best.device)
+    return torch.where(rank < count, place.gather(1, best), tokens)

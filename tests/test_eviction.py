@@ -1,0 +1,203 @@
+"""Sparse-dLLM: what is kept, what the block reads, and what that saves. The authors' traces are in ``test_golden``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dllm_compile
+from dllm_compile.kernels.kept_entries import kept_entries
+from dllm_compile.session import Session, sessions
+
+from . import models
+
+PROMPT, RESPONSE, BLOCK = 9, 8, 4
+FLOAT32 = 1e-5  # transformers takes norms and rotary tables in float32: another order of operations shows there
+EVICT: dict[str, Any] = {"method": "sparse-dllm", "block_length": BLOCK}
+
+
+def session() -> Session:
+    return next(s for s in sessions() if s.number >= 0)
+
+
+def logits_of(model: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
+    """Logits of each call while the tokens of ``x`` are freed from left to right."""
+    call, x = models.compiled(model, **options), x.clone()
+    given = {} if mask is None else {"attention_mask": mask}
+    out = []
+    with torch.no_grad():
+        for step in range(RESPONSE):
+            out.append(call(input_ids=x, **given).logits.clone())
+            x[:, x.shape[1] - RESPONSE + step] = 3 + step
+    return out
+
+
+def readable(step: int) -> slice:
+    """Masked rows of the active block at a step, counted from the end."""
+    return slice(step - RESPONSE, (step // BLOCK + 1) * BLOCK - RESPONSE or None)
+
+
+def close(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float = 1e-9) -> None:
+    for step, (a, b) in enumerate(zip(got, want, strict=True)):
+        torch.testing.assert_close(a[:, readable(step)], b[:, readable(step)], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "modernbert", "esm", "olmoe"])
+def test_a_delay_of_a_whole_block_equals_eager(name: str, padded: bool) -> None:
+    model, x = models.build(name), models.start(PROMPT, RESPONSE)
+    mask = torch.ones_like(x) if padded else None
+    if mask is not None:
+        mask[0, :2] = 0
+    tolerance = 1e-9 if models.dtype_of(name) == torch.float64 else 1e-4
+    got = logits_of(model, x, mask, **EVICT, delay=BLOCK)
+    torch._dynamo.reset()
+    close(got, logits_of(model, x, mask, method="exact"), tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "modernbert"])
+def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
+    model, x = models.build(name), models.start(PROMPT, RESPONSE)
+    options = {**EVICT, "kernel_size": None}  # pooling makes ties, whose order may differ
+    alone = logits_of(model, x[:1, 2:], None, **options)
+    assert session().stats.steps == {"full": 2, "evict": 2, "sparse": 4}
+    torch._dynamo.reset()
+    mask = torch.ones_like(x)
+    mask[0, :2] = 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    call, ids = models.compiled(model, **options), x.clone()
+    placed = {} if name == "modernbert" else {"position_ids": position_ids}  # rotations are relative either way
+    together = []
+    with torch.no_grad():
+        for step in range(RESPONSE):
+            together.append(call(input_ids=ids, attention_mask=mask, **placed).logits[:1].clone())
+            ids[:, ids.shape[1] - RESPONSE + step] = 3 + step
+    close(together, alone, FLOAT32)
+    kept = [layer[-1][0] for layer in session().layers.values()]
+    assert all((positions >= 2).all() for positions in kept)
+    counts = {int((positions < x.shape[1]).sum()) for positions in kept}
+    seen = PROMPT - 2 + RESPONSE - BLOCK  # in layers with a sliding window a block sees fewer
+    assert max(counts) == seen // 2
+    assert (len(counts) > 1) == (name == "modernbert")
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_full_steps_are_exact_and_sparse_ones_are_not(ratio: float) -> None:
+    """Not even with everything kept: the entries stay as they were at the second step of the block."""
+    model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
+    got = logits_of(model, x, None, **EVICT, keep_ratio=ratio, shift=False)
+    torch._dynamo.reset()
+    late = logits_of(model, x, None, **EVICT, keep_ratio=ratio)  # the row before the block is computed, and not read
+    close(got, late)
+    torch._dynamo.reset()
+    exact = logits_of(model, x, None, method="exact")
+    for step in range(RESPONSE):
+        a, b = got[step][:, readable(step)], exact[step][:, readable(step)]
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9) == (step % BLOCK < 2)
+
+
+def test_what_is_evicted_takes_no_memory() -> None:
+    model, x = models.build("llama"), models.start(60, RESPONSE)
+
+    def kept(**options: Any) -> int:
+        torch._dynamo.reset()
+        logits_of(model, x, None, **options)
+        return sum(t.numel() * t.element_size() for layer in session().layers.values() for t in layer)
+
+    dense = kept(method="fast-dllm", cache="dual", block_length=BLOCK)
+    assert kept(**EVICT, keep_ratio=0.5) < 0.55 * dense
+    assert kept(**EVICT, keep_ratio=0.25) < 0.3 * dense
+
+
+def test_compiled_by_inductor() -> None:
+    model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
+    want = logits_of(model, x, None, **EVICT)
+    torch._dynamo.reset()
+    close(logits_of(model, x, None, **EVICT, lowering="inductor"), want, FLOAT32)
+
+
+def test_threshold_decoding_runs_on_kept_entries() -> None:
+    model, prompt = models.build("qwen2"), models.start(PROMPT, RESPONSE)[:, :PROMPT]
+    more = {"gen_length": RESPONSE, "block_length": BLOCK, "mask_id": models.MASK, "lowering": "eager"}
+    out = dllm_compile.generate(model, prompt, method="sparse-dllm", threshold=0.4, return_dict=True, **more)
+    assert isinstance(out, dllm_compile.Generated)
+    assert not (out.sequences == models.MASK).any()
+    assert out.nfe <= RESPONSE
+
+
+def test_a_model_that_returns_its_keys_gets_them() -> None:
+    model, x = models.build("llama-cache"), models.start(PROMPT, RESPONSE)
+    got = logits_of(model, x, None, **EVICT)
+    torch._dynamo.reset()
+    close(got, logits_of(models.build("llama"), x, None, **EVICT))
+
+
+def test_explain_counts_kept_entries() -> None:
+    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    found = dllm_compile.explain(model, x, mask_id=models.MASK, **EVICT, shift=False)
+    assert found.lengths["E"] == (PROMPT + RESPONSE - BLOCK) // 2
+    assert found.relative["sparse"] < found.relative["evict"] <= 1
+    logits_of(model, x, None, **EVICT)
+    values = {symbol: found.lengths[symbol.name] for symbol in found.state_bytes.free_symbols}
+    allocated = sum(t.numel() * t.element_size() for layer in session().layers.values() for t in layer)
+    assert int(found.state_bytes.subs(values)) == allocated
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    st.integers(1, 5),
+    st.integers(0, 9),
+    st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    st.sampled_from([None, 1, 3, 5]),
+    st.integers(0, 99),
+)
+def test_kept_entries_follow_the_formula(
+    batch: int, heads: tuple[int, int], block: int, rest: int, ratio: float, window: int | None, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = block + rest + 1
+    query = torch.randn(batch, heads[0], tokens, 8, generator=generator, dtype=torch.float64)
+    key = torch.randn(batch, heads[1], tokens, 8, generator=generator, dtype=torch.float64)
+    start = seed % (tokens - block + 1)
+    inside = torch.arange(start, start + block)
+    outside = torch.tensor([i for i in range(tokens) if i not in inside.tolist()], dtype=torch.int64)
+    hidden = torch.zeros(batch, tokens, dtype=torch.bool)
+    hidden[0, outside[: seed % 2]] = True
+    mask = ~hidden[:, None, None, :].expand(-1, 1, tokens, -1)
+    most = int(len(outside) * ratio)
+    got = kept_entries(query, key, mask, inside.expand(batch, -1), outside.expand(batch, -1), most, ratio, window)
+    for row in range(batch):
+        free = [j for j in outside.tolist() if not hidden[row, j]]
+        score = []
+        for j in free:
+            per_head = [query[row, h, inside].mean(0) @ key[row, h * heads[1] // heads[0], j] for h in range(heads[0])]
+            score.append(float(sum(per_head) / heads[0]))
+        reach = (window or 1) // 2
+        pooled = [max(score[max(0, i - reach) : i + reach + 1]) for i in range(len(score))]
+        count = int(len(free) * ratio)
+        chosen = [j for j in got[row].tolist() if j < tokens]
+        assert len(chosen) == len(set(chosen)) == count
+        worst = min((pooled[free.index(j)] for j in chosen), default=float("inf"))
+        left = max((pooled[i] for i, j in enumerate(free) if j not in chosen), default=-float("inf"))
+        assert worst >= left - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("keep_ratio", 1.5, "from 0 to 1"),
+        ("keep_ratio", True, "from 0 to 1"),
+        ("kernel_size", 2, "odd"),
+        ("kernel_size", 0, "odd"),
+        ("delay", -1, "at least 0"),
+    ],
+)
+def test_bad_options_are_answered(name: str, value: Any, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        dllm_compile.Options.of({**EVICT, name: value})
