@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -73,6 +73,7 @@ class UnitCode:
     def __init__(self, unit: Unit, axes: Axes, lowering: str) -> None:
         self.unit, self.axes, self.lowering = unit, axes, lowering
         self.variants: dict[Any, Variant] = {}
+        self.written: dict[tuple[Assignment, ...], bool] = {}
         self.narrows: bool | None = None if unit.mixing(axes) else True
 
     def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
@@ -93,11 +94,15 @@ class UnitCode:
             self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
         return self.narrows
 
-    def writable(self, variants: Iterable[Assignment]) -> bool:
-        """Whether the unit can be written for each of ``variants``."""
+    def writable(self, variants: tuple[Assignment, ...]) -> bool:
+        """Whether the unit can be written for each of ``variants``; found out once."""
+        if variants not in self.written:
+            self.written[variants] = all(map(self._can_write, variants))
+        return self.written[variants]
+
+    def _can_write(self, assignment: Assignment) -> bool:
         try:
-            for assignment in variants:
-                emit(self.unit, self.axes, assignment, {"selected": 1, "kept": 1}, CHOICES)
+            emit(self.unit, self.axes, assignment, {"selected": 1, "kept": 1}, CHOICES)
         except GraphRefused:
             return False
         return True

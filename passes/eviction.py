@@ -53,7 +53,7 @@ class Eviction:
         self.ratio, self.delay, self.before = keep_ratio, delay, before
         self.evict = Assignment("evict", keep=NOTHING, evict=(keep_ratio, kernel_size))
         self.variants: tuple[Assignment, ...] = (FULL, self.evict, SPARSE)
-        self.step = 0
+        self.step = self.kept = 0
 
     def next(self, call: Call) -> Plan:
         """Rows of the call; repeated ones count, since the kept entries replace the others at a fixed step."""
@@ -66,8 +66,9 @@ class Eviction:
         if self.step < self.delay:
             return Plan(FULL)
         if self.step == self.delay:
-            kept = int((~block).sum(1).max() * self.ratio)
-            return Plan(self.evict, block=block, kept=kept, same=False)
+            self.kept = int((~block).sum(1).max() * self.ratio)
+            return Plan(self.evict, block=block, kept=self.kept, same=False)
         active = with_row_before(block) if self.before else block
         gaps = bool((active != block).any()) or len(set(block.sum(1).tolist())) > 1 or block.shape[0] > 1
-        return Plan(replace(SPARSE, gaps=gaps), active=active, written=block, same=self.step > self.delay + 1)
+        sparse = replace(SPARSE, gaps=gaps)
+        return Plan(sparse, active=active, written=block, kept=self.kept, same=self.step > self.delay + 1)

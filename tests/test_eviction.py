@@ -120,6 +120,25 @@ def test_compiled_by_inductor() -> None:
     close(logits_of(model, x, None, **EVICT, lowering="inductor"), want, FLOAT32)
 
 
+def test_a_shorter_last_block_has_code_of_its_own() -> None:
+    model, x = models.build("qwen2", num_hidden_layers=1), models.start(PROMPT, 6)
+
+    def run(lowering: str) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        call, ids = models.compiled(model, **EVICT, delay=0, lowering=lowering), x.clone()
+        out = []
+        with torch.no_grad():
+            for step in range(6):
+                out.append(call(input_ids=ids).logits[:, PROMPT + step].clone())
+                ids[:, PROMPT + step] = 3 + step
+        return out
+
+    want = run("eager")
+    assert session().stats.steps == {"evict": 2, "sparse": 4}
+    for got, expected in zip(run("inductor"), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=FLOAT32, atol=FLOAT32)
+
+
 def test_threshold_decoding_runs_on_kept_entries() -> None:
     model, prompt = models.build("qwen2"), models.start(PROMPT, RESPONSE)[:, :PROMPT]
     more = {"gen_length": RESPONSE, "block_length": BLOCK, "mask_id": models.MASK, "lowering": "eager"}

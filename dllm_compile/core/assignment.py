@@ -51,7 +51,7 @@ class Assignment:
     @cached_property
     def fixed(self) -> bool:
         """Whether one code serves any sequence: each row set is all, none, or one of any number of rows."""
-        return self.sets() <= {ALL, NONE, READABLE, ACTIVE, KEYED}
+        return self.evict is None and self.sets() <= {ALL, NONE, READABLE, ACTIVE}
 
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""
