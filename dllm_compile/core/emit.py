@@ -185,8 +185,8 @@ class _Writer:
 
     def _on(self, node: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
         """``node`` on exactly ``rows``."""
-        if node in self.anchors and rows == self.computed[node] and rows != self._has(node):
-            return self._raw(node)
+        if self.assignment.keys == KEYED and node in self.anchors and rows == self.computed.get(node):
+            return self._raw(node)  # the fresh rows alone
         base = self._available(node)
         have = self._has(node)
         if rows == have or node not in self.axes.live or position(self.axes.layout.get(node, ()), "T") is None:
