@@ -3,7 +3,8 @@
 A token-wise call costs the same for every row, so its count for all ``S`` rows, taken once with
 ``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
 per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
-selected rows, ``A`` active rows, ``E`` entries kept by eviction, ``R`` readable rows.
+selected rows, ``A`` active rows, ``s`` salient rows, ``E`` entries kept by eviction, ``F`` those of fresh rows beside
+them, ``R`` readable rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.assignment import KEYED, KEYS, Assignment
+from .core.assignment import KEYS, Assignment
 from .core.axes import Axes, attention, linear, run_node
 from .core.emit import emit
 from .core.rows import RowSet
@@ -24,7 +25,7 @@ from .core.state import shape
 from .core.units import Unit
 from .unit_code import CHOICES
 
-B, S, P, G, N, A, E, R = sympy.symbols("B S P G n A E R", positive=True, integer=True)
+B, S, P, G, N, A, T, E, F, R = sympy.symbols("B S P G n A s E F R", positive=True, integer=True)
 ROWS = {
     "all": S,
     "none": sympy.Integer(0),
@@ -33,27 +34,30 @@ ROWS = {
     "selected": N,
     "prompt+selected": P + N,
     "active": A,
-    "keyed": E + A,
+    "salient": T,
+    "keyed": E + F,
     "readable": R,
 }
 
 
 def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
     """FLOPs of a unit for an assignment, as an expression in the symbols above (a multiply-add counts as 2)."""
-    computed = emit(unit, axes, assignment, {"selected": 1, "kept": 1}, CHOICES).rows
+    computed = emit(unit, axes, assignment, {"selected": 1}, CHOICES).rows
     total = sympy.Integer(0)
     for node in unit.nodes:
         if node in computed:
-            total += _node(node, axes, computed[node], ROWS[assignment.keys.name])
+            total += _node(node, axes, computed[node], assignment)
     return sympy.expand(total)
 
 
-def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, keys: sympy.Expr) -> sympy.Expr:
+def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, assignment: Assignment) -> sympy.Expr:
     tokens, batch = _extent(axes, "T"), _extent(axes, "B")
     if node.target is attention:
         query, value = axes.fake[node.args[0]], axes.fake[node.args[2]]  # type: ignore[index]
         heads = query.numel() // (query.shape[-1] * query.shape[-2] * batch)
-        return 2 * B * heads * (query.shape[-1] + value.shape[-1]) * ROWS[rows.name] * keys
+        keys = ROWS[assignment.keys.name]
+        mixed = T * (keys + ROWS[rows.name]) if assignment.salient else ROWS[rows.name] * keys
+        return 2 * B * heads * (query.shape[-1] * ROWS[rows.name] * keys + value.shape[-1] * mixed)
     if node.target is linear:
         x, weight = axes.fake[node.args[0]], axes.fake[node.args[1]]  # type: ignore[index]
         count = 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
@@ -68,11 +72,14 @@ def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, keys: sympy.Expr) -> sy
 
 def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy.Expr:
     """Bytes kept between steps for one layer of this kind by a method that has these variants."""
-    evicts = any(variant.keys == KEYED for variant in variants)
-    rows, total = (E, 8 * B * E) if evicts else (S + 1, sympy.Integer(0))
-    for node in unit.anchors(KEYS if evicts else variants[0].keep):
+    kept = unit.anchors(frozenset().union(*(variant.keep for variant in variants)))
+    keys = unit.anchors(KEYS)
+    compact = bool(keys) and any(variant.compact for variant in variants)
+    total = 8 * B * (E + F) if compact else sympy.Integer(0)
+    for node in kept:
         _, _, *rest = shape(axes.layout[node], 1)
-        total += B * rows * prod(rest) * axes.fake[node].element_size()
+        rows = E + F if compact and node in keys else S
+        total += B * (rows + 1) * prod(rest) * axes.fake[node].element_size()
     return total
 
 

@@ -27,8 +27,9 @@ class Explanation:
     Attributes:
         graphs: a description of each graph that Dynamo handed over, in order.
         refused: graphs that run on plain Inductor, with the reason.
-        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n``, ``A``, ``E`` and ``R``.
-        relative: the same relative to a full step, for the given lengths and half of the response still masked.
+        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n``, ``A``, ``s``, ``E``, ``F`` and ``R``.
+        relative: the same relative to a full step, for the given lengths, half of the response still masked and a
+            tenth of it salient.
         state_bytes: closed form of what is kept between steps.
         lengths: the lengths that ``relative`` is for.
         variants: of a step, by name.
@@ -127,16 +128,21 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     masked = ids.cpu() == mask_id if mask_id is not None else torch.zeros(ids.shape, dtype=torch.bool)
     response, tokens = int(masked.sum(1).max()), ids.shape[1]
     method = schedule(options, masked)
-    plans = [method.next(Call(i, False, masked, masked & False, masked & False)) for i in range(options.delay + 3)]
+    nothing = masked & False
+    calls = options.full_steps + options.full_steps_of_a_block + 4
+    plans = [method.next(Call(i, False, masked, nothing, nothing)) for i in range(calls)]
     active = plans[-1].active
+    fresh = plans[-1].fresh
     out.lengths = {
         "B": ids.shape[0],
         "S": tokens,
         "P": tokens - response,
         "G": response,
-        "n": int(response * options.transfer_ratio),
+        "n": int(response * options.share),
         "A": tokens if active is None else int(active.sum(1).max()),
+        "s": max(response // 10, 1),
         "E": max(plan.kept for plan in plans),
+        "F": 0 if fresh is None else int(fresh.sum(1).max()),
         "R": response // 2 + 1,
     }
     if not any(program.layers for program in programs):
@@ -146,8 +152,10 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     for name, assignment in out.variants.items():
         work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
         out.flops[name] = sympy.expand(work)
-    kept = (cost.state_bytes(u, p.axes, method.variants) for p in programs for u in p.layers)
-    out.state_bytes = sympy.expand(sum(kept, sympy.Integer(0)))
+    layers = [(u, p) for p in programs for u in p.layers if method.first is None or u is not p.layers[0]]
+    out.state_bytes = sympy.expand(
+        sum((cost.state_bytes(u, p.axes, method.variants) for u, p in layers), sympy.Integer(0))
+    )
     values = [(sympy.Symbol(k, positive=True, integer=True), v) for k, v in out.lengths.items()]
     whole = out.flops[method.variants[0].name].subs([(cost.R, tokens)]).subs(values)
     out.relative = {name: float(expression.subs(values) / whole) for name, expression in out.flops.items()}
@@ -159,7 +167,7 @@ def _step(program: Program, assignment: Assignment, first: Assignment) -> sympy.
     head = program.head(program.vocabulary)
     memo: dict[tuple[str, Assignment], sympy.Expr] = {}
     for unit in program.units:
-        if unit.attentions:
+        if unit.is_layer:
             chosen = first if unit is program.layers[0] else assignment
         else:
             chosen = HEAD if unit is head else EXACT

@@ -107,7 +107,7 @@ def _for_backend(
         options["block_length"] = settings.block_length
     backend = Options.of(options)
     settings = replace(settings, block_length=backend.block_length)
-    return settings, options, backend.method == "fast-dllm" and backend.cache != "none"
+    return settings, options, backend.cache in ("prefix", "dual") and backend.keep_ratio is None
 
 
 def _warn_of_processors(processors: Iterable[Any]) -> None:

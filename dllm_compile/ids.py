@@ -40,25 +40,21 @@ def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
     return masked if shift is False else with_row_before(masked)
 
 
-def positions(rows: torch.Tensor, least: int = 0) -> torch.Tensor:
+def positions(rows: torch.Tensor, least: int = 0, empty: bool = True) -> torch.Tensor:
     """Positions ``[B, K]`` int64 of the rows set in a ``[B, S]`` bool; what is missing in shorter ones is ``S``.
 
     Args:
         rows: which rows.
         least: columns that any non-empty index has at least. Code compiled for any number of rows takes two or more.
+        empty: whether an index of no rows may have no columns.
     """
     tokens = rows.shape[1]
     most = int(rows.sum(1).max())
     where = torch.where(rows, torch.arange(tokens), tokens)
     where = where.sort(1).values[:, :most]
-    if 0 < most < least:
+    if most < least and (most or not empty):
         where = torch.cat([where, torch.full((rows.shape[0], least - most), tokens)], 1)
     return where.contiguous()
-
-
-def at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Entries ``[B, K]`` of a ``[B, S]`` bool at positions ``[B, K]``; False for ``S``, "no row"."""
-    return rows.gather(1, index.clamp(max=rows.shape[1] - 1)) & (index < rows.shape[1])
 
 
 def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

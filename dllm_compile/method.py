@@ -1,14 +1,19 @@
-"""From options to the schedule of a method."""
+"""From options to the schedule of a sequence."""
 
 from __future__ import annotations
 
 import torch
 
+from .active_rows import ActiveRows
 from .core.plan import Exact, Schedule, with_row_before
 from .options import Options
-from .passes.block_cache import BlockCache
-from .passes.eviction import Eviction
 from .passes.feature_cache import FeatureCache
+from .prompt_eviction import PromptEviction
+
+
+def response_of(options: Options, response: torch.Tensor) -> torch.Tensor:
+    """The rows ``[B, S]`` bool that count as the response: also those before it if samplers read them for its tokens."""
+    return with_row_before(response) if options.shift else response
 
 
 def schedule(options: Options, response: torch.Tensor) -> Schedule:
@@ -18,13 +23,13 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
         options: what the user chose.
         response: ``[B, S]`` bool, the rows of the response.
     """
-    if options.method == "dllm-cache":
-        rows = with_row_before(response) if options.shift else response
-        return FeatureCache(rows, options.prompt_interval, options.response_interval, options.transfer_ratio)
-    if options.method == "fast-dllm" and options.cache != "none":
-        before = options.shift is not False
-        return BlockCache(response, options.cache, options.block_length, options.refresh_interval, before)
-    if options.method == "sparse-dllm":
-        before = options.shift is not False
-        return Eviction(response, options.keep_ratio, options.kernel_size, options.block_length, options.delay, before)
-    return Exact()
+    if options.cache != "none" or options.saliency_threshold is not None:
+        return ActiveRows(options, response)
+    if options.prompt_interval is None and options.response_interval is None:
+        return Exact()
+    rows = response_of(options, response)
+    intervals = options.prompt_interval or 1, options.response_interval or 1
+    features = FeatureCache(rows, *intervals, options.share)
+    if options.keep_ratio is None:
+        return features
+    return PromptEviction(features, rows, options.keep_ratio, options.kernel_size)

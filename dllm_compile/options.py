@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-METHODS = ("dllm-cache", "fast-dllm", "sparse-dllm", "exact")
-CACHES = ("prefix", "dual", "none")
+CACHES = ("prefix", "dual", "decoded", "none")
 LOWERINGS = ("inductor", "eager")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "dllm-cache": {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.25},
+    "fast-dllm": {"cache": "prefix"},
+    "sparse-dllm": {"cache": "dual", "keep_ratio": 0.5},
+    "dyllm": {"saliency_threshold": 0.99},
+    "dkv-cache": {"cache": "decoded", "delay": 1, "refresh_interval": 8},
+}
+"""A method is a choice of mechanisms, with the values of its authors."""
 
 SYNONYMS = {
     "gen_interval": "response_interval",
     "gen_interval_steps": "response_interval",
     "response_interval_steps": "response_interval",
     "prompt_interval_steps": "prompt_interval",
+    "cache_reloading_step": "refresh_interval",
+    "cache_steps": "refresh_interval",
+    "num_full_steps": "full_steps",
     "block_size": "block_length",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "exact": {"method": "exact"},
-    "dllm-cache": {"method": "dllm-cache"},
+    **{name: {"method": name} for name in METHODS},
     "fast-dllm": {"method": "fast-dllm", "cache": "prefix", "block_length": 32},
     "fast-dllm/dual": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
+    "sparse-dllm": {"method": "sparse-dllm", "block_length": 32},
+    "dyllm/llada-safe": {"method": "dyllm", "saliency_threshold": 0.995},
+    "dyllm/dream": {"method": "dyllm", "saliency_threshold": 0.995},
+    "dyllm/dream-safe": {"method": "dyllm", "saliency_threshold": 0.9975},
     "dllm-cache/llada-instruct-gsm8k": {"prompt_interval": 50, "response_interval": 7},
     "dllm-cache/llada-instruct-gpqa": {"prompt_interval": 50, "response_interval": 6},
     "dllm-cache/llada-instruct-math": {"prompt_interval": 50, "response_interval": 1},
@@ -45,19 +60,26 @@ is that of its authors' scripts (arXiv 2505.22618)."""
 class Options:
     """Everything ``torch.compile(model, backend="dllm", options={...})`` understands.
 
+    Mechanisms are independent; where one is ``None`` (or ``cache="none"``) it is off, and a method is a preset of them.
+
     Attributes:
-        method: ``"dllm-cache"``, ``"fast-dllm"``, ``"sparse-dllm"``, or ``"exact"``, which reuses nothing but what is
-            provably unchanged.
+        method: the preset: ``"dllm-cache"``, ``"fast-dllm"``, ``"sparse-dllm"``, ``"dyllm"``, ``"dkv-cache"``, or
+            ``"exact"``, which reuses nothing but what is provably unchanged. Read by :meth:`of`.
         prompt_interval: steps between refreshes of the prompt (K_p), at least 1; -1 refreshes always.
         response_interval: steps between refreshes of the whole response (K_r), at least 1; -1 refreshes always.
-        transfer_ratio: share of the response recomputed in the steps between (rho), 0 to 1; 0 recomputes none.
-        cache: of Fast-dLLM: ``"prefix"`` recomputes from the active block to the end, ``"dual"`` the block alone,
-            ``"none"`` everything.
+        transfer_ratio: share of the response recomputed in the steps between (rho), 0 to 1; 0 recomputes none. ``None``
+            for 0.25. Only without a cache of blocks and without saliency, which choose rows themselves.
+        cache: rows computed between two refreshes: ``"dual"`` the active block, ``"prefix"`` from there to the end,
+            ``"decoded"`` the masked rows and those just filled, ``"none"`` as the other mechanisms say.
         block_length: tokens of a block of the sampling loop, at least 1; ``None`` takes the response as one block.
         refresh_interval: steps between full steps inside a block, at least 1; ``None`` for none.
-        keep_ratio: of Sparse-dLLM: share of the entries outside of the active block that are kept, 0 to 1.
+        delay: full steps of a block before the one whose keys are kept, at least 0; ``None`` for 1 with ``keep_ratio``,
+            else 0.
+        keep_ratio: share of the entries that no step computes between two refreshes that is kept, 0 to 1.
         kernel_size: window that their scores are pooled over, odd; ``None`` for none.
-        delay: full steps of a block before the one that chooses them, at least 0.
+        saliency_threshold: cosine of a context with its former self below which a row is computed again (tau).
+        full_steps: full steps that a sequence begins with where saliency is on, at least 1.
+        response_only: whether three of four steps with saliency leave the prompt alone; else none does.
         mask_id: token id of the mask; by default the id that ends the first call.
         shift: whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
@@ -66,53 +88,55 @@ class Options:
         lowering: ``"inductor"``, or ``"eager"``, which runs the rewritten graphs uncompiled.
     """
 
-    method: str = "dllm-cache"
-    prompt_interval: int = 50
-    response_interval: int = 7
-    transfer_ratio: float = 0.25
-    cache: str = "prefix"
+    method: str = "exact"
+    prompt_interval: int | None = None
+    response_interval: int | None = None
+    transfer_ratio: float | None = None
+    cache: str = "none"
     block_length: int | None = None
     refresh_interval: int | None = None
-    keep_ratio: float = 0.5
+    delay: int | None = None
+    keep_ratio: float | None = None
     kernel_size: int | None = 3
-    delay: int = 1
+    saliency_threshold: float | None = None
+    full_steps: int = 4
+    response_only: bool = True
     mask_id: int | None = None
     shift: bool | None = None
     verify: int = 0
     lowering: str = "inductor"
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("lowering", self.lowering, LOWERINGS)
-        _one_of("cache", self.cache, CACHES)
-        for name in ("prompt_interval", "response_interval"):
+        one_of("method", self.method, tuple(METHODS))
+        one_of("lowering", self.lowering, LOWERINGS)
+        one_of("cache", self.cache, CACHES)
+        for name, (fits, wanted) in _VALUES.items():
             value = getattr(self, name)
-            if not _is_int(value) or (value < 1 and value != -1):
-                raise ValueError(
-                    f"{name} is {value!r}; give a number of steps, at least 1, or -1 to refresh at every step"
-                )
-        for name, example in (("block_length", 32), ("refresh_interval", 8)):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1, such as {example}, or None")
-        for name, of in (("transfer_ratio", "response"), ("keep_ratio", "entries outside of a block")):
-            ratio = getattr(self, name)
-            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
-                usual = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"{name} is {ratio!r}; give a share of the {of} from 0 to 1, such as {usual}")
-        window = self.kernel_size
-        if window is not None and (not _is_int(window) or window < 1 or window % 2 == 0):
-            raise ValueError(f"kernel_size is {window!r}; give an odd number of at least 1, such as 3, or None")
-        if not _is_int(self.delay) or self.delay < 0:
-            raise ValueError(f"delay is {self.delay!r}; give a number of steps of at least 0, such as 1")
-        if self.mask_id is not None and (not _is_int(self.mask_id) or self.mask_id < 0):
-            raise ValueError(f"mask_id is {self.mask_id!r}; give the token id of the mask, such as 126336 for LLaDA")
-        if self.shift is not None and not isinstance(self.shift, bool):
+            if not (fits(value) or (value is None and getattr(Options, name) is None)):
+                raise ValueError(f"{name} is {value!r}; give {wanted}")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Refuse what two mechanisms would both decide."""
+        chooses = "a cache of blocks" if self.cache != "none" else "saliency_threshold"
+        if self.transfer_ratio is not None and (self.cache != "none" or self.saliency_threshold is not None):
+            raise ValueError(f"transfer_ratio and {chooses} both choose the rows of a step; leave out one of them")
+        kept = self.prompt_interval, self.response_interval, self.saliency_threshold
+        if self.keep_ratio is not None and self.cache == "none" and kept == (None, None, None):
             raise ValueError(
-                f"shift is {self.shift!r}; give True for samplers that read row i - 1 for token i, else False"
+                f"keep_ratio is {self.keep_ratio!r}, a share of what a cache keeps; give cache='dual' or "
+                "prompt_interval too, or method='sparse-dllm'"
             )
-        if not _is_int(self.verify) or self.verify < 0:
-            raise ValueError(f"verify is {self.verify!r}; give a number of steps between checks, or 0 for none")
+
+    @property
+    def full_steps_of_a_block(self) -> int:
+        """Full steps that a block begins with."""
+        return 1 + (self.delay if self.delay is not None else int(self.keep_ratio is not None))
+
+    @property
+    def share(self) -> float:
+        """``transfer_ratio``, or what it is by default."""
+        return 0.25 if self.transfer_ratio is None else self.transfer_ratio
 
     @classmethod
     def of(cls, given: Options | Mapping[str, Any] | None = None, /, **more: Any) -> Options:
@@ -128,35 +152,90 @@ class Options:
         """
         if given is not None and not isinstance(given, (Options, Mapping)):
             raise TypeError(f"options are {given!r}; give a mapping of names to values, or Options")
-        base = given if isinstance(given, Options) else cls()
+        base = given if isinstance(given, Options) else None
         for name in more.keys() & (given.keys() if isinstance(given, Mapping) else ()):
             raise ValueError(f"option {name!r} is given twice; give it once")
         written = {**(given if isinstance(given, Mapping) else {}), **more}
         preset = written.pop("preset", None)
         chosen: dict[str, Any] = {}
         if preset is not None:
-            _one_of("preset", preset, tuple(PRESETS))
+            one_of("preset", preset, tuple(PRESETS))
             chosen.update(PRESETS[preset])
         named: dict[str, Any] = {}
-        known = [field.name for field in fields(cls)]
         for name, value in written.items():
             meant = SYNONYMS.get(name, name)
-            if meant not in known:
-                near = difflib.get_close_matches(name, [*known, *SYNONYMS, "preset"], n=1, cutoff=0.0)
+            if meant not in _NAMES:
+                near = nearest(name, [*_NAMES, *SYNONYMS, "preset"])
                 raise ValueError(
-                    f"there is no option {name!r}; did you mean {near[0]!r}? Options: {', '.join(known)}, preset"
+                    f"there is no option {name!r}; did you mean {near!r}? Options: {', '.join(_NAMES)}, preset"
                 )
             if meant in named:
                 raise ValueError(f"option {meant!r} is given twice, once as {name!r}; give it once")
             named[meant] = value
-        return replace(base, **{**chosen, **named})
+        chosen.update(named)
+        method = chosen.get("method")
+        if method is None and base is None and not any(chosen.get(name) for name in _OWN):
+            method = "dllm-cache"
+        if method is not None:
+            one_of("method", method, tuple(METHODS))
+            chosen = {"method": method, **METHODS[method], **chosen}
+        return replace(base if base is not None else cls(), **chosen)
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether a value is a whole number, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def nearest(name: Any, valid: Iterable[str]) -> str:
+    """The valid name most like the one given."""
+    return difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.0)[0]
+
+
+def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the valid ones.
+
+    Raises:
+        ValueError: it is not.
+    """
     if value not in valid:
-        near = difflib.get_close_matches(str(value), valid, n=1, cutoff=0.0)
-        raise ValueError(f"{name} is {value!r}; did you mean {near[0]!r}? Valid: {', '.join(valid)}")
+        raise ValueError(f"{name} is {value!r}; did you mean {nearest(value, valid)!r}? Valid: {', '.join(valid)}")
+
+
+def _share_of(what: str, usual: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: is_number(v) and 0.0 <= v <= 1.0, f"a share of the {what} from 0 to 1, such as {usual}"
+
+
+def _count(example: str, least: int = 1) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: is_int(v) and v >= least, f"a whole number of at least {least}, such as {example}"
+
+
+_INTERVAL = (
+    lambda v: is_int(v) and (v >= 1 or v == -1),
+    "a number of steps, at least 1, or -1 to refresh at every step",
+)
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt_interval": _INTERVAL,
+    "response_interval": _INTERVAL,
+    "transfer_ratio": _share_of("response", 0.25),
+    "block_length": _count("32, or None"),
+    "refresh_interval": _count("8, or None"),
+    "delay": _count("1", 0),
+    "keep_ratio": _share_of("entries outside of a block", 0.5),
+    "kernel_size": (lambda v: v is None or (is_int(v) and v % 2 == 1 and v > 0), "an odd number such as 3, or None"),
+    "saliency_threshold": (is_number, "a cosine, such as 0.99"),
+    "full_steps": _count("4"),
+    "response_only": (lambda v: isinstance(v, bool), "True or False"),
+    "mask_id": (lambda v: is_int(v) and v >= 0, "the token id of the mask, such as 126336 for LLaDA"),
+    "shift": (lambda v: isinstance(v, bool), "True for samplers that read row i - 1 for token i, else False"),
+    "verify": (lambda v: is_int(v) and v >= 0, "a number of steps between checks, or 0 for none"),
+}
+"""What values of a field are, and how that is said; ``None`` is one too where it is the default."""
+
+_NAMES = tuple(each.name for each in fields(Options))
+_OWN = ("cache", "keep_ratio", "saliency_threshold")  # one of these named without a method: that mechanism alone

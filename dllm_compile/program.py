@@ -47,9 +47,10 @@ class Program:
         again = partial(follow, graph, fake, fake_mode, {self.seed.name: layout})
         self.axes = unmask(graph, again(), again)
         self.shape = (layout[0][0].size, layout[1][0].size)
-        self.units, constants = cut(graph, self.axes)
+        self.units, constants = cut(graph, self.axes, halves=options.saliency_threshold is not None)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
-        self.layers = [unit for unit in self.units if unit.attentions]
+        self.layers = [unit for unit in self.units if unit.is_layer]
+        self.heads: dict[int | None, Unit | None] = {}
         self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)
         refuse_causal_masks(graph, self.axes, args)
@@ -78,14 +79,16 @@ class Program:
 
         A graph of its own could also be a norm that sits between two layers, whose every row is needed.
         """
-        if vocabulary is None:
-            return None
+        if vocabulary is None or vocabulary in self.heads:
+            return self.heads.get(vocabulary)
+        self.heads[vocabulary] = None
         for unit in reversed(self.units):
-            if unit.attentions:
+            if unit.is_layer:
                 break
             if unit.stream is not None and not unit.mixing(self.axes) and self._is_head(unit, vocabulary):
-                return unit
-        return None
+                self.heads[vocabulary] = unit
+                break
+        return self.heads[vocabulary]
 
     def _is_head(self, unit: Unit, vocabulary: int) -> bool:
         layouts = [self.axes.layout.get(node) for node in unit.outputs[: unit.leaving]]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.fx
 
-from .core.assignment import ACTIVE, EXACT, KEYS, NOTHING, READABLE, Assignment
+from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, Assignment
 from .core.layout import Layout, position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
-from .core.state import allocate, allocate_entries
+from .core.state import allocate
 from .core.units import Unit
 from .lower import lower
 from .outbox import Outbox
@@ -122,9 +122,9 @@ class _Call:
     def unit(self, unit: Unit, code: UnitCode) -> None:
         """Run one unit. Deciding again on the same ids needs no layers: what the head gave is kept."""
         outs: Sequence[Any]
-        if self.only_decides and (unit.attentions or unit is self.head):
+        if self.only_decides and (unit.is_layer or unit is self.head):
             outs, rows = [None] * len(unit.outputs), [NONE] * len(unit.outputs)
-        elif unit.attentions:
+        elif unit.is_layer:
             outs, rows = self._layer(unit, code)
         elif unit is self.head:
             outs, rows = self._head(unit, code)
@@ -144,46 +144,60 @@ class _Call:
     def _layer(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         step, session = self.step, self.session
         number, step.layer = step.layer, step.layer + 1
-        state, fresh = self._state(unit)
-        values = self._values(unit, state)
-        assignment = self.rest if number else self.first
-        if not state:
-            assignment = EXACT
-        elif (fresh and assignment.evict is None) or assignment == self.full:
-            assignment = self.full
-        elif step.repeat and "branch" in assignment.keep:
-            assignment = KEEP  # every row as it was: the same input gives the same output
-        elif assignment.enter == ALL and not code.narrow(values):
-            assignment = self.full
-        if assignment.enter != ALL:
-            assignment = _entering(assignment, self._at_hand(unit))
+        values = self._values(unit)
+        assignment = self._assigned(unit, code, self.rest if number else self.first, values)
+        values = self._values(unit, self._state(unit, assignment))
         variant = code.variant(assignment, step, values)
         outs = variant(values)
         if assignment.pick:
             session.selected[number] = outs[-1]
-        if session.narrows() and (step.number == 0 or code.narrows is None) and not self._narrows(code, values):
-            session.run_whole("the rows of a layer depend on one another in more than its attention")
+        if variant.turns:
+            self._turn(outs[-2], outs[-1])
+        if session.narrows() and (step.number == 0 or code.narrows is None):
+            self._check(code, values)
         return outs, variant.rows
 
-    def _narrows(self, code: UnitCode, values: Values) -> bool:
-        return code.narrow(values) and code.writable(self.session.schedule.variants)
+    def _assigned(self, unit: Unit, code: UnitCode, wanted: Assignment, values: Values) -> Assignment:
+        """What a layer runs: what the schedule says, where rows are kept that allow it."""
+        key = self.keys[id(unit)]
+        if key in self.step.seen or not wanted.keep:
+            return EXACT  # one that ran in this step already has no rows of its own
+        self.step.seen.add(key)
+        if wanted.evict is None and key not in self.session.layers:
+            wanted = self.full
+        elif self.step.repeat and wanted != self.full and wanted.keep >= FEATURES:
+            wanted = replace(KEEP, keys=wanted.keys)  # every row as it was: the same input gives the same output
+        elif wanted.enter == ALL and wanted.evict is None and wanted != self.full and not code.narrow(values):
+            wanted = self.full
+        if not wanted.keep:
+            return EXACT
+        return wanted if wanted.enter == ALL else _entering(wanted, self._at_hand(unit))
 
-    def _state(self, unit: Unit) -> tuple[list[torch.Tensor], bool]:
-        """Rows kept of the layer that these weights are, and whether they are new.
+    def _check(self, code: UnitCode, values: Values) -> None:
+        """See that the layer can run for fewer rows, and else compute all from the next call on."""
+        if not code.narrow(values):
+            self.session.run_whole("the rows of a layer depend on one another in more than its attention")
+        elif not code.writable(self.session.schedule.variants):
+            self.session.run_whole("a layer cannot be written for fewer rows")
 
-        There are none when it keeps none or has run in this step.
-        """
-        step, key = self.step, self.keys[id(unit)]
-        layers, entries = self.session.layers, step.sizes["kept"]
-        if key in step.seen or not (self.rest.keep or entries or self.rest.keys != ALL):
-            return [], False
-        step.seen.add(key)
-        fresh = key not in layers or (entries > 0 and layers[key][-1].shape[1] != entries)
-        if fresh and entries:
-            layers[key] = allocate_entries(unit.anchors(KEYS), self.program.axes, step.counts.device, entries)
-        elif fresh:
-            layers[key] = allocate(unit.anchors(self.rest.keep), self.program.axes, step.counts.device)
-        return layers[key], fresh
+    def _state(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
+        """Rows kept of the layer that these weights are; made where there are none, or not as many."""
+        if not assignment.keep:
+            return []
+        key, step, layers = self.keys[id(unit)], self.step, self.session.layers
+        compact = unit.anchors(KEYS) if assignment.compact else []
+        rows = step.sizes["kept"] + step.sizes.get("fresh", 0)
+        if key in layers and (not compact or layers[key][-1].shape[1] == rows):
+            return layers[key]
+        layers.pop(key, None)  # free the old ones first
+        layers[key] = allocate(unit.anchors(assignment.keep), self.program.axes, step.counts.device, compact, rows)
+        return layers[key]
+
+    def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
+        """Rows whose contexts turned: those that the MLP and the next layer's keys and values are computed for."""
+        most = max(int(counts.max()), 2)
+        self.step.indices["salient"] = places[:, :most]
+        self.session.stats.salient += most
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """The readable rows; those kept of the other rows stand beside them."""
@@ -199,11 +213,10 @@ class _Call:
 
     def _other(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """A stem, a tail that is no head, or a unit whose rows mix."""
-        mixing = unit.mixing(self.program.axes)
         assignment = EXACT
-        if unit.stream is None and self.first.enter == ACTIVE and not mixing:
+        if unit.stream is None and self.first.enter == ACTIVE and not code.mixing:
             assignment = STEM
-        elif self._at_hand(unit) == ACTIVE and not mixing:
+        elif self._at_hand(unit) == ACTIVE and not code.mixing:
             assignment = _entering(TAIL, ACTIVE)
         elif unit.stream is not None:
             self.env[unit.stream] = self.whole(unit.stream)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .core.assignment import ACTIVE, Assignment
-from .core.plan import Call, Exact, Plan, Schedule, with_row_before
-from .ids import at, infer_mask_id, labels, positions, readable_rows, response_rows
-from .method import schedule
+from .core.plan import Call, Exact, Plan, Schedule
+from .ids import infer_mask_id, labels, positions, readable_rows, response_rows
+from .method import response_of, schedule
 from .options import Options
 from .outbox import Outbox
 from .stats import Stats
@@ -36,6 +36,7 @@ class Step:
         indices: positions ``[B, K]`` of each row set, on the device of the ids; ``S`` stands for "no row".
         sizes: ``K`` of each row set.
         counts: ``[B, 1]`` int64, rows each sequence may select.
+        bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
         layer: how many layers have run in this step.
         seen: the layers that have run.
     """
@@ -46,6 +47,7 @@ class Step:
     indices: dict[str, torch.Tensor]
     sizes: dict[str, int]
     counts: torch.Tensor
+    bound: torch.Tensor | None
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
@@ -53,8 +55,7 @@ class Step:
     @property
     def signature(self) -> tuple[int, ...]:
         """What a layer's compiled code depends on."""
-        names = ("response", "prompt", "selected", "kept", "block", "outside")
-        return tuple(self.sizes.get(name, 0) for name in names)
+        return tuple(self.sizes.get(name, 0) for name in ("response", "prompt", "selected"))
 
 
 class Session:
@@ -182,7 +183,7 @@ class Session:
         self.beside = [tensor.detach().clone() for tensor in beside]
         self.response = response_rows(ids, masked)
         self.schedule: Schedule = schedule(self.options, self.response)
-        rows = with_row_before(self.response) if self.options.shift else self.response
+        rows = response_of(self.options, self.response)
         self.fixed = {"response": positions(rows), "prompt": positions(~rows)}
         self.stats.sequences += 1
         return True
@@ -208,27 +209,43 @@ class Session:
         sizes["selected"] = int(selected.max())
         sizes["kept"] = plan.kept
         counts = selected.unsqueeze(1).to(device)
-        return Step(call.number, call.repeat and plan.same, plan.assignment, indices, sizes, counts, (batch, tokens))
+        bound = plan.bound.unsqueeze(1).to(device) if plan.bound is not None else None
+        repeat = call.repeat and plan.same
+        return Step(call.number, repeat, plan.assignment, indices, sizes, counts, bound, (batch, tokens))
 
     def _rows(self, call: Call, plan: Plan) -> dict[str, torch.Tensor]:
         """Positions of the row sets that change from call to call."""
         readable = readable_rows(call.masked, self.options.shift)
         if call.number == 0:
             readable = torch.ones_like(readable)  # the first logits kept are those of all rows
-        if plan.block is not None:
-            return {
-                "readable": positions(readable, 2),
-                "block": positions(plan.block),
-                "outside": positions(~plan.block),
-            }
+        rows: dict[str, torch.Tensor] = {}
+        tokens = none = readable.shape[1]
+        slots = torch.arange(tokens).expand_as(readable)
+        if plan.fresh is not None:  # keys and values have a place behind the kept entries, in order
+            rows["fresh"] = positions(plan.fresh, 2, empty=False)
+            slots, none = plan.kept + plan.fresh.long().cumsum(1) - 1, plan.kept + rows["fresh"].shape[1]
+            slots = torch.where(plan.fresh, slots, none)
+            if plan.active is None:
+                rows["response@keyed"] = _at(slots, positions(response_of(self.options, self.response)), none)
+        if plan.block is not None and plan.fresh is not None:
+            rows["block"] = positions(plan.block, 2, empty=False)
+            rows["outside"] = positions(~plan.fresh, 2, empty=False)
         if plan.active is None or plan.written is None:
-            return {"readable": positions(readable, 2)}
-        tokens = readable.shape[1]
+            return {**rows, "readable": positions(readable, 2)}
         active, readable = positions(plan.active, 2), positions(readable & plan.active, 2)
-        written = torch.where(at(plan.written, active), active, tokens)
+        written = torch.where(_at(plan.written, active, False), _at(slots, active, none), none)
         rank = plan.active.long().cumsum(1) - 1
-        counted = torch.where(readable < tokens, rank.gather(1, readable.clamp(max=tokens - 1)), active.shape[1])
-        return {"active": active, "written": written, "readable": readable, "readable@active": counted}
+        rows |= {"active": active, "written": written, "readable": readable}
+        rows["readable@active"] = _at(rank, readable, active.shape[1])
+        if plan.salient is not None:
+            rows["salient"] = positions(_at(plan.salient, active, False), 2, empty=False)
+        return rows
+
+
+def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:
+    """Entries ``[B, K]`` of ``values`` ``[B, S]`` at positions ``[B, K]``; ``none`` for ``S``, "no row"."""
+    tokens = values.shape[1]
+    return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()

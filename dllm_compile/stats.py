@@ -15,6 +15,7 @@ class Stats:
         sequences: generations seen.
         steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits.
         rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
+        salient: rows that layers of saliency steps found salient, the most of a batch, all told.
         checked: steps that ``verify`` compared.
         max_logit_error: largest absolute difference of a readable logit, over all checks.
         token_flips: masked positions whose best token differed, over all checks.
@@ -25,6 +26,7 @@ class Stats:
     steps: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     logits: Counter[str] = field(default_factory=Counter)
+    salient: int = 0
     checked: int = 0
     max_logit_error: float = 0.0
     token_flips: int = 0
@@ -47,6 +49,7 @@ class Stats:
         self.steps.update(other.steps)
         self.rows.update(other.rows)
         self.logits.update(other.logits)
+        self.salient += other.salient
         self.checked += other.checked
         self.max_logit_error = max(self.max_logit_error, other.max_logit_error)
         self.token_flips += other.token_flips

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from .core.assignment import ACTIVE, Assignment
+from .core.assignment import ACTIVE, KEYS, Assignment
 from .core.axes import Axes
 from .core.emit import Choices, Emitted, emit
 from .core.errors import GraphRefused
 from .core.units import Unit
-from .kernels.kept_entries import kept_entries
+from .kernels.delta_attention import delta_attention
+from .kernels.kept_entries import kept_and_fresh
 from .kernels.row_change import pick_rows
+from .kernels.salient_rows import turned_rows
 from .lower import Compiled, lower
 from .session import Step
 from .trial import rows_are_independent
@@ -26,6 +28,7 @@ class Variant:
     def __init__(self, run: Compiled, emitted: Emitted, values: Values) -> None:
         self.run = run
         self.rows = emitted.leaves
+        self.turns = emitted.turns
         pick = itemgetter(*[values.slot(name) for name in emitted.takes])
         self.pick = pick if len(emitted.takes) > 1 else lambda flat: (pick(flat),)
 
@@ -37,12 +40,13 @@ class Variant:
 class Values:
     """All that one unit can be called with in one step, in a flat list."""
 
-    SETS = ("response", "prompt", "readable", "active", "written", "readable@active", "block", "outside")
-    FIXED = ("stream", "counts", *[f"index:{name}" for name in SETS])
+    FREE = ("readable", "active", "written", "salient", "readable@active", "block", "outside", "fresh")
+    SETS = ("response", "prompt", "response@keyed", *FREE)
+    FIXED = ("stream", "counts", "bound", *[f"index:{name}" for name in SETS])
 
     def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
         self.stream, self.inputs = stream, inputs
-        self.flat = [stream, step.counts, *map(step.indices.get, self.SETS), *inputs, *state]
+        self.flat = [stream, step.counts, step.bound, *map(step.indices.get, self.SETS), *inputs, *state]
 
     def slot(self, name: str) -> int:
         """Where an argument of an emitted unit lies."""
@@ -52,7 +56,7 @@ class Values:
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
 
-CHOICES = Choices(pick_rows, kept_entries)
+CHOICES = Choices(pick_rows, kept_and_fresh, delta_attention, turned_rows)
 
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
 
@@ -74,7 +78,8 @@ class UnitCode:
         self.unit, self.axes, self.lowering = unit, axes, lowering
         self.variants: dict[Any, Variant] = {}
         self.written: dict[tuple[Assignment, ...], bool] = {}
-        self.narrows: bool | None = None if unit.mixing(axes) else True
+        self.mixing = unit.mixing(axes)
+        self.narrows: bool | None = None if self.mixing else True
 
     def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
         """Compiled on first use; the head serves any number of rows, a layer those it was compiled for."""
@@ -83,7 +88,7 @@ class UnitCode:
         if found is None:
             emitted = emit(self.unit, self.axes, assignment, step.sizes, CHOICES)
             args = [values.flat[values.slot(name)] for name in emitted.takes]
-            free = [i for i, name in enumerate(emitted.takes) if _any_number(name, assignment)]
+            free = [i for i, name in enumerate(emitted.takes) if self._any_number(name, assignment)]
             found = Variant(lower(emitted.module, args, self.lowering, free), emitted, values)
             self.variants[key] = found
         return found
@@ -102,14 +107,16 @@ class UnitCode:
 
     def _can_write(self, assignment: Assignment) -> bool:
         try:
-            emit(self.unit, self.axes, assignment, {"selected": 1, "kept": 1}, CHOICES)
+            emit(self.unit, self.axes, assignment, {"selected": 1}, CHOICES)
         except GraphRefused:
             return False
         return True
 
-
-def _any_number(name: str, assignment: Assignment) -> bool:
-    """Whether an argument's rows differ in number from call to call."""
-    return name in ("index:readable", "index:active", "index:written", "index:readable@active") or (
-        name == "stream" and assignment.enter == ACTIVE
-    )
+    def _any_number(self, name: str, assignment: Assignment) -> bool:
+        """Whether an argument's rows differ in number from call to call."""
+        kind, _, which = name.partition(":")
+        if kind == "state":
+            keys = self.unit.anchors(KEYS)  # the first of what is kept
+            last = len(self.unit.anchors(assignment.keep))
+            return assignment.compact and (int(which) < len(keys) or int(which) == last)
+        return (kind == "index" and which in Values.FREE) or (name == "stream" and assignment.enter == ACTIVE)

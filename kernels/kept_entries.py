@@ -13,6 +13,22 @@ from __future__ import annotations
 import torch
 
 
+def kept_and_fresh(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    block: torch.Tensor,
+    outside: torch.Tensor,
+    entries: torch.Tensor,
+    fresh: torch.Tensor,
+    keep_ratio: float,
+    kernel_size: int | None,
+) -> torch.Tensor:
+    """Positions ``[B, E]`` int64, as many as ``entries`` has: those to keep, then those of the ``fresh`` rows."""
+    most = entries.shape[1] - fresh.shape[1]
+    return torch.cat([kept_entries(query, key, mask, block, outside, most, keep_ratio, kernel_size), fresh], 1)
+
+
 def kept_entries(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -58,7 +74,9 @@ def kept_entries(
         seen = seen & (allowed & (block < tokens)[..., None]).any(1).gather(1, place)
     score = torch.where(seen, score.gather(1, place), -torch.inf)
     if kernel_size is not None:
-        score = torch.nn.functional.max_pool1d(score[:, None], kernel_size, 1, kernel_size // 2)[:, 0]
+        side = kernel_size // 2  # ``max_pool1d`` would be compiled for one length
+        padded = torch.nn.functional.pad(score, (side, side), value=-torch.inf)
+        score = torch.stack([padded[:, i : i + score.shape[1]] for i in range(kernel_size)]).amax(0)
         score = torch.where(seen, score, -torch.inf)
     best = score.topk(most, 1).indices
     count = (seen.sum(1, keepdim=True).double() * keep_ratio).long()

@@ -6,8 +6,8 @@
 4. (``core.axes.follow``)  where batch and tokens sit in every value
 5. ``unmask``              in a graph that also samples: what is read of a vocabulary becomes one value a row
 6. ``regions``             stem, layers, head and decision, and the roles in a layer
-7. ``feature_cache``, ``block_cache``, ``eviction``   a method each: row sets of the roles, and the schedule that
-                           chooses among them; ``core.emit`` writes them
+7. ``feature_cache``, ``block_cache``, ``eviction``, ``saliency``   a mechanism each: row sets of the roles, and which
+                           rows those are; schedules put them together, and ``core.emit`` writes them
 
 Passes never import each other; only this page names them all.
 """
@@ -35,7 +35,7 @@ def normalized(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTens
     return graph
 
 
-def cut(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Unit], list[torch.fx.Node]]:
+def cut(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> tuple[list[Unit], list[torch.fx.Node]]:
     """Pass 6: the units of a graph, and the constants that several of them read."""
-    units = regions(graph, axes)
+    units = regions(graph, axes, halves)
     return units, constants(graph, units, axes)

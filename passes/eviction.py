@@ -1,16 +1,13 @@
-"""Sparse-dLLM as row sets and a schedule (arXiv 2508.02558, and its authors' code where the two differ).
+"""Sparse-dLLM's eviction as row sets (arXiv 2508.02558, and its authors' code where the two differ).
 
-A block begins with full steps. The last of these, ``delay`` steps in, chooses in each layer the share of the entries
-outside of the block that its queries look at most; only these are kept. The steps behind it carry the residual stream
-of the block alone, whose queries read the kept entries and the block's own fresh ones:
+The last of the full steps that a block begins with chooses, in each layer, the share of the entries that its queries
+look at most, among those that no later step computes. Only these are kept. The steps behind it read the kept entries
+and the rows computed since:
 
-    step of the block    variant    rows      keys
-    before ``delay``     full       all       all, none kept
-    ``delay``            evict      all       all; the best are kept
-    behind it            sparse     block     kept, and fresh
-
-The row before the block, which predicts its first token where logits are shifted, is computed, and nobody reads its
-fresh key. All sequences of a batch are at the same step: a new block of one begins anew for all.
+    step            rows      keys
+    full            all       all, none kept
+    evict           all       all; the best are kept
+    behind it       fewer     kept, and fresh
 """
 
 from __future__ import annotations
@@ -19,56 +16,35 @@ from dataclasses import replace
 
 import torch
 
-from dllm_compile.core.assignment import ACTIVE, KEYED, NOTHING, Assignment
-from dllm_compile.core.blocks import Blocks
-from dllm_compile.core.plan import Call, Plan, with_row_before
-
-FULL = Assignment("full", keep=NOTHING)
-SPARSE = Assignment("sparse", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, keep=NOTHING, keys=KEYED)
+from dllm_compile.core.assignment import KEYED, NOTHING, Assignment
 
 
-class Eviction:
-    """The schedule of one sequence.
+def entries(fresh: torch.Tensor, keep_ratio: float) -> int:
+    """How many of the entries beside the ``fresh`` rows ``[B, S]`` bool the longest sequence keeps, at least 2.
 
-    Args:
-        response: ``[B, S]`` bool, the rows of the response.
-        keep_ratio, kernel_size: see :func:`dllm_compile.kernels.kept_entries.kept_entries`.
-        block_length: tokens of a block; ``None`` takes the whole response as one.
-        delay: full steps of a block before the one that chooses.
-        before: whether a sampler may read the row before a block.
+    Code compiled for any number of rows takes two or more; what a sequence does not keep is no row.
     """
+    return max(int((~fresh).sum(1).max() * keep_ratio), 2)
 
-    first: Assignment | None = None
 
-    def __init__(
-        self,
-        response: torch.Tensor,
-        keep_ratio: float,
-        kernel_size: int | None,
-        block_length: int | None,
-        delay: int,
-        before: bool,
-    ) -> None:
-        self.blocks = Blocks(response, block_length)
-        self.ratio, self.delay, self.before = keep_ratio, delay, before
-        self.evict = Assignment("evict", keep=NOTHING, evict=(keep_ratio, kernel_size))
-        self.variants: tuple[Assignment, ...] = (FULL, self.evict, SPARSE)
-        self.step = self.kept = 0
+def has_gaps(fresh: torch.Tensor, keep_ratio: float) -> bool:
+    """Whether some of the kept entries or ``fresh`` rows ``[B, S]`` bool of some sequence are no rows."""
+    counts = fresh.sum(1)
+    uneven = bool((counts != counts[0]).any()) or int(counts[0]) < 2
+    return uneven or int((~fresh[0]).sum() * keep_ratio) < 2
 
-    def next(self, call: Call) -> Plan:
-        """Rows of the call; repeated ones count, since the kept entries replace the others at a fixed step."""
-        self.blocks.next(call)
-        block = self.blocks.active
-        self.step += 1
-        edited = (call.changed & ~block).any(1, keepdim=True)
-        if bool(((self.blocks.moved | edited) & ~self.blocks.done).any()):
-            self.step = 0
-        if self.step < self.delay:
-            return Plan(FULL)
-        if self.step == self.delay:
-            self.kept = int((~block).sum(1).max() * self.ratio)
-            return Plan(self.evict, block=block, kept=self.kept, same=False)
-        active = with_row_before(block) if self.before else block
-        gaps = bool((active != block).any()) or len(set(block.sum(1).tolist())) > 1 or block.shape[0] > 1
-        sparse = replace(SPARSE, gaps=gaps)
-        return Plan(sparse, active=active, written=block, kept=self.kept, same=self.step > self.delay + 1)
+
+def unkept(full: Assignment) -> Assignment:
+    """A full step before the one that chooses."""
+    return replace(full, keep=NOTHING)
+
+
+def evicting(full: Assignment, keep_ratio: float, kernel_size: int | None) -> Assignment:
+    """The full step that chooses; see :func:`dllm_compile.kernels.kept_entries.kept_entries`."""
+    return replace(full, name="evict", evict=(keep_ratio, kernel_size))
+
+
+def evicted(partial: Assignment, gaps: bool) -> Assignment:
+    """A step behind it; ``gaps`` says that some entries of some sequence are no rows."""
+    name = "sparse" if partial.name == "block" else partial.name
+    return replace(partial, name=name, keys=KEYED, gaps=gaps)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import torch
 
-from dllm_compile.core.assignment import PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
+from dllm_compile.core.assignment import NOTHING, PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
 from dllm_compile.core.plan import Call, Plan
 from dllm_compile.core.rows import NONE
 
 FULL = Assignment("full")
+FIRST = Assignment("full", keep=NOTHING)  # the first layer: always computed, so never kept
 KEEP = Assignment("keep", NONE, NONE, NONE)  # a share of 0: nothing between two refreshes
 
 _VARIANTS = (
@@ -65,7 +66,7 @@ class FeatureCache:
         prompt_interval, response_interval, transfer_ratio: see :class:`dllm_compile.Options`.
     """
 
-    first: Assignment | None = FULL
+    first: Assignment | None = FIRST
 
     def __init__(
         self, response: torch.Tensor, prompt_interval: int, response_interval: int, transfer_ratio: float

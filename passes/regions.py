@@ -35,8 +35,13 @@ _MOVES |= {"getitem", "repeat_interleave"}
 _ADDS = (operator.add, torch.add)
 
 
-def regions(graph: torch.fx.Graph, axes: Axes) -> list[Unit]:
+def regions(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> list[Unit]:
     """Units of ``graph`` in the order they run. A graph without attention is one unit.
+
+    Args:
+        graph: normalized, with every attention call in one spelling.
+        axes: what following its axes found.
+        halves: whether to cut a layer behind the branch that attends too, where one value alone is alive there.
 
     Raises:
         GraphRefused: attention is causal, drops out, or its tokens cannot be followed.
@@ -49,10 +54,10 @@ def regions(graph: torch.fx.Graph, axes: Axes) -> list[Unit]:
     if live and _is_stream(live[-1], axes) and (not cuts or cuts[-1][1] is not live[-1]):
         cuts.append((len(live) - 1, live[-1]))  # a layer traced alone hands its stream to the caller
     segments = _segments(live, cuts)
-    groups = _group(segments, calls)
+    groups = _group(segments, calls, halves)
     if groups:
         groups[-1:] = _split_tail(groups[-1], axes)
-    units = [_unit(nodes, entering, leaving, axes) for nodes, entering, leaving in groups]
+    units = [_unit(nodes, entering, leaving, axes, halves) for nodes, entering, leaving in groups]
     _place_constants(graph, units, axes)
     return [unit.seal(axes) for unit in units]
 
@@ -123,8 +128,8 @@ def _segments(live: list[torch.fx.Node], cuts: list[Cut]) -> list[Segment]:
     return out
 
 
-def _group(segments: list[Segment], calls: list[torch.fx.Node]) -> list[Segment]:
-    """Join segments into stem, layers (each from one attention to before the next) and head."""
+def _group(segments: list[Segment], calls: list[torch.fx.Node], halves: bool) -> list[Segment]:
+    """Join segments into stem, layers (each from one attention to before the next, or in two parts) and head."""
     attends = [any(n in calls for n in nodes) for nodes, _, _ in segments]
     starts = [i for i, has in enumerate(attends) if has]
     if not starts:
@@ -132,7 +137,9 @@ def _group(segments: list[Segment], calls: list[torch.fx.Node]) -> list[Segment]
     ends = [*starts[1:], 0]
     ends[-1] = _last_layer_end(segments, starts)
     groups = [_joined(segments[: starts[0]])] if starts[0] else []
-    groups += [_joined(segments[a:b]) for a, b in zip(starts, ends, strict=True)]
+    for a, b in zip(starts, ends, strict=True):
+        parts = [segments[a : a + 1], segments[a + 1 : b]] if halves else [segments[a:b]]
+        groups += [_joined(part) for part in parts if part]
     if ends[-1] < len(segments):
         groups.append(_joined(segments[ends[-1] :]))
     return groups
@@ -191,7 +198,11 @@ def _residual_branch(segment: Segment) -> torch.fx.Node | None:
 
 
 def _unit(
-    nodes: list[torch.fx.Node], entering: torch.fx.Node | None, leaving: torch.fx.Node | None, axes: Axes
+    nodes: list[torch.fx.Node],
+    entering: torch.fx.Node | None,
+    leaving: torch.fx.Node | None,
+    axes: Axes,
+    halves: bool,
 ) -> Unit:
     inside = set(nodes)
     read_outside = [
@@ -201,7 +212,7 @@ def _unit(
     ]
     unit = Unit(nodes, entering, [*([leaving] if leaving is not None else []), *read_outside])
     unit.attentions = [_attention(n, axes) for n in nodes if n.target is attention]
-    if unit.attentions:
+    if unit.attentions or (halves and entering is not None and leaving is not None):
         unit.branches = _branches(nodes, entering, leaving, axes)
     elif leaving is None and entering is not None:
         _logits_first(unit)

@@ -403,10 +403,10 @@ def test_a_row_of_a_batch_equals_the_row_alone(cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_repeat_gives_the_same_logits_to_the_bit_and_does_not_count(cache: str) -> None:
+def test_a_repeat_gives_the_same_logits_to_the_bit(cache: str) -> None:
     model, ids = Model(SHAPE), start(2)
-    call = fresh(model, **METHOD, cache=cache, block_length=4, refresh_interval=2)
-    plains = [Plain(model, row, cache, 4, 2) for row in ids]
+    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    plains = [Plain(model, row, cache, 4, None) for row in ids]
     for x in filled(ids, 4, [1, 2]):
         once = call(x).clone()
         follow(call, plains, iter([x]))

@@ -81,7 +81,7 @@ def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
     assert all((positions >= 2).all() for positions in kept)
     counts = {int((positions < x.shape[1]).sum()) for positions in kept}
     seen = PROMPT - 2 + RESPONSE - BLOCK  # in layers with a sliding window a block sees fewer
-    assert max(counts) == seen // 2
+    assert max(counts) == seen // 2 + BLOCK
     assert (len(counts) > 1) == (name == "modernbert")
 
 
@@ -101,7 +101,7 @@ def test_full_steps_are_exact_and_sparse_ones_are_not(ratio: float) -> None:
 
 
 def test_what_is_evicted_takes_no_memory() -> None:
-    model, x = models.build("llama"), models.start(60, RESPONSE)
+    model, x = models.build("llama"), models.start(200, RESPONSE)
 
     def kept(**options: Any) -> int:
         torch._dynamo.reset()

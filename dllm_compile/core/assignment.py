@@ -12,12 +12,14 @@ SELECTED = RowSet("selected", RESPONSE)
 PROMPT = RowSet("prompt")
 PROMPT_SELECTED = RowSet("prompt+selected")
 ACTIVE = RowSet("active")
+SALIENT = RowSet("salient", ACTIVE)
 KEYED = RowSet("keyed")
 READABLE = RowSet("readable")
 
 NOTHING: frozenset[str] = frozenset()
 KEYS = frozenset({"key", "value"})
-FEATURES = KEYS | {"branch"}
+FEATURES = KEYS | {"attended", "mlp"}
+CONTEXTS = KEYS | {"context", "mlp"}
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Assignment:
 
     Attributes:
         name: of the variant.
-        query: rows that attend; also the rows of each branch.
+        query: rows that attend; also the rows of the branch with attention.
         key, value: rows whose key and value are computed.
+        mlp: rows of the branches without attention; those of ``query`` if ``None``.
         enter, leave: rows of the residual stream that come in, and of the outputs that go on.
-        keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS`` or ``FEATURES``.
+        keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS``, ``FEATURES``, ``CONTEXTS``.
         pick: whether ``SELECTED`` is chosen here, from the values.
-        keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the fresh rows.
+        keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the rows computed since.
         gaps: whether some of those may be no rows.
         evict: share and pooling window, where the entries to keep are chosen here, from queries and keys.
     """
@@ -40,6 +43,7 @@ class Assignment:
     query: RowSet = ALL
     key: RowSet = ALL
     value: RowSet = ALL
+    mlp: RowSet | None = None
     enter: RowSet = ALL
     leave: RowSet = ALL
     keep: frozenset[str] = FEATURES
@@ -51,13 +55,27 @@ class Assignment:
     @cached_property
     def fixed(self) -> bool:
         """Whether one code serves any sequence: each row set is all, none, or one of any number of rows."""
-        return self.evict is None and self.sets() <= {ALL, NONE, READABLE, ACTIVE}
+        return self.sets() <= {ALL, NONE, READABLE, ACTIVE, SALIENT, KEYED}
+
+    @cached_property
+    def salient(self) -> bool:
+        """Whether ``SALIENT`` rows come in, and others go out, chosen by how far the contexts turned."""
+        return SALIENT in self.sets()
+
+    @cached_property
+    def compact(self) -> bool:
+        """Whether keys and values are kept for the entries alone that eviction chose, and for rows computed since."""
+        return self.evict is not None or self.keys == KEYED
+
+    @cached_property
+    def stored(self) -> frozenset[str]:
+        """The roles whose rows enter the state as they are computed; eviction writes keys and values itself."""
+        return self.keep if self.evict is None else self.keep - KEYS
 
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""
-        named = {self.query, self.key, self.value, self.enter, self.leave, self.keys} | (
-            {SELECTED} if self.pick else set()
-        )
+        named = {self.query, self.key, self.value, self.enter, self.leave, self.keys}
+        named |= ({self.mlp} if self.mlp is not None else set()) | ({SELECTED} if self.pick else set())
         return named | {s.parent for s in named if s.parent is not None}
 
 

@@ -27,6 +27,11 @@ linear = torch.nn.functional.linear
 attention = torch.nn.functional.scaled_dot_product_attention
 
 
+def attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The mask among the arguments of ``attention``; ``None`` for none."""
+    return kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+
+
 @dataclass
 class Axes:
     """What following the axes found.
@@ -118,7 +123,7 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
             return None
         attended: torch.Tensor = query.new_empty((*query.shape[:-1], value.shape[-1]))
         mode.known.tag(attended, (*layout[:-1], plain(value.shape[-1])))
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        mask = attention_mask(args, kwargs)
         if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
         return attended

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from .assignment import ACTIVE, KEYS, READABLE, Assignment
+from .assignment import ACTIVE, READABLE, Assignment
 from .axes import Axes, attention
 from .errors import GraphRefused
 from .layout import position
@@ -59,9 +59,11 @@ def _anchors(unit: Unit, assignment: Assignment) -> dict[torch.fx.Node, RowSet]:
     for att in unit.attentions:
         rows[att.key] = join(rows.get(att.key, NONE), assignment.key)
         rows[att.value] = join(rows.get(att.value, NONE), assignment.value)
+        rows[att.node] = assignment.query
     for branch in unit.branches:
-        rows[branch.node] = assignment.query
-    return {node: rows[node] for node in unit.anchors(assignment.keep if assignment.keys == ALL else KEYS)}
+        apart = None if branch.attends else assignment.mlp
+        rows[branch.node] = assignment.query if apart is None else apart
+    return {node: rows[node] for node in unit.anchors(assignment.stored)}
 
 
 def _demand(
@@ -73,7 +75,7 @@ def _demand(
     for node, rows in zip(unit.outputs, leaves, strict=True):
         if node in anchors and rows == anchors[node]:
             continue  # the rows computed for the state are those that leave
-        missing |= node in anchors and not rows.within(assignment.keys)
+        missing |= node in anchors and not rows.within(at_hand(unit, assignment, node))
         wanted[node] = join(wanted.get(node, NONE), rows)
     computed: dict[torch.fx.Node, RowSet] = {}
     live = [node for node in unit.nodes if node in axes.live]
@@ -94,6 +96,12 @@ def _demand(
         return computed, missing
     asked, enter = wanted.get(unit.stream, NONE), assignment.enter
     return computed, missing or not (asked.within(enter) or (asked, enter) in COUNTED)
+
+
+def at_hand(unit: Unit, assignment: Assignment, node: torch.fx.Node) -> RowSet:
+    """Rows of a kept value that the state and the computed rows hold together."""
+    keys = any(node in (att.key, att.value) for att in unit.attentions)
+    return assignment.keys if keys else ALL
 
 
 def rows_read(

@@ -38,8 +38,11 @@ class Plan:
         selected: rows each sequence may select where ``SELECTED`` is picked, ``[B]`` int64.
         active: ``[B, S]`` bool, the rows of ``ACTIVE``.
         written: ``[B, S]`` bool, those of them whose keys and values enter the state.
+        salient: ``[B, S]`` bool, those that are salient in the first layer.
+        bound: ``[B]`` float, rows whose context has a smaller cosine with its former self are salient behind it.
         block: ``[B, S]`` bool, the rows whose queries choose the entries to keep, where they are chosen.
-        kept: entries that a sequence keeps.
+        fresh: ``[B, S]`` bool, the rows that are never evicted, because later steps compute them.
+        kept: entries that a sequence keeps of the others.
         same: whether the ids of the call before would give its result again.
     """
 
@@ -47,14 +50,22 @@ class Plan:
     selected: torch.Tensor | None = None
     active: torch.Tensor | None = None
     written: torch.Tensor | None = None
+    salient: torch.Tensor | None = None
+    bound: torch.Tensor | None = None
     block: torch.Tensor | None = None
+    fresh: torch.Tensor | None = None
     kept: int = 0
     same: bool = True
 
 
 def with_row_before(rows: torch.Tensor) -> torch.Tensor:
     """``[B, S]`` bool rows, and the one before each: it predicts their token where logits are shifted."""
-    return rows | torch.cat([rows[:, 1:], rows[:, :1] & False], 1)
+    return rows | rows_before(rows)
+
+
+def rows_before(rows: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool rows; those one before each."""
+    return torch.cat([rows[:, 1:], rows[:, :1] & False], 1)
 
 
 class Schedule(Protocol):

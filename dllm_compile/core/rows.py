@@ -94,8 +94,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.T
     Returns:
         ``x`` with ``K`` in place of its token count.
     """
-    rows = rows_first(x, layout)
-    return rows_back(_take(rows, index.clamp(max=rows.shape[1] - 1)), layout)
+    return rows_back(take_rows(x, index, layout), layout)
 
 
 def read_rows(state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -129,15 +128,36 @@ def read_all(state: torch.Tensor, layout: Layout) -> torch.Tensor:
     return rows_back(state[:, : state.shape[1] - 1], layout)
 
 
-def extend_rows(state: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The kept rows ``[B, E, ...]`` and the ``K`` fresh ones behind them, in the layout of ``fresh``."""
-    return rows_back(torch.cat([state, rows_first(fresh, layout)], 1), layout)
-
-
 def take_rows(x: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Rows ``index`` ``[B, E]`` of ``x`` as ``[B, E, ...]``; a number past the last reads the last."""
+    """Rows ``index`` ``[B, K]`` of ``x`` as ``[B, K, ...]``; a number past the last reads the last."""
     rows = rows_first(x, layout)
     return _take(rows, index.clamp(max=rows.shape[1] - 1))
+
+
+def keep_rows(state: torch.Tensor, x: torch.Tensor, index: torch.Tensor, layout: Layout) -> None:
+    """Overwrite a state tensor ``[B, K + 1, ...]`` with the rows ``index`` ``[B, K]`` of ``x``."""
+    state[:, : index.shape[1]].copy_(take_rows(x, index, layout))
+
+
+def changed_rows(state: torch.Tensor, index: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """How far ``fresh`` rows are from those in ``state`` at ``index`` ``[B, K]``, in the layout of ``fresh``."""
+    return rows_back(rows_first(fresh, layout) - _take(state, index), layout)
+
+
+def former_rows(state: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Rows ``index`` ``[B, K]`` of ``state`` in ``layout``."""
+    return rows_back(_take(state, index), layout)
+
+
+def pick_index(index: torch.Tensor, picked: torch.Tensor, none: int) -> torch.Tensor:
+    """``index`` ``[B, K]`` at the places ``picked`` ``[B, n]``; ``none`` where the place is no row (``K`` or more)."""
+    found = index.gather(1, picked.clamp(max=index.shape[1] - 1))
+    return torch.where(picked < index.shape[1], found, none)
+
+
+def spare(state: torch.Tensor) -> int:
+    """The number of the row that takes what belongs to no row."""
+    return state.shape[1] - 1
 
 
 def mask_keys(mask: torch.Tensor | None, index: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.fx
@@ -11,33 +11,41 @@ from .axes import Axes
 from .layout import Layout
 
 
-def shape(layout: Layout, tokens: int) -> tuple[int, ...]:
-    """``[B, S + 1, ...]`` for a value with this layout: one spare row takes what belongs to no row."""
+def shape(layout: Layout, rows: int) -> tuple[int, ...]:
+    """``[B, rows + 1, ...]`` for a value with this layout: one spare row takes what belongs to no row."""
     factors = [factor for dim in layout for factor in dim]
     batch = next(f.size for f in factors if f.kind == "B")
-    return (batch, tokens + 1, *(f.size for f in factors if f.kind == ""))
+    return (batch, rows + 1, *(f.size for f in factors if f.kind == ""))
 
 
-def allocate(nodes: Iterable[torch.fx.Node], axes: Axes, device: torch.device) -> list[torch.Tensor]:
-    """Zeroed rows of each of ``nodes``."""
-    with torch.inference_mode(False):  # a later call may write to it outside of inference mode
-        return [_zeros(axes, node, device) for node in nodes]
+def tokens(layout: Layout) -> int:
+    """The token count of a value with this layout."""
+    return next(factor.size for dim in layout for factor in dim if factor.kind == "T")
 
 
-def allocate_entries(
-    nodes: Iterable[torch.fx.Node], axes: Axes, device: torch.device, count: int
+def allocate(
+    nodes: Iterable[torch.fx.Node],
+    axes: Axes,
+    device: torch.device,
+    compact: Sequence[torch.fx.Node] = (),
+    rows: int = 0,
 ) -> list[torch.Tensor]:
-    """``count`` entries ``[B, count, ...]`` of each of ``nodes``, then their positions ``[B, count]`` int64."""
+    """Zeroed rows ``[B, S + 1, ...]`` of each of ``nodes``.
+
+    Args:
+        nodes: values of a unit.
+        axes: of its graph.
+        device: where the rows are kept.
+        compact: those of ``nodes`` that have ``rows`` rows instead of ``S``; then a last tensor has their positions,
+            ``[B, rows]`` int64.
+        rows: entries kept by eviction, and rows that are computed after it.
+    """
     out: list[torch.Tensor] = []
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # a later call may write to it outside of inference mode
         for node in nodes:
-            batch, _, *rest = shape(axes.layout[node], 1)
-            out.append(torch.zeros((batch, count, *rest), dtype=axes.fake[node].dtype, device=device))
-        out.append(torch.zeros((out[0].shape[0], count), dtype=torch.int64, device=device))
+            layout = axes.layout[node]
+            extent = shape(layout, rows if node in compact else tokens(layout))
+            out.append(torch.zeros(extent, dtype=axes.fake[node].dtype, device=device))
+        if compact:
+            out.append(torch.zeros((out[0].shape[0], rows), dtype=torch.int64, device=device))
     return out
-
-
-def _zeros(axes: Axes, node: torch.fx.Node, device: torch.device) -> torch.Tensor:
-    layout = axes.layout[node]
-    tokens = next(f.size for dim in layout for f in dim if f.kind == "T")
-    return torch.zeros(shape(layout, tokens), dtype=axes.fake[node].dtype, device=device)

@@ -76,9 +76,16 @@ class Unit:
         return self
 
     def anchors(self, keep: frozenset[str] = FEATURES) -> list[torch.fx.Node]:
-        """The values whose rows are kept between steps: keys and values, and branch outputs if ``keep`` has them."""
+        """The values whose rows are kept between steps, of the roles in ``keep``; keys and values come first."""
         keys = [n for a in self.attentions for n in (a.key, a.value)] if "key" in keep else []
-        return list(dict.fromkeys(keys + ([b.node for b in self.branches] if "branch" in keep else [])))
+        contexts = [a.node for a in self.attentions] if "context" in keep else []
+        branches = [b.node for b in self.branches if ("attended" if b.attends else "mlp") in keep]
+        return list(dict.fromkeys(keys + contexts + branches))
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether rows of something here may be kept between steps."""
+        return bool(self.attentions or self.branches)
 
     def mixing(self, axes: Axes) -> bool:
         """Whether something here is not known to treat rows one by one."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dllm_compile.options import SYNONYMS as OPTION_SYNONYMS
-from dllm_compile.options import Options
+from dllm_compile.options import Options, is_int, is_number, nearest
 
 from .rules import RULES
 
@@ -26,19 +25,11 @@ SYNONYMS = {
 RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": "topk_margin", "neg_entropy": "entropy"}
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_ID = (lambda v: _is_int(v) and v >= 0, "a token id, such as 126336 for LLaDA")
-_COUNT = (lambda v: _is_int(v) and v >= 1, "a whole number of at least 1")
-_SCALE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
-_SHARE = (lambda v: _is_number(v) and 0 < v <= 1, "a share above 0 and up to 1")
-_LEVEL = (_is_number, "a confidence, such as 0.9")
+_ID = (lambda v: is_int(v) and v >= 0, "a token id, such as 126336 for LLaDA")
+_COUNT = (lambda v: is_int(v) and v >= 1, "a whole number of at least 1")
+_SCALE = (lambda v: is_number(v) and v >= 0, "a number of at least 0")
+_SHARE = (lambda v: is_number(v) and 0 < v <= 1, "a share above 0 and up to 1")
+_LEVEL = (is_number, "a confidence, such as 0.9")
 _SWITCH = (lambda v: isinstance(v, bool), "True or False")
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("gen_length", "block_length", "steps", "top_k"), _COUNT),
@@ -107,7 +98,7 @@ class Settings:
             value = getattr(self, name)
             if not (fits(value) or (value is None and getattr(Settings, name) is None)):
                 raise ValueError(f"{name} is {value!r}; give {wanted}")
-        if not all(map(_is_int, self.eos)):
+        if not all(map(is_int, self.eos)):
             raise ValueError(f"eos_id is {self.eos_id!r}; give a token id, or a tuple of them")
         self._check_blocks()
         self._check_rules()
@@ -200,11 +191,6 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
         own["temperature"] = 1.0 if config.temperature is None else config.temperature
         own.update(top_p=config.top_p, top_k=config.top_k or None)
     return own
-
-
-def nearest(name: Any, valid: Collection[str]) -> str:
-    """The valid name most like the one given."""
-    return difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)[0]
 
 
 SETTINGS = tuple(each.name for each in fields(Settings))

@@ -1,0 +1,220 @@
+"""Attention of a step after another one: exact for the rows that turned, corrected for the rest.
+
+DyLLM (arXiv 2603.08026). With the keys and values of the salient rows replaced, and over all keys,
+
+    p_ij = softmax_j(scale <q_i, k_j> + mask_ij)
+    C_i  = sum_j p_ij v_j                                      rows ``i`` that are salient
+    C_i  = c_i + sum over salient j of p_ij (v_j - vold_j)     the others, ``c`` the contexts of the step before
+    similarity_i = <C_i, c_i> / sqrt(max(|C_i|^2, 1e-8) max(|c_i|^2, 1e-8))      over all heads side by side
+
+What is left out for the others is ``sum_j (p_ij - pold_ij) vold_j``. The weights need every score, but the product with
+the values is made for the salient rows alone, and a correction reads the weights of the salient columns alone.
+
+A row whose keys are all masked has no weights: it is 0 where salient, as of ``F.scaled_dot_product_attention``, and
+``c_i`` elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+Parts = tuple[torch.Tensor, torch.Tensor]
+
+
+def delta_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    change: torch.Tensor,
+    at_keys: torch.Tensor,
+    at_queries: torch.Tensor,
+    context: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Parts:
+    """Contexts of ``Q`` rows, and how far each kept its direction. Has no gradient.
+
+    Args:
+        query: ``[B, H, Q, h]``, rotated, ``Q`` at least 1. Like all but ``mask`` float64, float32, bfloat16 or
+            float16, of any strides.
+        key, value: ``[B, Hkv, L, h]`` and ``[B, Hkv, L, h_v]``, the salient ones replaced; ``Hkv`` divides ``H``,
+            ``L`` is at least 1.
+        change: ``[B, n, Hkv, h_v]``, new less old values of the salient rows; ``n`` at least 0.
+        at_keys: ``[B, n]`` int64, their places among the keys; any other number: no row.
+        at_queries: ``[B, n]`` int64, places of the salient rows among the queries, each at most once; any other
+            number: no row.
+        context: ``[B, H, Q, h_v]``, of the step before.
+        mask: bool (may attend) or floating (added), broadcastable to ``[B, H, Q, L]``.
+        scale: of the scores, ``h ** -0.5`` by default.
+
+    Returns:
+        New contexts ``[B, H, Q, h_v]`` of the dtype of ``context``, and the similarity ``[B, Q]``, float64 for float64
+        input, else float32, taken before the contexts are rounded.
+
+    Raises:
+        ValueError: shapes or dtypes are not these.
+    """
+    _check_tensors(query, key, value, change, context)
+    _check_rows(query, key, change, at_keys, at_queries, mask)
+    new, similarity = torch.ops.dllm.delta_attention(
+        query, key, value, change, at_keys, at_queries, context, mask, scale
+    )
+    return new, similarity
+
+
+def _check_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, change: torch.Tensor, context: torch.Tensor
+) -> None:
+    """Four dimensions each, whose sizes agree, and one floating dtype."""
+    tensors = {"query": query, "key": key, "value": value, "change": change, "context": context}
+    for name, x in tensors.items():
+        if x.dim() != 4 or x.dtype != query.dtype or not x.dtype.is_floating_point:
+            raise ValueError(f"{name} is floating of 4 dimensions, like query {query.dtype}; got {_shown(x)}")
+    batch, heads, rows, width = query.shape
+    groups, keys, out = key.shape[1], key.shape[2], value.shape[3]
+    if rows < 1:
+        raise ValueError(f"query has 1 row or more; got {_shown(query)}")
+    if keys < 1 or groups < 1 or heads % groups:
+        raise ValueError(f"key has 1 position or more, and heads that divide the query's {heads}; got {_shown(key)}")
+    wanted = {
+        "key": (batch, groups, keys, width),
+        "value": (batch, groups, keys, out),
+        "change": (batch, change.shape[1], groups, out),
+        "context": (batch, heads, rows, out),
+    }
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} is {[*shape]} for query {[*query.shape]}; got {_shown(tensors[name])}")
+
+
+def _check_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    change: torch.Tensor,
+    at_keys: torch.Tensor,
+    at_queries: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    """Places ``[B, n]``, and a mask that broadcasts to the scores."""
+    for name, at in {"at_keys": at_keys, "at_queries": at_queries}.items():
+        if at.dtype != torch.int64 or at.shape != change.shape[:2]:
+            raise ValueError(f"{name} is torch.int64 {[*change.shape[:2]]}, as change is; got {_shown(at)}")
+    if mask is None:
+        return
+    scores = (*query.shape[:3], key.shape[2])
+    fits = mask.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(mask.shape), reversed(scores), strict=False))
+    if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise ValueError(f"mask is bool or floating and broadcasts to {[*scores]}; got {_shown(mask)}")
+
+
+def _shown(x: torch.Tensor) -> str:
+    return f"{x.dtype} {[*x.shape]}"
+
+
+def cosine(sums: torch.Tensor) -> torch.Tensor:
+    """Similarity of ``[3, ...]``: the product of two vectors, and the square of each."""
+    dot, new, old = sums.unbind(0)
+    return dot / (new.clamp(min=1e-8).sqrt() * old.clamp(min=1e-8).sqrt())
+
+
+def salient_slots(at_queries: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[B, rows]`` int64: where in ``at_queries`` each query is named; ``n`` where it is not."""
+    batch, count = at_queries.shape
+    number = torch.ones_like(at_queries).cumsum(1) - 1
+    target = torch.where((at_queries >= 0) & (at_queries < rows), at_queries, rows)
+    return target.new_full((batch, rows + 1), count).scatter(1, target, number).narrow(1, 0, rows)
+
+
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    change: torch.Tensor,
+    at_keys: torch.Tensor,
+    at_queries: torch.Tensor,
+    context: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> Parts:
+    """The op. The weights ``[B, H, Q, L]`` are kept, in float32 at least, and read at the salient rows and columns.
+
+    That is one product over all keys where a fused attention has two. Arguments and results as for ``delta_attention``.
+    """
+    batch, heads, rows, width = query.shape
+    groups, keys, out, count = key.shape[1], key.shape[2], value.shape[3], change.shape[1]
+    share = heads // groups  # query heads beside one another that read the same keys
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    bias, spread = (None, None) if mask is None else _bias(mask, dtype, (batch, heads, rows, keys))
+    weights = _weights(query.to(dtype) * (width**-0.5 if scale is None else scale), key.to(dtype), spread)
+
+    there = (at_keys >= 0) & (at_keys < keys)
+    columns = torch.where(there, at_keys, 0)[:, None, None, None].expand(-1, groups, share, rows, -1)
+    turned = torch.where(there[..., None, None], change, 0).to(dtype).transpose(1, 2)
+    delta = torch.matmul(weights.gather(4, columns).flatten(2, 3), turned).view(batch, heads, rows, out)
+
+    # one row more than there are: what ``slot`` names where a query is not salient
+    picked = torch.nn.functional.pad(torch.where((at_queries >= 0) & (at_queries < rows), at_queries, 0), (0, 1))
+    lines = picked[:, None, None, :, None].expand(-1, groups, share, -1, keys)
+    exact = torch.matmul(weights.gather(3, lines).flatten(2, 3), value.to(dtype)).view(batch, heads, count + 1, out)
+    slot = salient_slots(at_queries, rows)[:, None, :, None].expand(-1, heads, -1, out)
+
+    old = context.to(dtype)
+    salient = slot < count
+    new = torch.where(salient, exact.gather(2, slot), old + delta)
+    if bias is not None:
+        emptied = bias.amax(-1, keepdim=True) == -torch.inf
+        new = torch.where(emptied, torch.where(salient, 0, old), new)
+    sums = torch.stack([(a * b).sum((1, 3)) for a, b in ((new, old), (new, new), (old, old))])
+    return new.to(context.dtype), cosine(sums)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> Parts:
+    """The mask as it is added, 0 and -inf for a bool one: four dimensions as small as they came, and expanded."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype != torch.bool:
+        return mask.to(dtype), mask.to(dtype).expand(size)
+    bias = torch.where(mask, 0.0, -torch.inf).to(dtype).contiguous()
+    # Inductor keeps what is read by strides; else it makes numbers of the bools anew for every row
+    return bias, bias.as_strided(size, bias.expand(size).stride())
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the keys, ``[B, Hkv, H / Hkv, Q, L]``; NaN in a row whose keys are all masked."""
+    batch, heads, rows, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    shape = batch, groups, heads // groups, rows, keys
+    grouped = query.reshape(batch * groups, heads // groups * rows, width)
+    scores = torch.bmm(grouped, key.reshape(batch * groups, keys, width).mT).view(shape)
+    if bias is not None:
+        scores += bias.view(shape)
+    return torch.softmax(scores, -1, out=scores)  # a second tensor of this size costs as much as the product
+
+
+# Where triton is missing, torch warns that it found no kernels in the op; they are imported when one is launched.
+_log = logging.getLogger("torch._library.triton")
+_log.disabled = True
+
+
+@torch.library.triton_op("dllm::delta_attention", mutates_args=())
+def _delta_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    change: torch.Tensor,
+    at_keys: torch.Tensor,
+    at_queries: torch.Tensor,
+    context: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Parts:
+    """``reference`` in Inductor's hands on a CPU and in float64, a Triton kernel on CUDA."""
+    if not query.is_cuda or query.dtype == torch.float64:
+        return reference(query, key, value, change, at_keys, at_queries, context, mask, scale)
+    from .delta_attention_triton import launch
+
+    return launch(query, key, value, change, at_keys, at_queries, context, mask, scale)
+
+
+_log.disabled = False

@@ -1,0 +1,438 @@
+"""DyLLM's attention and its list of rows: the reference against float64, Inductor and Triton against the reference.
+
+Triton's interpreter is chosen by the environment before triton is imported, so this file is a program too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch import config as functorch_config
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dllm_compile.kernels.delta_attention import Parts, delta_attention, reference
+from dllm_compile.kernels.salient_rows import salient_counts, salient_rows
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EXAMPLES = settings(
+    max_examples=150, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+class Case(NamedTuple):
+    """Arguments of ``delta_attention``."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    change: torch.Tensor
+    at_keys: torch.Tensor
+    at_queries: torch.Tensor
+    context: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+
+
+def exact(case: Case) -> Parts:
+    """The definition, row by row, in float64."""
+    q, k, v, change, context = (x.double() for x in (case.query, case.key, case.value, case.change, case.context))
+    (batch, heads, rows, width), (groups, keys) = q.shape, k.shape[1:3]
+    mask = torch.zeros((), dtype=torch.float64) if case.mask is None else case.mask
+    bias = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+    bias = bias.expand(batch, heads, rows, keys)
+    scale = width**-0.5 if case.scale is None else case.scale
+    new = context.clone()
+    for b in range(batch):
+        salient = set(case.at_queries[b].tolist())
+        for h in range(heads):
+            g = h * groups // heads
+            for i in range(rows):
+                p = (k[b, g] @ q[b, h, i] * scale + bias[b, h, i].double()).softmax(0).nan_to_num(0.0)
+                if i in salient:
+                    new[b, h, i] = p @ v[b, g]
+                    continue
+                for j, at in enumerate(case.at_keys[b].tolist()):
+                    if 0 <= at < keys:
+                        new[b, h, i] += p[at] * change[b, j, g]
+    a, c = new.transpose(1, 2).flatten(2), context.transpose(1, 2).flatten(2)
+    norms = (a * a).sum(2).clamp(min=1e-8).sqrt() * (c * c).sum(2).clamp(min=1e-8).sqrt()
+    return new, (a * c).sum(2) / norms
+
+
+def check(got: Parts, want: Parts, dtype: torch.dtype, dot: float = 0.0) -> None:
+    """``got`` is ``want`` to one rounding to ``dtype``, and to sums in float32 at least; ``dot`` rounds the weights."""
+    inner = torch.promote_types(dtype, torch.float32)
+    assert (got[0].dtype, got[1].dtype) == (dtype, inner)
+    bound = 64 * torch.finfo(inner).eps + dot
+    rounding = torch.finfo(dtype).eps if dtype != inner else 0.0
+    torch.testing.assert_close(got[0].double(), want[0].double(), rtol=rounding, atol=4 * bound)
+    torch.testing.assert_close(got[1].double(), want[1].double(), rtol=0, atol=2 * bound)
+
+
+def make(
+    batch: int = 2,
+    groups: int = 2,
+    share: int = 2,
+    rows: int = 9,
+    keys: int = 13,
+    width: int = 8,
+    out: int = 8,
+    count: int = 4,
+    gone: int = 1,
+    mask: str = "none",
+    layout: str = "tokens first",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Random rows of which the last ``gone`` are none, and of which some are no queries or no keys."""
+    random = torch.Generator().manual_seed(seed)
+
+    def numbers(heads: int, tokens: int, size: int) -> torch.Tensor:
+        x = torch.randn(batch, tokens, heads, size, generator=random).to(dtype).transpose(1, 2)
+        if layout == "every other":
+            return torch.stack([x, x], -1).select(-1, 1)
+        return x.contiguous() if layout == "heads first" else x
+
+    def places(size: int) -> torch.Tensor:
+        order = torch.stack([torch.randperm(max(size, count), generator=random)[:count] for _ in range(batch)])
+        order[:, max(count - gone, 0) :] = size + seed % 3
+        return torch.where((order == 0) & (seed % 2 == 1), -1, order)
+
+    heads, many = groups * share, (batch, groups * share, rows, keys)
+    allowed = torch.rand(many, generator=random) < 0.7
+    allowed[:, :, rows // 2 : rows // 2 + 1] = False  # a row that sees nothing
+    added = torch.where(allowed, torch.randn(many, generator=random), -torch.inf)
+    masks = {
+        "none": None,
+        "bool": allowed,
+        "keys": allowed[:, :1, -1:],
+        "queries": allowed[:1, :1].transpose(2, 3).contiguous().transpose(2, 3),
+        "two": allowed[0, 0],
+        "added": added,
+        "added keys": added[0, 0, -1:].to(dtype),
+        "lowest": torch.where(allowed[:, :1], 0.0, torch.finfo(torch.float32).min),
+    }
+    query, key, value = numbers(heads, rows, width), numbers(groups, keys, width), numbers(groups, keys, out)
+    change = numbers(groups, count, out).transpose(1, 2)
+    return Case(query, key, value, change, places(keys), places(rows), numbers(heads, rows, out), masks[mask])
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    share=st.integers(1, 3),
+    rows=st.integers(1, 9),
+    keys=st.integers(1, 12),
+    width=st.integers(1, 9),
+    out=st.integers(1, 9),
+    count=st.integers(0, 9),
+    gone=st.integers(0, 2),
+    mask=st.sampled_from(["none", "bool", "keys", "queries", "two", "added", "added keys", "lowest"]),
+    layout=st.sampled_from(["tokens first", "heads first", "every other"]),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([None, 0.3]),
+    seed=st.integers(0, 999),
+)
+@EXAMPLES
+def test_reference_equals_float64(scale: float | None, dtype: torch.dtype, count: int, rows: int, **sizes: int) -> None:
+    case = make(dtype=dtype, rows=rows, count=min(count, rows), **sizes)._replace(scale=scale)
+    check(delta_attention(*case), exact(case), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["none", "bool", "added"])
+def test_all_rows_salient_is_plain_attention(dtype: torch.dtype, mask: str) -> None:
+    case = make(dtype=dtype, mask=mask)
+    n = 9
+    every = torch.arange(n).expand(2, -1)
+    case = case._replace(change=torch.randn(2, n, 2, 8).to(dtype), at_keys=every, at_queries=every)
+    spread = None if case.mask is None else case.mask if mask == "bool" else case.mask.to(dtype)
+    plain = F.scaled_dot_product_attention(case.query, case.key, case.value, spread, enable_gqa=True)
+    got, _ = delta_attention(*case)
+    torch.testing.assert_close(got, plain, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_without_salient_rows_the_context_comes_back(dtype: torch.dtype, count: int, mask: str) -> None:
+    case = make(dtype=dtype, count=count, gone=count, mask=mask)
+    case = case._replace(change=torch.full_like(case.change, torch.nan))  # of rows that are none
+    new, similarity = delta_attention(*case)
+    assert torch.equal(new, case.context)
+    assert (similarity - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("mask", ["bool", "added"])
+def test_a_row_that_sees_nothing_is_alone(mask: str) -> None:
+    case = make(mask=mask, rows=4, gone=0, count=2)
+    case = case._replace(at_queries=torch.tensor([[2, 0], [3, 0]]))  # row 2 sees nothing: salient in the first alone
+    new, similarity = delta_attention(*case)
+    assert not new[0, :, 2].any()
+    assert torch.equal(new[1, :, 2], case.context[1, :, 2])
+    assert new.isfinite().all()
+    assert similarity.isfinite().all()
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    case = make(rows=4, mask="bool")
+    case.query[0, 1, 3] = torch.nan
+    new, similarity = delta_attention(*case)
+    bad = torch.zeros(2, 4, 4, dtype=torch.bool)
+    bad[0, 1, 3] = True
+    assert torch.equal(new.isnan().all(3), bad)
+    assert torch.equal(new.isnan().any(3), bad)
+    assert torch.equal(similarity.isnan(), bad.any(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("query", torch.zeros(2, 4, 8)),
+        ("query", torch.zeros(2, 4, 9, 8, dtype=torch.int64)),
+        ("query", torch.zeros(2, 3, 9, 8)),
+        ("query", torch.zeros(2, 4, 0, 8)),
+        ("key", torch.zeros(2, 2, 13, 8).half()),
+        ("key", torch.zeros(2, 2, 13, 7)),
+        ("key", torch.zeros(2, 2, 0, 8)),
+        ("value", torch.zeros(2, 2, 12, 8)),
+        ("change", torch.zeros(2, 4, 1, 8)),
+        ("context", torch.zeros(2, 4, 9, 1)),
+        ("at_keys", torch.zeros(2, 4, dtype=torch.int32)),
+        ("at_queries", torch.zeros(2, 3, dtype=torch.int64)),
+        ("mask", torch.zeros(9, 12)),
+        ("mask", torch.zeros(13, dtype=torch.int64)),
+        ("mask", torch.zeros(1, 1, 1, 9, 13)),
+    ],
+)
+def test_what_is_not_attention_is_refused(name: str, value: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"got torch\.\w+ \["):
+        delta_attention(*make()._replace(**{name: value}))
+
+
+# -- the op under the compiler -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask", "count"),
+    [(torch.float32, "none", 4), (torch.bfloat16, "keys", 0)],
+)
+def test_the_op_is_well_formed(dtype: torch.dtype, mask: str, count: int) -> None:
+    torch.library.opcheck(torch.ops.dllm.delta_attention.default, tuple(make(dtype=dtype, mask=mask, count=count)))
+
+
+def step(*case: torch.Tensor | float | None) -> Parts:
+    new, similarity = delta_attention(*case)  # type: ignore[arg-type]
+    return new * 2, similarity
+
+
+@pytest.mark.parametrize(("dtype", "mask", "most"), [(torch.float32, "none", 5), (torch.bfloat16, "keys", 3)])
+def test_inductor_compiles_once_for_two_rows_or_more(dtype: torch.dtype, mask: str, most: int) -> None:
+    counter = CompileCounterWithBackend("inductor")
+    with functorch_config.patch(enable_autograd_cache=False), torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend=counter)
+        for count, graphs in ((4, 1), (2, 1), (9, 1), (0, 2), (1, 3))[:most]:
+            case = make(dtype=dtype, mask=mask, count=count, seed=count)
+            for x in case[3:6]:
+                torch._dynamo.maybe_mark_dynamic(x, 1)
+            new, similarity = compiled(*case)
+            check((new / 2, similarity), exact(case), dtype)
+            assert counter.frame_count == graphs
+
+
+def sliced(*case: torch.Tensor | float | None) -> Parts:
+    """As ``step``, of a part of the mask that begins within it."""
+    mask = case[7]
+    assert isinstance(mask, torch.Tensor)
+    return step(*case[:7], mask[..., 1:])
+
+
+@pytest.mark.parametrize("mask", ["queries", "added"])
+def test_inductor_keeps_the_weights_once_and_makes_numbers_of_a_mask_once(mask: str) -> None:
+    case = make(rows=40, keys=70, width=16, out=16, mask=mask)
+    assert case.mask is not None
+    longer = case._replace(mask=torch.cat([case.mask[..., :1], case.mask], -1))
+    # the cache of traced graphs knows an op by its name, so that it would outlive a change of the reference
+    with functorch_config.patch(enable_autograd_cache=False), torch.no_grad():
+        (new, similarity), (code,) = run_and_get_code(torch.compile(sliced, fullgraph=True), *longer)
+    check((new / 2, similarity), exact(case), torch.float32)
+    shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\)", code)
+    sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes]
+    assert sum(n >= 2 * 4 * 40 * 70 for n in sizes) == 1  # the scores, which become the weights
+    # a kernel is shown by its arguments for Python and in C++
+    assert code.count("const bool*") == (0 if mask == "added" else 2)
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+
+SHAPES = (
+    {},
+    {"rows": 70, "keys": 70, "count": 40, "batch": 1, "groups": 1, "gone": 0},
+    {"rows": 65, "keys": 3, "width": 20, "out": 5, "mask": "bool", "count": 2, "batch": 1},
+    {"mask": "added", "layout": "every other", "seed": 1},
+    {"mask": "keys", "count": 0, "layout": "heads first"},
+    {"mask": "lowest", "count": 9, "gone": 0, "share": 1},
+    {"rows": 1, "count": 1, "gone": 0},
+)
+
+
+def interpreted() -> None:
+    """The kernel against the reference, in memory that is NaN wherever nobody wrote."""
+    from dllm_compile.kernels.delta_attention_triton import launch
+
+    torch.use_deterministic_algorithms(True)
+    assert torch.zeros(3).new_empty(3).isnan().all()
+    for dtype in (torch.float32, torch.float16):
+        for shape in SHAPES:
+            case = make(dtype=dtype, **shape)  # type: ignore[arg-type]
+            dot = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+            check(launch(*case), reference(*case), dtype, dot)
+    case = make(mask="two", rows=4)._replace(scale=0.3)
+    case.query[0, 1, 3] = torch.nan
+    torch.testing.assert_close(launch(*case), reference(*case), equal_nan=True)
+    nobody = Case(*(x[:0] for x in make()[:7]))
+    assert launch(*nobody)[1].shape == reference(*nobody)[1].shape == (0, 9)
+
+
+def test_the_interpreted_kernel_equals_the_reference() -> None:
+    environment = {**QUIET, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "size", "width", "mask"),
+    [
+        (80, "fp32", 4, 256, "i1"),
+        (80, "bf16", 2, 64, None),
+        (90, "bf16", 2, 128, "i1"),
+        (100, "fp16", 2, 256, "fp16"),
+    ],
+)
+def test_the_kernel_compiles(
+    capability: int, kind: str, size: int, width: int, mask: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dllm_compile.kernels.delta_attention_triton import delta_attention_kernel as kernel
+    from dllm_compile.kernels.delta_attention_triton import tile_of
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tile = tile_of(width, width, size)
+    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+    contiguous = dict.fromkeys((f"{name}_stride" for name in ("query", "key", "value", "change", "context")), 1)
+    constants = {**tile, **contiguous, "mask_step": 1, "BOOL": mask == "i1"} | ({} if mask else {"mask": None})
+    kinds = dict.fromkeys(("query", "key", "value", "change", "context", "new"), f"*{kind}")
+    kinds |= dict.fromkeys(("at_keys", "order", "counts"), "*i64") | {"mask": f"*{mask}", "sums": "*fp32"}
+    kinds |= {"scale": "fp32"}
+    kinds = {n: "constexpr" if n in constants else kinds.get(n, "i64") for n in kernel.arg_names}
+    built = triton.compile(
+        ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", capability, 32), options=options
+    )
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= 160 * 1024  # what a block may have on sm_80, the least of the three
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_cuda_tensors_take_the_kernel(dtype: torch.dtype) -> None:
+    """Traced with tensors that have a device and no memory."""
+    from dllm_compile.kernels.delta_attention_triton import launch
+
+    case = make(dtype=dtype, mask="keys", rows=70, count=3)
+    want = reference(*case)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        away = [torch.empty_like(x, device="cuda") if isinstance(x, torch.Tensor) else x for x in case]
+        got = delta_attention(*away)  # type: ignore[arg-type]
+        assert [(v.shape, v.dtype) for v in got] == [(v.shape, v.dtype) for v in want]
+        assert all(v.is_cuda for v in got)
+        graph = make_fx(launch, _allow_non_fake_inputs=True)(*away).graph
+    kernels = graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_mutation)
+    assert [node.kwargs["grid"] for node in kernels] == [[(2, 4, 2)]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_equals_float64_on_a_gpu(dtype: torch.dtype) -> None:
+    large = {"rows": 200, "keys": 300, "width": 64, "out": 128, "count": 30, "mask": "keys"}
+    for shape in (*SHAPES, large):
+        case = make(dtype=dtype, **shape)  # type: ignore[arg-type]
+        away = [x.cuda() if isinstance(x, torch.Tensor) else x for x in case]
+        for function in (delta_attention, torch.compile(delta_attention)):
+            new, similarity = function(*away)
+            dot = 0.0 if dtype.itemsize >= 4 else torch.finfo(dtype).eps
+            check((new.cpu(), similarity.cpu()), exact(case), dtype, dot)
+
+
+# -- the list of rows --------------------------------------------------------------------------------------------------
+
+
+@given(
+    turns=st.lists(st.lists(st.sampled_from([0.5, 0.99, 1.0, torch.nan]), min_size=6, max_size=6), max_size=3),
+    there=st.integers(0, 63),
+    count=st.integers(0, 8),
+)
+def test_salient_rows_are_those_below_the_threshold(turns: list[list[float]], there: int, count: int) -> None:
+    similarity = torch.tensor(turns, dtype=torch.float64).view(-1, 6)
+    rows = torch.tensor([10 + 2 * i if there >> i & 1 else 99 for i in range(6)]).expand(len(turns), -1)
+    got, counts = salient_rows(similarity, 0.99, rows, count, 99), salient_counts(similarity, 0.99, rows, 99)
+    want = [
+        [row for row, turn in zip(rows[0].tolist(), turn, strict=True) if row != 99 and turn < 0.99] for turn in turns
+    ]
+    assert counts.tolist() == [len(row) for row in want]
+    assert got.dtype == counts.dtype == torch.int64
+    assert got.shape == (len(turns), count)
+    assert got.tolist() == [(row + [99] * count)[:count] for row in want]
+
+
+def test_salient_rows_are_found_without_a_look() -> None:
+    """Compiled whole: no number is read on the host, no shape depends on one."""
+
+    def both(similarity: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return salient_rows(similarity, 0.5, rows, 3, 20), salient_counts(similarity, 0.5, rows, 20)
+
+    similarity, rows = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)), torch.arange(20).expand(2, -1)
+    got, want = torch.compile(both, fullgraph=True)(similarity, rows), both(similarity, rows)
+    assert (want[1] > 3).all()
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    ("similarity", "rows", "count"),
+    [
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int64), 1),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), 1),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), 1),
+        (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64), 1),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), -1),
+    ],
+)
+def test_what_are_not_rows_is_refused(similarity: torch.Tensor, rows: torch.Tensor, count: int) -> None:
+    with pytest.raises(ValueError, match="got"):
+        salient_rows(similarity, 0.5, rows, count, 9)
+
+
+if __name__ == "__main__":
+    interpreted()

@@ -1,0 +1,53 @@
+"""DyLLM through the backend: equal to a plain model of it at every step, neutral where it should be, and composed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dllm_compile
+
+from . import golden_models
+from .dyllm_model import DyLLM
+
+
+MASK_IDS = {"llada_a": 255, "llada_g": 239, "dream_a": 255}
+
+
+def steps_of(prompt: int, response: int, mask_id: int, calls: int, each: int = 1, seed: int = 0) -> list[torch.Tensor]:
+    """Ids of the calls of a loop that fills random tokens at random places."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, mask_id, (1, prompt + response), generator=draw)
+    x[:, prompt:] = mask_id
+    out = [x.clone()]
+    order = torch.randperm(response, generator=draw) + prompt
+    for i in range(calls - 1):
+        at = order[i * each : (i + 1) * each]
+        x[0, at] = torch.randint(0, mask_id, at.shape, generator=draw)
+        out.append(x.clone())
+    return out
+
+
+@pytest.mark.parametrize("name", ["llada_a", "llada_g", "dream_a"])
+@pytest.mark.parametrize("threshold", [0.99, 0.9, 2.0, -2.0])
+@pytest.mark.parametrize("response_only", [True, False])
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_step_equals_the_plain_model(name: str, threshold: float, response_only: bool, shift: bool) -> None:
+    model, mask_id = golden_models.model(name), MASK_IDS[name]
+    calls = steps_of(11, 14, mask_id, 13)
+    plain = DyLLM(model, calls[0][0] == mask_id, threshold, 3, response_only, before=shift)
+    options: dict[str, Any] = {"saliency_threshold": threshold, "full_steps": 3, "response_only": response_only}
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model,
+        backend="dllm",
+        options={**options, "method": "dyllm", "mask_id": mask_id, "shift": shift, "lowering": "eager"},
+    )
+    with torch.no_grad():
+        for i, ids in enumerate(calls):
+            want, got = plain.step(ids), compiled(ids).logits[0]
+            rows = (ids[0] == mask_id).nonzero()[:, 0] - int(shift)
+            torch.testing.assert_close(got[rows], want[rows].to(got.dtype), rtol=0, atol=1e-5, msg=f"step {i}")
+    assert dllm_compile.stats(model)["steps"]["salient"] == len(calls) - 3
