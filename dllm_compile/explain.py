@@ -27,7 +27,7 @@ class Explanation:
     Attributes:
         graphs: a description of each graph that Dynamo handed over, in order.
         refused: graphs that run on plain Inductor, with the reason.
-        flops: closed form per variant of a whole step, in ``B``, ``S``, ``P``, ``G``, ``n``, ``A``, ``s``, ``E``, ``F`` and ``R``.
+        flops: closed form per variant of a whole step, in the symbols of :mod:`dllm_compile.cost`.
         relative: the same relative to a full step, for the given lengths, half of the response still masked and a
             tenth of it salient.
         state_bytes: closed form of what is kept between steps.

@@ -12,7 +12,7 @@ from .prompt_eviction import PromptEviction
 
 
 def response_of(options: Options, response: torch.Tensor) -> torch.Tensor:
-    """The rows ``[B, S]`` bool that count as the response: also those before it if samplers read them for its tokens."""
+    """The rows ``[B, S]`` bool that count as the response: also the one before it, if samplers read that for it."""
     return with_row_before(response) if options.shift else response
 
 

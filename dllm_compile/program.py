@@ -71,6 +71,7 @@ class Program:
         self.prelude_run: Compiled | None = None
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
+        self.dead = _dead(self.units, set(self.results))
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
 
@@ -100,6 +101,13 @@ class Program:
         """Parameters of the first layer."""
         given = [args[self.index[n]] for n in self.layers[0].inputs if n in self.index]
         return [a for a in given if isinstance(a, torch.nn.Parameter)]
+
+
+def _dead(units: list[Unit], results: set[torch.fx.Node]) -> list[list[torch.fx.Node]]:
+    """Values of units that nothing reads behind each unit."""
+    made = {node for unit in units for node in unit.outputs} - results
+    last = {n: i for i, u in enumerate(units) for n in [*u.outputs, *([u.stream] if u.stream else []), *u.inputs]}
+    return [[node for node in made if last[node] == i] for i in range(len(units))]
 
 
 def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:

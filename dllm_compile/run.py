@@ -41,8 +41,10 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
         if program.prelude_run is None:
             program.prelude_run = lower(program.prelude, given, program.options.lowering)
         env.update(zip(program.constants, program.prelude_run(*given), strict=True))
-    for unit, code in zip(program.units, program.codes, strict=True):
+    for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
         call.unit(unit, code)
+        for node in dead:
+            env.pop(node, None)
     results = {n: call.whole(n) for n in program.results}
     if call.head is not None or program.ids is not None:
         session.outputs[program] = results
@@ -204,7 +206,8 @@ class _Call:
         rows, readable = self._at_hand(unit), self.step.indices["readable"]
         values = self._values(unit)
         wanted = _entering(HEAD, rows)
-        if rows == ALL and (readable.shape[1] > self.step.shape[1] * MOST or self._slot(unit.outputs[0]) is None):
+        new = self._slot(unit.outputs[0]) is None and self.program.decision is None
+        if rows == ALL and (new or readable.shape[1] > self.step.shape[1] * MOST):
             wanted = EXACT
         if not readable.shape[1]:
             return [None] * unit.leaving, [NONE] * unit.leaving

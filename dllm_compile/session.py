@@ -69,6 +69,7 @@ class Session:
         self.versions: tuple[int, ...] = ()
         self.vocabulary: int | None = None
         self.idle = False
+        self.decides = False  # whether the graph that is called chooses tokens itself
         self.drop()
         _SESSIONS.add(self)
 
@@ -216,8 +217,8 @@ class Session:
     def _rows(self, call: Call, plan: Plan) -> dict[str, torch.Tensor]:
         """Positions of the row sets that change from call to call."""
         readable = readable_rows(call.masked, self.options.shift)
-        if call.number == 0:
-            readable = torch.ones_like(readable)  # the first logits kept are those of all rows
+        if call.number == 0 and not self.decides:
+            readable = torch.ones_like(readable)  # whoever gets logits gets those of all rows once
         rows: dict[str, torch.Tensor] = {}
         tokens = none = readable.shape[1]
         slots = torch.arange(tokens).expand_as(readable)

@@ -8,12 +8,13 @@ import torch
 
 from .core.assignment import EXACT, RESPONSE, Assignment
 from .core.axes import Axes
-from .core.emit import Choices, emit
+from .core.emit import emit
 from .core.errors import GraphRefused
 from .core.layout import position
 from .core.rows import ALL
 from .core.state import allocate
 from .core.units import Unit
+from .core.writing import Choices
 
 _PROBE = Assignment("probe", RESPONSE, ALL, ALL)
 

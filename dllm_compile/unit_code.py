@@ -10,13 +10,15 @@ import torch
 
 from .core.assignment import ACTIVE, KEYS, Assignment
 from .core.axes import Axes
-from .core.emit import Choices, Emitted, emit
+from .core.emit import Emitted, emit
 from .core.errors import GraphRefused
 from .core.units import Unit
+from .core.writing import Choices
 from .kernels.delta_attention import delta_attention
 from .kernels.kept_entries import kept_and_fresh
 from .kernels.row_change import pick_rows
 from .kernels.salient_rows import turned_rows
+from .kernels.sparse_attention import sparse_attention
 from .lower import Compiled, lower
 from .session import Step
 from .trial import rows_are_independent
@@ -56,7 +58,7 @@ class Values:
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
 
-CHOICES = Choices(pick_rows, kept_and_fresh, delta_attention, turned_rows)
+CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, turned_rows)
 
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
 

@@ -105,8 +105,6 @@ def reference(
     """
     if positions is not None:
         mask = mask_keys(mask, positions, tokens)
-        if mask.dtype != torch.bool:  # ``mask_keys`` hides by the least number, too little where nothing else is seen
-            mask = mask.masked_fill((positions >= tokens)[:, None, None, :], -torch.inf)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 

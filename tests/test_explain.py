@@ -15,19 +15,49 @@ import dllm_compile
 from dllm_compile import Options
 from dllm_compile.backend import Backend
 
+from dllm_compile.options import METHODS
+from dllm_compile.session import Session, sessions
+
 from . import models
+from .test_properties import Model, Shape
 
 OPTIONS = {"prompt_interval": 3, "response_interval": 4, "transfer_ratio": 0.5}
 PROMPT, RESPONSE = 21, 16
+SPARSE: dict[str, Any] = {"cache": "dual", "block_length": 4, "keep_ratio": 0.5}
+COMBINED: tuple[dict[str, Any], ...] = (
+    *({"method": name} for name in METHODS),
+    {"prompt_interval": 3},
+    {"prompt_interval": 4, "response_interval": 2, "keep_ratio": 0.5, "cache": "none"},
+    {"prompt_interval": 4, "response_interval": 3, "keep_ratio": 0.25, "transfer_ratio": 0.0},
+    {"cache": "dual", "block_length": 4, "prompt_interval": 4},
+    {"cache": "prefix", "block_length": 4, "refresh_interval": 3, "shift": False},
+    {"cache": "decoded", "shift": True, "keep_ratio": 0.5},
+    SPARSE,
+    {**SPARSE, "delay": 0, "prompt_interval": 3, "shift": False},
+    {**SPARSE, "refresh_interval": 3},
+    {**SPARSE, "refresh_interval": 2},
+    {**SPARSE, "block_length": 1, "delay": 0, "keep_ratio": 1.0},
+    {**SPARSE, "saliency_threshold": 0.9, "full_steps": 1},
+    {"saliency_threshold": 0.9, "full_steps": 3},
+    {"saliency_threshold": 0.9, "full_steps": 2, "response_only": False},
+    {"saliency_threshold": 0.9, "full_steps": 1, "keep_ratio": 0.0},
+    {"saliency_threshold": 0.9, "full_steps": 2, "prompt_interval": 4, "response_interval": 3},
+    {"saliency_threshold": 0.9, "full_steps": 1, "cache": "prefix", "block_length": 4},
+)
 
 
-def counted(name: str) -> dict[str, list[int]]:
-    """FLOPs of real steps by variant, with attention as plain matrix products, and the readable rows of each."""
+def session() -> Session:
+    """The one that has just been called."""
+    return next(s for s in sessions() if s.number >= 0)
+
+
+def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str, int]]]:
+    """FLOPs of real steps by variant, with attention as plain matrix products, and the rows of each."""
     ids = models.start(PROMPT, RESPONSE)
-    out: dict[str, list[int]] = {}
+    out: dict[str, tuple[int, dict[str, int]]] = {}
 
     def counting(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        backend = Backend(module, Options.of({**OPTIONS, "lowering": "eager", "mask_id": models.MASK}))
+        backend = Backend(module, Options.of({**options, "lowering": "eager", "mask_id": models.MASK}))
 
         def run(*args: Any) -> Any:
             with FlopCounterMode(display=False) as counter:  # around the graph: outside, Dynamo would not compile
@@ -36,7 +66,7 @@ def counted(name: str) -> dict[str, list[int]]:
             step = session.step
             assert step is not None
             if step.number:
-                out[step.assignment.name] = [counter.get_total_flops(), step.sizes["readable"]]
+                out[step.assignment.name] = counter.get_total_flops(), step.sizes
             return result
 
         return run
@@ -49,15 +79,31 @@ def counted(name: str) -> dict[str, list[int]]:
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "modernbert", "esm"])
-def test_closed_form_is_within_a_percent_of_counted_flops(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "variants"),
+    [
+        ("llama", OPTIONS, {"select", "response", "prompt+select"}),
+        ("qwen3", OPTIONS, {"select", "response", "prompt+select"}),
+        ("modernbert", OPTIONS, {"select", "response", "prompt+select"}),
+        ("esm", OPTIONS, {"select", "response", "prompt+select"}),
+        ("llama", {"cache": "dual", "block_length": 4}, {"full", "block"}),
+        ("qwen3", {"cache": "prefix", "block_length": 4, "prompt_interval": 5, "shift": False}, {"full", "block"}),
+        ("esm", {"cache": "decoded"}, {"block"}),
+        ("llama", {"cache": "dual", "keep_ratio": 0.5, "block_length": 4}, {"full", "evict", "sparse"}),
+        ("qwen3", {**OPTIONS, "keep_ratio": 0.5}, {"select", "response", "evict"}),
+    ],
+    ids=str,
+)
+def test_closed_form_is_within_a_percent_of_counted_flops(
+    name: str, options: dict[str, Any], variants: set[str]
+) -> None:
     ids = models.start(PROMPT, RESPONSE)
-    explained = dllm_compile.explain(models.build(name), ids, mask_id=models.MASK, **OPTIONS)
-    lengths = {**explained.lengths}
-    seen = counted(name)
-    assert {"select", "response", "prompt+select"} <= set(seen)
-    for variant, (flops, readable) in seen.items():
-        lengths["R"] = readable
+    explained = dllm_compile.explain(models.build(name), ids, mask_id=models.MASK, **options)
+    seen = counted(name, options)
+    assert variants <= seen.keys() <= explained.flops.keys()
+    symbols = {"R": "readable", "A": "active", "E": "kept", "F": "fresh"}
+    for variant, (flops, sizes) in seen.items():
+        lengths = {**explained.lengths, **{short: sizes[long] for short, long in symbols.items() if long in sizes}}
         values = {symbol: lengths[symbol.name] for symbol in explained.flops[variant].free_symbols}
         assert math.isclose(float(explained.flops[variant].subs(values)), flops, rel_tol=0.01), variant
 
@@ -72,6 +118,46 @@ def test_state_bytes_are_those_allocated() -> None:
     kept = dllm_compile.stats(model)["state_bytes"]
     spare_row = logits.numel() // ids.shape[1] * logits.element_size()
     assert kept == int(explained.state_bytes.subs(values)) + logits.numel() * logits.element_size() + spare_row
+
+
+@pytest.mark.parametrize("options", COMBINED, ids=str)
+def test_any_combination_allocates_and_runs_what_is_explained(options: dict[str, Any]) -> None:
+    model, ids = Model(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=0)), models.start(7, 8)
+    found = dllm_compile.explain(model, ids, mask_id=models.MASK, **options)
+    values = {symbol: found.lengths[symbol.name] for symbol in found.state_bytes.free_symbols}
+    wanted = int(found.state_bytes.subs(values))
+    assert list(found.relative) == list(found.flops) == list(found.variants)
+    assert next(iter(found.relative.values())) == 1
+    assert all(share <= 1 for share in found.relative.values())
+    call, kept = models.compiled(model, **options), 0
+    with torch.no_grad():
+        for step in range(8):
+            call(ids)
+            current = session()
+            assert current.step is not None
+            assert current.step.assignment.name in found.variants
+            kept = sum(t.numel() * t.element_size() for layer in current.layers.values() for t in layer)
+            assert kept in (wanted, 0), step
+            ids[:, 7 + step] = 5
+    assert kept == wanted
+
+
+@pytest.mark.parametrize("options", COMBINED, ids=str)
+def test_lengths_are_those_of_the_steps_between_two_refreshes(options: dict[str, Any]) -> None:
+    model, ids = Model(Shape(layers=1, heads=2, groups=1, head_dim=4, seed=0)), models.start(7, 8)
+    found = dllm_compile.explain(model, ids, mask_id=models.MASK, **options).lengths
+    call, sizes = models.compiled(model, **options), []
+    with torch.no_grad():
+        for _ in range(13):
+            call(ids)
+            step = session().step
+            assert step is not None
+            sizes.append(step.sizes)
+    assert (found["B"], found["S"], found["P"], found["G"]) == (2, 15, 7, 8)
+    assert found["A"] == min(each.get("active", 15) for each in sizes)
+    assert found["E"] == max(each["kept"] for each in sizes)
+    assert found["F"] == max(each.get("fresh", 0) for each in sizes)
+    assert found["n"] == int(8 * options.get("transfer_ratio", 0.25))
 
 
 def test_explain_reads_as_text_and_names_the_roles() -> None:

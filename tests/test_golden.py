@@ -62,6 +62,8 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
         assert (out[:, given][rows] - want[rows]).abs().max() < 1e-4
     if "kept_index" in trace.tensors:
         check_kept(trace, step)
+    if "_dkv__" in trace.name:
+        check_computed(trace, step)
     if "update_index" not in trace.tensors:
         return
     chosen, gap = trace.tensors["update_index"][step], trace.tensors["update_gap"][step]
@@ -88,6 +90,19 @@ def check_kept(trace: golden_models.Trace, step: int) -> None:
     assert len(got) == len(want)
     for layer, positions in enumerate(got):
         assert tied[layer] or torch.equal(positions, want[layer].long()), f"kept at step {step} in layer {layer}"
+
+
+def check_computed(trace: golden_models.Trace, step: int) -> None:
+    """Rows that a step computes."""
+    session: Session = next(s for s in sessions() if s.number == step)
+    assert session.step is not None
+    want = trace.tensors["rows"][step].bool()
+    rows = {"full": "all", "response": "response"}.get(session.step.assignment.name, "active")
+    got = torch.ones_like(want)
+    if rows != "all":
+        index = session.step.indices[rows][0]
+        got = torch.zeros_like(want).index_fill(0, index[index < want.shape[0]], True)
+    assert torch.equal(got, want), f"rows computed at step {step}"
 
 
 def cache_options(name: str) -> dict[str, object]:
@@ -148,3 +163,27 @@ def eviction_options(name: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", golden_models.names("llada_sparse"))
 def test_sparse_dllm_repeats_its_authors_code(name: str, shift: bool | None) -> None:
     replay(name, {**eviction_options(name), "shift": shift, "lowering": "eager"})
+
+
+def decoded_options(name: str) -> dict[str, object]:
+    """dKV-Cache has other names and another beginning in LLaDA and in Dream; Dream's ``prefill`` keeps the prompt."""
+    settings = golden_models.trace(name).settings
+    if name.startswith("llada"):
+        kept = ("cache_reloading_step", "block_length")
+        return {"method": "dkv-cache", "shift": False, **{key: settings[key] for key in kept}}
+    if settings["cache_type"] == "prefill":
+        return {"method": "dllm-cache", "prompt_interval": 10**6, "response_interval": 1, "shift": True}
+    return {"method": "dkv-cache", "delay": 0, "shift": True, "cache_steps": settings["cache_steps"]}
+
+
+DECODED = [n for n in golden_models.names("llada_dkv") + golden_models.names("dream_dkv") if "greedy" not in n]
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_dkv_cache_repeats_its_authors_code(name: str) -> None:
+    replay(name, {**decoded_options(name), "lowering": "eager"})
+
+
+@pytest.mark.parametrize("name", ["llada_dkv__llada_a__decode_p13_g32_b16_s32_c2"])
+def test_dkv_cache_compiled_by_inductor(name: str) -> None:
+    replay(name, decoded_options(name))

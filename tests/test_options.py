@@ -12,7 +12,7 @@ import torch
 
 import dllm_compile
 from dllm_compile import Options
-from dllm_compile.options import LOWERINGS, METHODS, PRESETS, SYNONYMS
+from dllm_compile.options import CACHES, LOWERINGS, METHODS, PRESETS, SYNONYMS
 
 from .models import MASK
 
@@ -24,30 +24,139 @@ def failure(make: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_defaults_are_the_published_ones() -> None:
-    options = Options.of()
-    assert options == Options() == Options.of(None) == Options.of({})
-    assert dataclasses.asdict(options) == {
-        "method": "dllm-cache",
-        "prompt_interval": 50,
-        "response_interval": 7,
-        "transfer_ratio": 0.25,
-        "cache": "prefix",
-        "block_length": None,
-        "refresh_interval": None,
-        "keep_ratio": 0.5,
-        "kernel_size": 3,
-        "delay": 1,
-        "mask_id": None,
-        "shift": None,
-        "verify": 0,
-        "lowering": "inductor",
-    }
+OFF: dict[str, Any] = {
+    "method": "exact",
+    "prompt_interval": None,
+    "response_interval": None,
+    "transfer_ratio": None,
+    "cache": "none",
+    "block_length": None,
+    "refresh_interval": None,
+    "delay": None,
+    "keep_ratio": None,
+    "kernel_size": 3,
+    "saliency_threshold": None,
+    "full_steps": 4,
+    "response_only": True,
+    "mask_id": None,
+    "shift": None,
+    "verify": 0,
+    "lowering": "inductor",
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "dllm-cache": {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.25},
+    "fast-dllm": {"cache": "prefix"},
+    "sparse-dllm": {"cache": "dual", "keep_ratio": 0.5},
+    "dyllm": {"saliency_threshold": 0.99},
+    "dkv-cache": {"cache": "decoded", "delay": 1, "refresh_interval": 8},
+}
+
+
+def test_every_mechanism_is_off_by_default() -> None:
+    assert dataclasses.asdict(Options()) == OFF
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_a_method_is_the_mechanisms_and_values_of_its_authors(method: str) -> None:
+    assert METHODS.keys() == PUBLISHED.keys()
+    assert dataclasses.asdict(Options.of(method=method)) == {**OFF, **PUBLISHED[method], "method": method}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_what_they_say_and_nothing_else(preset: str) -> None:
-    assert dataclasses.asdict(Options.of({"preset": preset})) == {**dataclasses.asdict(Options()), **PRESETS[preset]}
+    method = {"method": PRESETS[preset].get("method", "dllm-cache")}
+    wanted = {**OFF, **PUBLISHED[method["method"]], **PRESETS[preset], **method}
+    assert dataclasses.asdict(Options.of({"preset": preset})) == wanted
+
+
+def test_without_a_method_it_is_dllm_cache() -> None:
+    wanted = Options(method="dllm-cache", prompt_interval=50, response_interval=7, transfer_ratio=0.25)
+    assert Options.of() == Options.of(None) == Options.of({}) == wanted
+    assert Options.of(mask_id=3, delay=2) == dataclasses.replace(wanted, mask_id=3, delay=2)
+    assert Options.of(gen_interval=3) == dataclasses.replace(wanted, response_interval=3)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        *({"cache": cache} for cache in CACHES),
+        *({"cache": "dual", "keep_ratio": ratio} for ratio in (0.0, 0.5, 1.0)),
+        *({"prompt_interval": 4, "keep_ratio": ratio} for ratio in (0.0, 0.5, 1.0)),
+        *({"saliency_threshold": bound} for bound in (-1.0, 0, 0.0, 0.99, 2.0)),
+        {"cache": "decoded", "saliency_threshold": 0.0, "keep_ratio": 0.0, "response_interval": -1},
+    ],
+    ids=str,
+)
+def test_a_mechanism_named_alone_is_that_one_alone(own: dict[str, Any]) -> None:
+    assert dataclasses.asdict(Options.of(own)) == {**OFF, **own}
+
+
+def test_a_mechanism_named_beside_a_method_is_added_to_it() -> None:
+    assert Options.of(method="fast-dllm", cache="dual").cache == "dual"
+    both = Options.of(method="dllm-cache", keep_ratio=0.25)
+    assert dataclasses.asdict(both) == {**OFF, **PUBLISHED["dllm-cache"], "method": "dllm-cache", "keep_ratio": 0.25}
+    without = Options.of(method="sparse-dllm", keep_ratio=None)
+    assert dataclasses.asdict(without) == {**OFF, "method": "sparse-dllm", "cache": "dual"}
+
+
+def test_another_method_of_options_already_made_is_that_method() -> None:
+    made = [Options.of(method=method, mask_id=3, verify=2) for method in METHODS]
+    for before in made:
+        for wanted in made:
+            assert Options.of(before, method=wanted.method) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "full", "share"),
+    [
+        ({}, 1, 0.25),
+        ({"transfer_ratio": 0.0}, 1, 0.0),
+        ({"method": "sparse-dllm"}, 2, 0.25),
+        ({"method": "sparse-dllm", "delay": 0}, 1, 0.25),
+        ({"method": "dkv-cache"}, 2, 0.25),
+        ({"cache": "dual", "delay": 3}, 4, 0.25),
+    ],
+    ids=str,
+)
+def test_what_none_stands_for(given: dict[str, Any], full: int, share: float) -> None:
+    options = Options.of(given)
+    assert (options.full_steps_of_a_block, options.share) == (full, share)
+
+
+# -- two mechanisms for one thing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ({"cache": "dual", "transfer_ratio": 0.5}, "a cache of blocks"),
+        ({"cache": "decoded", "transfer_ratio": 0.0, "saliency_threshold": 0.9}, "a cache of blocks"),
+        ({"method": "fast-dllm", "transfer_ratio": 1.0}, "a cache of blocks"),
+        ({"method": "dllm-cache", "cache": "dual"}, "a cache of blocks"),
+        ({"method": "dllm-cache", "saliency_threshold": 0.9}, "saliency_threshold"),
+        ({"method": "dyllm", "transfer_ratio": 0.25}, "saliency_threshold"),
+    ],
+    ids=str,
+)
+def test_two_mechanisms_that_choose_the_rows_are_refused(given: dict[str, Any], other: str) -> None:
+    said = failure(lambda: Options.of(given))
+    assert said == f"transfer_ratio and {other} both choose the rows of a step; leave out one of them"
+    assert Options.of({**given, "transfer_ratio": None}).transfer_ratio is None
+
+
+@pytest.mark.parametrize(
+    "given", [{"keep_ratio": 0.5}, {"method": "exact", "keep_ratio": 0.0}, {"method": "sparse-dllm", "cache": "none"}]
+)
+def test_a_share_of_nothing_is_refused(given: dict[str, Any]) -> None:
+    said = failure(lambda: Options.of(given))
+    assert said.startswith(f"keep_ratio is {given.get('keep_ratio', 0.5)!r}, a share of what a cache keeps; ")
+    assert "give cache='dual' or prompt_interval too, or method='sparse-dllm'" in said
+    for kept in ({"prompt_interval": 4}, {"response_interval": 4}, {"saliency_threshold": 0.9}, {"cache": "decoded"}):
+        assert Options.of({**given, **kept}).keep_ratio is not None
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
 
 
 def test_a_preset_yields_to_what_is_written_beside_it() -> None:
@@ -59,19 +168,23 @@ def test_a_preset_yields_to_a_synonym_beside_it() -> None:
     assert Options.of(preset="dllm-cache/dream-base-gsm8k", gen_interval=2).response_interval == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("gen_interval", "response_interval"),
-        ("gen_interval_steps", "response_interval"),
-        ("response_interval_steps", "response_interval"),
-        ("prompt_interval_steps", "prompt_interval"),
-    ],
-)
-def test_synonyms_mean_the_same(name: str, meant: str) -> None:
-    assert Options.of({name: 3}) == Options.of({meant: 3})
-    assert getattr(Options.of({name: 3}), meant) == 3
-    assert SYNONYMS[name] == meant
+MEANT = {
+    "gen_interval": "response_interval",
+    "gen_interval_steps": "response_interval",
+    "response_interval_steps": "response_interval",
+    "prompt_interval_steps": "prompt_interval",
+    "cache_reloading_step": "refresh_interval",
+    "cache_steps": "refresh_interval",
+    "num_full_steps": "full_steps",
+    "block_size": "block_length",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_synonyms_mean_the_same(name: str) -> None:
+    assert Options.of({name: 3}) == Options.of({MEANT[name]: 3})
+    assert getattr(Options.of({name: 3}), MEANT[name]) == 3
+    assert SYNONYMS == MEANT
 
 
 def test_names_as_arguments_and_as_a_mapping_are_the_same() -> None:
@@ -86,18 +199,30 @@ def test_options_already_made_pass_through_and_can_be_changed() -> None:
     made = Options(mask_id=3)
     assert Options.of(made) == made
     assert Options.of(made, verify=2) == Options(mask_id=3, verify=2)
+    assert Options.of(made, keep_ratio=0.5, cache="dual") == Options(mask_id=3, keep_ratio=0.5, cache="dual")
     assert made.verify == 0
 
 
-@pytest.mark.parametrize("value", [-1, 1, 2, 1000])
-@pytest.mark.parametrize("name", ["prompt_interval", "response_interval"])
-def test_intervals_at_their_edges_are_taken(name: str, value: int) -> None:
-    assert getattr(Options.of({name: value}), name) == value
+EDGES: dict[str, tuple[Any, ...]] = {
+    "prompt_interval": (-1, 1, 2, 1000, None),
+    "response_interval": (-1, 1, 2, 1000, None),
+    "transfer_ratio": (0, 1, 0.0, 1.0, 0.25, None),
+    "block_length": (1, 32, None),
+    "refresh_interval": (1, 8, None),
+    "delay": (0, 1, 9, None),
+    "kernel_size": (1, 3, 7, None),
+    "full_steps": (1, 4, 1000),
+    "response_only": (True, False),
+    "mask_id": (0, 126336, None),
+    "shift": (True, False, None),
+    "verify": (0, 1, 100),
+}
 
 
-@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, 0.25])
-def test_transfer_ratios_at_their_edges_are_taken(value: float) -> None:
-    assert Options.of(transfer_ratio=value).transfer_ratio == value
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EDGES.items() for value in values])
+def test_values_at_their_edges_are_taken(name: str, value: Any) -> None:
+    assert getattr(Options.of({name: value}), name) is value
+    assert getattr(Options(**{name: value}), name) is value
 
 
 @pytest.mark.parametrize(
@@ -112,6 +237,10 @@ def test_transfer_ratios_at_their_edges_are_taken(value: float) -> None:
         ("Method", "method"),
         ("verfy", "verify"),
         ("shfit", "shift"),
+        ("keep_ration", "keep_ratio"),
+        ("saliency", "saliency_threshold"),
+        ("block_len", "block_length"),
+        ("cach", "cache"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(wrong: str, near: str) -> None:
@@ -125,13 +254,16 @@ def test_an_unknown_name_is_answered_with_the_nearest(wrong: str, near: str) -> 
     [
         ("method", METHODS, "dllm_cache", "dllm-cache"),
         ("method", METHODS, "exakt", "exact"),
+        ("cache", CACHES, "duals", "dual"),
+        ("cache", CACHES, "decode", "decoded"),
+        ("cache", CACHES, None, "none"),
         ("lowering", LOWERINGS, "induktor", "inductor"),
         ("lowering", LOWERINGS, "eagr", "eager"),
         ("preset", tuple(PRESETS), "dllm-cache/dream-base-gms8k", "dllm-cache/dream-base-gsm8k"),
     ],
 )
 def test_an_unknown_choice_is_answered_with_the_nearest(
-    name: str, valid: tuple[str, ...], wrong: str, near: str
+    name: str, valid: tuple[str, ...], wrong: Any, near: str
 ) -> None:
     said = failure(lambda: Options.of({name: wrong}))
     assert f"{name} is {wrong!r}; did you mean {near!r}?" in said
@@ -139,25 +271,31 @@ def test_an_unknown_choice_is_answered_with_the_nearest(
 
 
 INTERVAL = "give a number of steps, at least 1, or -1 to refresh at every step"
-RATIO = "give a share of the response from 0 to 1"
-MASK_ID = "give the token id of the mask"
-SHIFT = "give True for samplers that read row i - 1 for token i, else False"
-VERIFY = "give a number of steps between checks, or 0 for none"
+NO_SHARE = (-0.01, 1.01, 25, "0.25", True, math.nan, math.inf)
+BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "prompt_interval": (INTERVAL, (0, -2, 1.5, "7", True)),
+    "response_interval": (INTERVAL, (0, -2, 1.5, "7", True)),
+    "transfer_ratio": ("give a share of the response from 0 to 1", NO_SHARE),
+    "block_length": ("give a whole number of at least 1, such as 32", (0, -1, 1.0, "32", True)),
+    "refresh_interval": ("give a whole number of at least 1, such as 8", (0, -1, 1.0, "8", True)),
+    "delay": ("give a whole number of at least 0, such as 1", (-1, 1.0, "1", True)),
+    "keep_ratio": ("give a share of the entries outside of a block from 0 to 1", NO_SHARE),
+    "kernel_size": ("give an odd number such as 3, or None", (0, 2, -1, 3.0, "3", True)),
+    "saliency_threshold": ("give a cosine, such as 0.99", ("0.99", True, math.nan, [0.9])),
+    "full_steps": ("give a whole number of at least 1, such as 4", (0, -1, 4.0, "4", True, None)),
+    "response_only": ("give True or False", (0, 1, "yes", None)),
+    "mask_id": ("give the token id of the mask", (-1, 1.0, "[MASK]", True)),
+    "shift": ("give True for samplers that read row i - 1 for token i, else False", ("yes", 2, 0, 1, 0.0)),
+    "verify": ("give a number of steps between checks, or 0 for none", (-1, 1.5, True, None)),
+}
+
+
+def test_bad_values_are_known_of_every_option() -> None:
+    assert BAD.keys() | {"method", "cache", "lowering"} == OFF.keys()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "wanted"),
-    [
-        *(
-            (name, value, INTERVAL)
-            for name in ("prompt_interval", "response_interval")
-            for value in (0, -2, 1.5, "7", True, None)
-        ),
-        *(("transfer_ratio", value, RATIO) for value in (-0.01, 1.01, 25, "0.25", True, None, math.nan, math.inf)),
-        *(("mask_id", value, MASK_ID) for value in (-1, 1.0, "[MASK]", True)),
-        *(("shift", value, SHIFT) for value in ("yes", 2, 0, 1, 0.0)),
-        *(("verify", value, VERIFY) for value in (-1, 1.5, True, None)),
-    ],
+    ("name", "value", "wanted"), [(name, value, wanted) for name, (wanted, bad) in BAD.items() for value in bad]
 )
 def test_a_bad_value_is_answered_with_what_was_given_and_what_was_wanted(name: str, value: Any, wanted: str) -> None:
     for make in (lambda: Options.of({name: value}), lambda: Options(**{name: value})):
@@ -216,6 +354,8 @@ def compile_error(**kwargs: Any) -> str:
         ({"gen_intervall": 3}, "there is no option 'gen_intervall'; did you mean 'gen_interval'?"),
         ({"prompt_interval": 0}, "prompt_interval is 0; give a number of steps, at least 1"),
         ({"method": "dkv"}, "method is 'dkv'; did you mean"),
+        ({"cache": "dual", "transfer_ratio": 0.5}, "transfer_ratio and a cache of blocks both choose the rows"),
+        ({"keep_ratio": 0.5}, "keep_ratio is 0.5, a share of what a cache keeps; give cache='dual'"),
         ({"gen_interval": 3, "response_interval": 3}, "option 'response_interval' is given twice"),
     ],
 )
@@ -235,4 +375,9 @@ def test_options_reach_the_session() -> None:
     with torch.no_grad():
         torch.compile(embedding, backend="dllm", options=written)(torch.tensor([[3, 4, MASK, MASK]]))
     (session,) = [s for s in dllm_compile.session.sessions() if s.ids is not None]
-    assert session.options == Options(lowering="eager", response_interval=3, mask_id=MASK)
+    assert session.options == Options.of(written)
+    assert dataclasses.asdict(session.options) == {
+        **OFF,
+        **PUBLISHED["dllm-cache"],
+        **{"method": "dllm-cache", "lowering": "eager", "response_interval": 3, "mask_id": MASK},
+    }

@@ -12,7 +12,6 @@ import dllm_compile
 from . import golden_models
 from .dyllm_model import DyLLM
 
-
 MASK_IDS = {"llada_a": 255, "llada_g": 239, "dream_a": 255}
 
 

@@ -177,7 +177,7 @@ def mask_keys(mask: torch.Tensor | None, index: torch.Tensor, tokens: int) -> to
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(index.shape[0], -1, -1, tokens)
     at = index.clamp(max=tokens - 1)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
     mask = mask.gather(3, at)
-    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, torch.finfo(mask.dtype).min)
+    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
 
 def positions_of(picked: torch.Tensor, response: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
