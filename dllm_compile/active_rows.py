@@ -78,7 +78,7 @@ class ActiveRows:
         written = part | full | (respond & self.response)
         active = with_row_before(written) if self.before else written
         exact = full | respond
-        same, self.settled = self.settled and not bool(exact.any()), True
+        same, self.settled = self.settled and not bool(exact.any()) and call.filling is None, True
         plan: dict[str, Any] = {"active": active, "written": written, "same": same, **self.kept}
         assignment = self.part
         if self.bound is not None and self.follows and not bool(exact.all()):
@@ -96,7 +96,7 @@ class ActiveRows:
         whole = options.cache == "none" and self.evict is None and self.bound is not None
         if whole and (not options.response_only or call.number < WHOLE or (call.number + 1) % WHOLE == 0):
             return torch.ones_like(self.response)
-        return recomputed(options.cache, self.blocks, self.response, call, options.shift)
+        return recomputed(options.cache, self.blocks, self.response, call, options.shift, options.window_size)
 
     def _levels(self, call: Call, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which sequences, ``[B, 1]`` bool, compute all rows, and which all of the response."""

@@ -129,7 +129,7 @@ class Backend:
         if program.ids is not None:
             assert self.weights is not None
             session = self._session([args[i] for i in self.weights], self.options)
-            session.vocabulary, session.decides = program.vocabulary, program.decision is not None
+            session.vocabulary, session.chooses = program.vocabulary, program.chooses
             others = [args[i] for i in program.read if i not in self.weights]
             step = session.begin(args[at], beside, program, others)
             enter(session)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-CACHES = ("prefix", "dual", "decoded", "none")
+CACHES = ("prefix", "dual", "decoded", "greedy", "none")
 LOWERINGS = ("inductor", "eager")
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast-dllm": {"method": "fast-dllm", "cache": "prefix", "block_length": 32},
     "fast-dllm/dual": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
     "sparse-dllm": {"method": "sparse-dllm", "block_length": 32},
+    "dkv-cache/greedy": {"method": "dkv-cache", "cache": "greedy", "delay": 0, "refresh_interval": 2, "window_size": 4},
     "dyllm/llada-safe": {"method": "dyllm", "saliency_threshold": 0.995},
     "dyllm/dream": {"method": "dyllm", "saliency_threshold": 0.995},
     "dyllm/dream-safe": {"method": "dyllm", "saliency_threshold": 0.9975},
@@ -70,7 +71,10 @@ class Options:
         transfer_ratio: share of the response recomputed in the steps between (rho), 0 to 1; 0 recomputes none. ``None``
             for 0.25. Only without a cache of blocks and without saliency, which choose rows themselves.
         cache: rows computed between two refreshes: ``"dual"`` the active block, ``"prefix"`` from there to the end,
-            ``"decoded"`` the masked rows and those just filled, ``"none"`` as the other mechanisms say.
+            ``"decoded"`` the masked rows and those just filled, ``"greedy"`` those just filled and those to be filled
+            next, which :func:`dllm_compile.generate` tells (in other loops as ``"decoded"``), ``"none"`` as the other
+            mechanisms say.
+        window_size: masked rows that ``"greedy"`` computes around each row to be filled, at least 0.
         block_length: tokens of a block of the sampling loop, at least 1; ``None`` takes the response as one block.
         refresh_interval: steps between full steps inside a block, at least 1; ``None`` for none.
         delay: full steps of a block before the one whose keys are kept, at least 0; ``None`` for 1 with ``keep_ratio``,
@@ -93,6 +97,7 @@ class Options:
     response_interval: int | None = None
     transfer_ratio: float | None = None
     cache: str = "none"
+    window_size: int = 0
     block_length: int | None = None
     refresh_interval: int | None = None
     delay: int | None = None
@@ -223,6 +228,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_interval": _INTERVAL,
     "response_interval": _INTERVAL,
     "transfer_ratio": _share_of("response", 0.25),
+    "window_size": _count("4", 0),
     "block_length": _count("32, or None"),
     "refresh_interval": _count("8, or None"),
     "delay": _count("1", 0),

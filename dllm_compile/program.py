@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -96,6 +96,14 @@ class Program:
         by_row = all(found and None not in (position(found, "T"), position(found, "B")) for found in layouts)
         widths = [size(self.axes.layout[node][-1]) for node in unit.nodes if self.axes.layout.get(node)]
         return bool(layouts) and by_row and max(widths, default=0) >= vocabulary
+
+    @cached_property
+    def chooses(self) -> bool:
+        """Whether the decision reads a few numbers a row, such as a confidence, in place of logits."""
+        head = self.head(self.vocabulary)
+        if self.decision is None or head is None:
+            return False
+        return all(len(self.axes.layout[node]) == 2 for node in head.outputs[: head.leaving])
 
     def first_weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """Parameters of the first layer."""

@@ -14,10 +14,11 @@ from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, A
 from .core.layout import Layout, position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from .core.state import allocate
-from .core.units import Unit
+from .core.units import Unit, weights_key
 from .lower import lower
 from .outbox import Outbox
 from .passes.feature_cache import KEEP
+from .passes.saliency import thorough
 from .program import Program
 from .session import Session, Step
 from .unit_code import UnitCode, Values
@@ -41,10 +42,12 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
         if program.prelude_run is None:
             program.prelude_run = lower(program.prelude, given, program.options.lowering)
         env.update(zip(program.constants, program.prelude_run(*given), strict=True))
-    for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
-        call.unit(unit, code)
-        for node in dead:
-            env.pop(node, None)
+    given_env, layer, seen = dict(env), step.layer, set(step.seen)
+    call.units()
+    if call.spilled():  # what it wrote is among the active rows, which now are all written anew
+        step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
+        call = _Call(program, given_env, session, step)
+        call.units()
     results = {n: call.whole(n) for n in program.results}
     if call.head is not None or program.ids is not None:
         session.outputs[program] = results
@@ -66,9 +69,10 @@ class _Call:
     def __init__(self, program: Program, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
         self.program, self.env, self.session, self.step = program, env, session, step
         self.have: dict[torch.fx.Node, RowSet] = {}
+        self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
         self.stored: set[torch.fx.Node] = set()  # values whose every row is kept, up to date
         self.head = program.head(session.vocabulary)
-        self.keys = {id(unit): _layer_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
+        self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
         self.full = session.schedule.variants[0]
         self.rest = step.assignment
         self.first = session.schedule.first or self.rest
@@ -120,6 +124,26 @@ class _Call:
                 value = box.copy(value)
             copies[node] = value
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
+
+    def units(self) -> None:
+        """Run all of them; a value is dropped behind its last reader."""
+        program = self.program
+        for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
+            self.unit(unit, code)
+            for node in dead:
+                self.env.pop(node, None)
+
+    def spilled(self) -> bool:
+        """Whether a layer had more salient rows than there was room for; then there is more from now on."""
+        session = self.session
+        if session.room is None or not self.turned:
+            return False
+        most = int(torch.stack(self.turned).max())  # the one read of a step
+        if most <= session.room:
+            return False
+        session.room = 1 << (most - 1).bit_length()
+        session.stats.spills += 1
+        return True
 
     def unit(self, unit: Unit, code: UnitCode) -> None:
         """Run one unit. Deciding again on the same ids needs no layers: what the head gave is kept."""
@@ -197,16 +221,20 @@ class _Call:
 
     def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
         """Rows whose contexts turned: those that the MLP and the next layer's keys and values are computed for."""
-        most = max(int(counts.max()), 2)
-        self.step.indices["salient"] = places[:, :most]
-        self.session.stats.salient += most
+        room = self.session.room
+        if room is None:
+            room = int(counts.max())
+            self.session.stats.salient += room
+        else:
+            self.turned.append(counts.max())
+        self.step.indices["salient"] = places[:, : max(room, 2)]
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """The readable rows; those kept of the other rows stand beside them."""
         rows, readable = self._at_hand(unit), self.step.indices["readable"]
         values = self._values(unit)
         wanted = _entering(HEAD, rows)
-        new = self._slot(unit.outputs[0]) is None and self.program.decision is None
+        new = self._slot(unit.outputs[0]) is None and not self.program.chooses
         if rows == ALL and (new or readable.shape[1] > self.step.shape[1] * MOST):
             wanted = EXACT
         if not readable.shape[1]:
@@ -268,10 +296,3 @@ class _Call:
 def _rows_lead(layout: Layout) -> bool:
     """Whether the batch and the tokens are the first two dimensions."""
     return [tuple(factor.kind for factor in dim) for dim in layout[:2]] == [("B",), ("T",)]
-
-
-def _layer_key(unit: Unit, inputs: list[Any]) -> Any:
-    """State belongs to weights, not to graphs: one graph may serve every layer."""
-    return unit.key, tuple(
-        [id(v) for v in inputs if type(v) is torch.nn.Parameter or isinstance(v, torch.nn.Parameter)]
-    )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .ahead import told
 from .core.assignment import ACTIVE, Assignment
 from .core.plan import Call, Exact, Plan, Schedule
 from .ids import infer_mask_id, labels, positions, readable_rows, response_rows
@@ -69,7 +70,8 @@ class Session:
         self.versions: tuple[int, ...] = ()
         self.vocabulary: int | None = None
         self.idle = False
-        self.decides = False  # whether the graph that is called chooses tokens itself
+        self.room: int | None = None  # salient rows that a layer may have; on a CPU they are counted instead
+        self.chooses = False  # whether the graph that is called chooses tokens itself, by a few numbers a row
         self.drop()
         _SESSIONS.add(self)
 
@@ -145,7 +147,7 @@ class Session:
         self.ids, self.caller = host, caller
         self.others = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in others]
         self.number += 1
-        self.step = self._step(Call(self.number, repeat, masked, filled, changed), ids.device)
+        self.step = self._step(Call(self.number, repeat, masked, filled, changed, told(masked.shape)), ids.device)
         self.stats.count(self.step)
         return self.step
 
@@ -203,6 +205,7 @@ class Session:
         plan = self.schedule.next(call)
         rows = self._rows(call, plan)
         if call.number == 0:
+            self.room = ROOM if device.type != "cpu" else self.room
             self.fixed = {name: index.to(device) for name, index in self.fixed.items()}
         indices = {**self.fixed, **{name: index.to(device) for name, index in rows.items()}}
         selected = plan.selected if plan.selected is not None else torch.zeros(batch, dtype=torch.int64)
@@ -217,7 +220,7 @@ class Session:
     def _rows(self, call: Call, plan: Plan) -> dict[str, torch.Tensor]:
         """Positions of the row sets that change from call to call."""
         readable = readable_rows(call.masked, self.options.shift)
-        if call.number == 0 and not self.decides:
+        if call.number == 0 and not self.chooses:
             readable = torch.ones_like(readable)  # whoever gets logits gets those of all rows once
         rows: dict[str, torch.Tensor] = {}
         tokens = none = readable.shape[1]
@@ -248,6 +251,9 @@ def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Te
     tokens = values.shape[1]
     return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)
 
+
+ROOM = 64
+"""Salient rows that a layer has room for at first, where their number stays on the device."""
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _CURRENT = threading.local()

@@ -4,6 +4,7 @@
     dual        the block                           fresh for the block, else kept       Fast-dLLM, arXiv 2505.22618
     prefix      the block to the end                fresh from the block on, else kept   Fast-dLLM
     decoded     masked ones and those just filled   fresh for those, else kept           dKV-Cache, arXiv 2505.15781
+    greedy      those just filled and filled next   fresh for those, else kept           dKV-Cache
     none        the response                        fresh for it, kept for the prompt
 
 and, where the two differ, the code of their authors. The steps between two refreshes carry the residual stream of the
@@ -24,17 +25,18 @@ BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, 
 
 
 def recomputed(
-    cache: str, blocks: Blocks, response: torch.Tensor, call: Call, shift: bool | None = False
+    cache: str, blocks: Blocks, response: torch.Tensor, call: Call, shift: bool | None = False, window: int = 0
 ) -> torch.Tensor:
     """Rows ``[B, S]`` bool that a step between two refreshes computes.
 
     Args:
-        cache: ``"dual"``, ``"prefix"``, ``"decoded"`` or ``"none"``.
+        cache: ``"dual"``, ``"prefix"``, ``"decoded"``, ``"greedy"`` or ``"none"``.
         blocks: where the sequences are.
         response: ``[B, S]`` bool, the rows of the response.
         call: what happened.
         shift: of ``"decoded"``: whether a row is done with when the token behind it is known, as its logits are of that
             one; ``None`` for both that and its own.
+        window: of ``"greedy"``: masked rows around each that is filled next.
     """
     if cache == "dual":
         return blocks.active
@@ -42,8 +44,23 @@ def recomputed(
         return blocks.active.long().cummax(1).values.bool()
     if cache == "none":
         return response
+    if cache == "greedy":
+        told = call.filling
+        return call.filled | (call.masked if told is None else told | around(told, call.masked, window))
     unknown = call.masked | call.filled  # at the call before: what was filled is computed once more
     if not shift:
         return unknown if shift is False else with_row_before(unknown)
     last = torch.arange(unknown.shape[1]) == unknown.shape[1] - 1  # predicts no token; computed twice by its authors
     return rows_before(unknown) | (last & (call.number == 1))
+
+
+def around(rows: torch.Tensor, free: torch.Tensor, window: int) -> torch.Tensor:
+    """The ``window`` rows of ``free`` ``[B, S]`` nearest to each of ``rows``, the left of two first, none for two."""
+    tokens = rows.shape[1]
+    place, free, taken = torch.arange(tokens), free & ~rows, torch.zeros_like(free)
+    for sequence, at in rows.nonzero().tolist() if window else ():
+        far = 2 * (place - at).abs() - (place < at).long()
+        near = torch.where(free[sequence], far, 2 * tokens).argsort()[:window]
+        taken[sequence, near] |= free[sequence, near]
+        free &= ~taken
+    return taken

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dllm_compile.core.assignment import CONTEXTS, SALIENT, Assignment
+from dllm_compile.core.assignment import ACTIVE, CONTEXTS, SALIENT, Assignment
 
 
 def with_contexts(assignment: Assignment) -> Assignment:
@@ -27,3 +27,8 @@ def with_contexts(assignment: Assignment) -> Assignment:
 def salient(partial: Assignment) -> Assignment:
     """A step that recomputes the salient ones of its active rows."""
     return replace(partial, name="salient", key=SALIENT, value=SALIENT, mlp=SALIENT)
+
+
+def thorough(assignment: Assignment) -> Assignment:
+    """The same step with every active row salient, whatever its context does."""
+    return replace(assignment, name="block", key=ACTIVE, value=ACTIVE, mlp=None)

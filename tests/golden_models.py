@@ -11,6 +11,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from dllm_compile.session import Step
+
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "Qwen2ForCausalLM": "Qwen2Config"}
 
@@ -30,6 +32,15 @@ class Trace:
     @property
     def mask_id(self) -> int:
         return int(self.meta["mask_token_id"])
+
+
+def computed(step: Step, tokens: int) -> torch.Tensor:
+    """Rows ``[S]`` bool of the first sequence that a step computes."""
+    rows = {"full": "all", "response": "response"}.get(step.assignment.name, "active")
+    if rows == "all":
+        return torch.ones(tokens, dtype=torch.bool)
+    index = step.indices[rows][0]
+    return torch.zeros(tokens, dtype=torch.bool).index_fill(0, index[index < tokens], True)
 
 
 def names(prefix: str) -> list[str]:

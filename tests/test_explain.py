@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dllm_compile
 from dllm_compile import Options
 from dllm_compile.backend import Backend
-
 from dllm_compile.options import METHODS
 from dllm_compile.session import Session, sessions
 
@@ -127,7 +126,6 @@ def test_any_combination_allocates_and_runs_what_is_explained(options: dict[str,
     values = {symbol: found.lengths[symbol.name] for symbol in found.state_bytes.free_symbols}
     wanted = int(found.state_bytes.subs(values))
     assert list(found.relative) == list(found.flops) == list(found.variants)
-    assert next(iter(found.relative.values())) == 1
     assert all(share <= 1 for share in found.relative.values())
     call, kept = models.compiled(model, **options), 0
     with torch.no_grad():

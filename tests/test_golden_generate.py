@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import dllm_compile
+from dllm_compile.session import Session, Step
 
 from . import golden_models
 
 LLADA, DREAM = golden_models.names("llada_fastdllm"), golden_models.names("dream_fastdllm")
 VANILLA = golden_models.names("llada_vanilla") + golden_models.names("dream_vanilla")
+DKV = ("enable_cache", "use_cache", "cache_type", "shift_type")
 CACHES = {"generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual"}
 
 
@@ -25,7 +27,7 @@ def cache(trace: golden_models.Trace) -> str | None:
 
 def arguments(trace: golden_models.Trace) -> dict[str, Any]:
     """What a trace was recorded with, under the authors' names."""
-    unknown = ("dual_cache", "logits_eos_inf", "confidence_eos_eot_inf")
+    unknown = ("dual_cache", "logits_eos_inf", "confidence_eos_eot_inf", *DKV)
     given = {name: value for name, value in trace.settings.items() if name not in unknown}
     if trace.name.startswith("dream"):
         given["shift"] = True
@@ -38,7 +40,7 @@ def repeat(name: str, **options: Any) -> None:
     trace = golden_models.trace(name)
     model = golden_models.model(trace.meta["model"])
     prompt = trace.tensors["prompt"].long()
-    result = dllm_compile.generate(model, prompt, output_history=True, **arguments(trace), **options)
+    result = dllm_compile.generate(model, prompt, output_history=True, **{**arguments(trace), **options})
     assert result.nfe == int(trace.tensors["nfe"])
     for step, (got, want) in enumerate(zip(result.history, trace.tensors["tokens"].long(), strict=True)):
         assert torch.equal(got, want), f"tokens before call {step}"
@@ -58,3 +60,41 @@ def test_evicting_generation_repeats_its_authors_code(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in LLADA + DREAM if cache(golden_models.trace(n)) is not None])
 def test_cached_generation_repeats_its_authors_code(name: str) -> None:
     repeat(name, method="fast-dllm", cache=cache(golden_models.trace(name)), lowering="eager")
+
+
+def decoded_options(trace: golden_models.Trace) -> dict[str, Any]:
+    """What dKV-Cache's functions are called here; the intervals have names that are known."""
+    if trace.meta.get("function") == "greedy":
+        return {"method": "dkv-cache", "cache": "greedy", "delay": 0}
+    if trace.name.startswith("llada"):
+        return {"method": "dkv-cache"}
+    if trace.settings["cache_type"] == "decoded":
+        return {"method": "dkv-cache", "delay": 0}
+    return {"method": "dllm-cache", "prompt_interval": 10**6, "response_interval": 1, "cache_steps": None}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Steps of all calls of compiled models."""
+    seen: list[Step] = []
+    begin = Session.begin
+
+    def noted(*given: Any) -> Step | None:
+        step = begin(*given)
+        if step is not None:
+            seen.append(step)
+        return step
+
+    monkeypatch.setattr(Session, "begin", noted)
+    return seen
+
+
+@pytest.mark.parametrize("name", golden_models.names("llada_dkv") + golden_models.names("dream_dkv"))
+def test_dkv_generation_repeats_its_authors_code(name: str, steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = golden_models.trace(name)
+    draws = iter(trace.tensors.get("random_draws", ()))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: next(draws))
+    repeat(name, **decoded_options(trace), lowering="eager")
+    assert next(draws, None) is None
+    for at, (step, want) in enumerate(zip(steps, trace.tensors["rows"].bool(), strict=True)):
+        assert torch.equal(golden_models.computed(step, want.shape[0]), want), f"rows computed at call {at}"

@@ -30,6 +30,7 @@ OFF: dict[str, Any] = {
     "response_interval": None,
     "transfer_ratio": None,
     "cache": "none",
+    "window_size": 0,
     "block_length": None,
     "refresh_interval": None,
     "delay": None,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dllm_compile
+from dllm_compile.session import Session, sessions
 
 from . import golden_models
 from .dyllm_model import DyLLM
@@ -50,3 +51,31 @@ def test_every_step_equals_the_plain_model(name: str, threshold: float, response
             rows = (ids[0] == mask_id).nonzero()[:, 0] - int(shift)
             torch.testing.assert_close(got[rows], want[rows].to(got.dtype), rtol=0, atol=1e-5, msg=f"step {i}")
     assert dllm_compile.stats(model)["steps"]["salient"] == len(calls) - 3
+
+
+def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the number of salient rows is not read before the step ends."""
+    model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
+    calls = steps_of(11, 14, mask_id, 9)
+    start = Session._start
+
+    def with_room(self: Session, ids: torch.Tensor, beside: list[torch.Tensor]) -> bool:
+        self.room = 2
+        return start(self, ids, beside)
+
+    monkeypatch.setattr(Session, "_start", with_room)
+
+    def run(threshold: float, **more: Any) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
+        compiled = torch.compile(model, backend="dllm", options={**options, "shift": False, **more})
+        with torch.no_grad():
+            return [compiled(ids).logits[ids == mask_id].clone() for ids in calls]
+
+    got = run(0.999)
+    spills = dllm_compile.stats(model)["spills"]
+    assert 0 < spills < 5
+    assert max(session.room or 0 for session in sessions()) > 2
+    every = run(0.999, response_interval=1)
+    exact = [step for step in range(4, 9) if torch.equal(got[step], every[step])]
+    assert len(exact) >= 1

@@ -20,6 +20,7 @@ class Call:
         masked: ``[B, S]`` bool, positions that hold the mask.
         filled: ``[B, S]`` bool, positions that held it at the call before and do not now.
         changed: ``[B, S]`` bool, positions that hold another token than at the call before.
+        filling: ``[B, S]`` bool, positions that the sampler fills from this call; ``None`` where it does not say.
     """
 
     number: int
@@ -27,6 +28,7 @@ class Call:
     masked: torch.Tensor
     filled: torch.Tensor
     changed: torch.Tensor
+    filling: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 import torch.fx
 
 from .assignment import FEATURES
@@ -103,3 +105,8 @@ def closure(nodes: Iterable[torch.fx.Node], stop: set[torch.fx.Node]) -> set[tor
         seen.add(node)
         todo.extend(node.all_input_nodes)
     return seen
+
+
+def weights_key(unit: Unit, inputs: list[Any]) -> Any:
+    """What the rows kept of a layer belong to: its weights, since one graph may serve every layer."""
+    return unit.key, tuple([id(value) for value in inputs if isinstance(value, torch.nn.Parameter)])

@@ -1,0 +1,75 @@
+"""A random order that is drawn when a block begins, so that a call can be told what will be filled from it.
+
+Source: dKV-Cache-Greedy (arXiv 2505.15781), which computes those rows and few others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from dllm_compile.ahead import filling
+from dllm_compile.options import Options
+
+from .family import Family
+from .progress import Turn
+from .rules import chosen
+from .settings import Settings
+from .step import Model
+from .stepper import Step, stepper
+
+
+class InOrder:
+    """A step whose candidates are narrowed beforehand to those it fills.
+
+    Args:
+        step: writes all of its candidates.
+        uniform: draws numbers of a shape; the largest of a block go first.
+    """
+
+    def __init__(self, step: Step, uniform: Callable[[torch.Size], torch.Tensor]) -> None:
+        self.step, self.uniform = step, uniform
+        self.open: torch.Tensor | None = None  # candidates of the last turn: within a block they only grow fewer
+        self.draws = torch.empty(0)
+
+    def __call__(self, x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        """Run the model and write."""
+        new = turn.candidates if self.open is None else turn.candidates & ~self.open
+        begins = new.any(1, keepdim=True)
+        if bool(begins.any()):
+            drawn = self.uniform(x.shape)
+            self.draws = drawn if self.open is None else torch.where(begins, drawn, self.draws)
+        self.open = turn.candidates
+        rows = chosen(self.draws, turn.candidates, turn.count, turn.most)
+        with filling(rows):
+            return self.step(x, replace(turn, candidates=rows))
+
+
+def step_of(
+    model: Model,
+    x: torch.Tensor,
+    kind: Family,
+    settings: Settings,
+    options: dict[str, Any],
+    inputs: dict[str, Any],
+    generator: torch.Generator | None,
+) -> Step:
+    """The step of one generation: see :func:`dllm_compile.sampler.stepper.stepper`.
+
+    Raises:
+        ValueError: the cache needs to be told what is filled, and confidence decides that after the call.
+    """
+    if not options or Options.of(options).cache != "greedy":
+        return stepper(model, x, kind, settings, options, inputs, generator)
+    if settings.remasking != "random" or settings.parallel:
+        raise ValueError(
+            "cache='greedy' computes the rows that are filled next, and confidence is known too late for that; "
+            "give remasking='random' without a threshold or factor, or cache='decoded'"
+        )
+    any_order = replace(settings, remasking="low_confidence")
+    step = stepper(model, x, kind, any_order, options, inputs, generator)
+    return InOrder(step, partial(torch.rand, generator=generator, device=x.device))
