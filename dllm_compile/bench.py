@@ -6,71 +6,21 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import torch
 
-from . import frontier, kernel_bench
-from .contest import Contender, Job, Row, finish, play, relative_flops
+from . import eviction_bench, frontier, kernel_bench, saliency_bench
+from .bench_model import Setting, job_of, random_model
+from .contest import Contender, Row, finish, play, relative_flops
 from .table import print_rows
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A random-weight bidirectional Llama and one generation; the defaults are the project's reference figure.
-
-    Attributes:
-        layers, width, mlp, heads, vocabulary: of the model, float32.
-        prompt, response, block: tokens; one token is freed a step.
-        baseline_steps: forwards timed for eager and Inductor, whose steps all cost the same.
-        prompt_interval, response_interval: of dLLM-Cache; its ratio is 0.25.
-        cache_block: block length of Fast-dLLM's caches, and of the loop they are timed with.
-    """
-
-    layers: int = 12
-    width: int = 768
-    mlp: int = 3072
-    heads: int = 12
-    vocabulary: int = 32000
-    prompt: int = 512
-    response: int = 256
-    block: int = 8
-    baseline_steps: int = 16
-    prompt_interval: int = 50
-    response_interval: int = 7
-    cache_block: int = 32
-
-
-def random_model(setting: Setting, seed: int = 0) -> Any:
-    """The model of a setting."""
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=setting.width,
-        intermediate_size=setting.mlp,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=setting.heads,
-        vocab_size=setting.vocabulary,
-        max_position_embeddings=8192,
-        is_causal=False,  # type: ignore[call-arg]
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
-
-
-def job_of(setting: Setting) -> Job:
-    """A random prompt and a masked response."""
-    mask_id = setting.vocabulary - 1
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, mask_id, (1, setting.prompt + setting.response), generator=generator)
-    ids[:, setting.prompt :] = mask_id
-    return Job(ids, setting.prompt, setting.response, setting.block, mask_id)
+ALONE: dict[str, tuple[Callable[[], None], str]] = {
+    "confidence": (kernel_bench.main, "the confidence operation"),
+    "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
+    "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
+}
 
 
 def contenders(setting: Setting) -> list[Contender]:
@@ -85,6 +35,8 @@ def contenders(setting: Setting) -> list[Contender]:
         Contender("dllm-cache", intervals, warm=setting.prompt_interval + 2),
         Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=setting.cache_block + 2),
         Contender("fast-dllm dual", dual, warm=setting.cache_block + 2),
+        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=setting.cache_block + 4),
+        Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
         Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
     ]
 
@@ -127,11 +79,13 @@ def main(argv: list[str]) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="instead draw accuracy against speed on the embedded model to this PNG file")
-    parser.add_argument("--confidence", action="store_true", help="instead time the confidence operation alone")
+    for name, (_, what) in ALONE.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
     given = vars(parser.parse_args(argv))
     target, picture = given.pop("json"), given.pop("plot")
-    if given.pop("confidence"):
-        kernel_bench.main()
+    alone = [measure for name, (measure, _) in ALONE.items() if given.pop(name)]
+    if alone:
+        alone[0]()
         return
     if picture:
         frontier.main(picture, target)

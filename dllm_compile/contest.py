@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import backend
-from .cost import A, R, S
+from .cost import A, R, S, T
 from .explain import explain
 from .generate import generate
 from .loop import quota_loop
@@ -90,6 +90,7 @@ class Row:
         tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
         cheaper, fewer: how much of ``vs_eager`` is from the cost of a forward, and how much from their number.
         milliseconds: median time of a forward by variant.
+        salient: rows that an average layer of a saliency step found salient.
         steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
     """
 
@@ -106,6 +107,7 @@ class Row:
     vs_inductor: float = 1.0
     cheaper: float = 1.0
     fewer: float = 1.0
+    salient: float = 0.0
     milliseconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
@@ -184,6 +186,8 @@ def play(
     row.compile_seconds = max(0.0, first.seconds - first.forwards * row.seconds / row.forwards)
     for kind in ("steps", "rows", "logits"):
         getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
+    layers = after["salient_layers"] - before["salient_layers"]
+    row.salient = (after["salient"] - before["salient"]) / max(layers, 1)
     calls: dict[str, list[float]] = {}
     for each in runs:
         for name, spent in each.calls.items():
@@ -202,7 +206,7 @@ def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str
     work = 0.0
     for name, count in row.steps.items():
         if name in found.flops:
-            here = {**lengths, A: row.rows[name] / count, R: row.logits[name] / count}
+            here = {**lengths, A: row.rows[name] / count, R: row.logits[name] / count, T: row.salient}
             work += count * float(found.flops[name].subs(here) / whole)
     return work / sum(row.steps.values())
 

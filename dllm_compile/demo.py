@@ -32,8 +32,12 @@ def contenders(block: int) -> list[Contender]:
         Contender("dllm-cache", features, warm=int(features["prompt_interval"]) + 2),
         Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=2 * block + 2),
         Contender("fast-dllm dual", {**blocks, "cache": "dual"}, warm=2 * block + 2),
+        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=2 * block + 2),
+        Contender("dyllm", {"method": "dyllm", "shift": False}, warm=12),
         Contender("threshold, eager", settings=parallel),
         Contender("dual + threshold", {**blocks, "cache": "dual"}, settings=parallel),
+        Contender("sparse + threshold", {**blocks, "method": "sparse-dllm"}, settings=parallel),
+        Contender("dyllm + threshold", {"method": "dyllm"}, settings=parallel),
     ]
 
 

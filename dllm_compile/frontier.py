@@ -14,7 +14,16 @@ from .table import print_rows
 PROBLEMS, BATCH, BLOCK = 32, 8, 32
 SERIES = (
     *("eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual"),
-    *("threshold, eager", "dual + threshold"),
+    *(
+        "sparse-dllm",
+        "dyllm",
+        "dkv-cache",
+        "threshold, eager",
+        "dual + threshold",
+        "sparse + threshold",
+        "dyllm + threshold",
+    ),
+    *("dual, sparse, salient + threshold",),
 )
 
 
@@ -25,12 +34,30 @@ def entrants() -> list[Contender]:
         intervals = {"prompt_interval": 50, "response_interval": interval}
         out.append(Contender(f"dllm-cache {interval}", intervals, warm=52))
     for cache in ("prefix", "dual"):
-        options = {"method": "fast-dllm", "cache": cache, "block_length": BLOCK}
-        out.append(Contender(f"fast-dllm {cache}", options, warm=2 * BLOCK + 2))
+        out.append(
+            Contender(
+                f"fast-dllm {cache}", {"method": "fast-dllm", "cache": cache, "block_length": BLOCK}, warm=2 * BLOCK + 2
+            )
+        )
+    blocks = {"block_length": BLOCK}
+    for ratio in (0.3, 0.5, 0.7):
+        options: dict[str, Any] = {"method": "sparse-dllm", "keep_ratio": ratio, **blocks}
+        out.append(Contender(f"sparse-dllm {ratio}", options, warm=2 * BLOCK + 2))
+    for tau in (0.98, 0.99, 0.995):
+        out.append(Contender(f"dyllm {tau}", {"method": "dyllm", "saliency_threshold": tau, "shift": False}, warm=12))
+    out.append(Contender("dkv-cache", {"method": "dkv-cache", **blocks, "shift": False}, warm=2 * BLOCK + 2))
     for threshold in (0.7, 0.9, 0.99):
         out.append(Contender(f"threshold, eager {threshold}", settings={"threshold": threshold}))
         dual = {"method": "fast-dllm", "cache": "dual", "block_length": BLOCK}
-        out.append(Contender(f"dual + threshold {threshold}", dual, settings={"threshold": threshold}))
+        sparse = {"method": "sparse-dllm", **blocks}
+        both = {**sparse, "saliency_threshold": 0.99, "full_steps": 1}
+        for name, options in (
+            ("dual + threshold", dual),
+            ("sparse + threshold", sparse),
+            ("dyllm + threshold", {"method": "dyllm"}),
+            ("dual, sparse, salient + threshold", both),
+        ):
+            out.append(Contender(f"{name} {threshold}", options, settings={"threshold": threshold}))
     return out
 
 

@@ -225,6 +225,7 @@ class _Call:
         if room is None:
             room = int(counts.max())
             self.session.stats.salient += room
+            self.session.stats.salient_layers += 1
         else:
             self.turned.append(counts.max())
         self.step.indices["salient"] = places[:, : max(room, 2)]

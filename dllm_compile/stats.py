@@ -16,6 +16,7 @@ class Stats:
         steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits.
         rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
         salient: rows that layers of saliency steps found salient, the most of a batch, all told; only on a CPU.
+        salient_layers: how many layers that were.
         spills: saliency steps that ran again with every row, as a layer had more salient ones than there was room for.
         checked: steps that ``verify`` compared.
         max_logit_error: largest absolute difference of a readable logit, over all checks.
@@ -28,6 +29,7 @@ class Stats:
     rows: Counter[str] = field(default_factory=Counter)
     logits: Counter[str] = field(default_factory=Counter)
     salient: int = 0
+    salient_layers: int = 0
     spills: int = 0
     checked: int = 0
     max_logit_error: float = 0.0
@@ -52,6 +54,7 @@ class Stats:
         self.rows.update(other.rows)
         self.logits.update(other.logits)
         self.salient += other.salient
+        self.salient_layers += other.salient_layers
         self.spills += other.spills
         self.checked += other.checked
         self.max_logit_error = max(self.max_logit_error, other.max_logit_error)

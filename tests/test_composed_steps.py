@@ -214,7 +214,7 @@ def test_with_every_token_new_and_every_row_salient_a_block_is_computed_as_witho
         calls[-1][0, PROMPT : PROMPT + BLOCK] = torch.arange(BLOCK) * 7 + 3 + number
         calls[-1][0, PROMPT + number % BLOCK] = MASK
     calls.insert(0, start(PROMPT, RESPONSE, 1))  # what is masked here is the response
-    options = {**DUAL, "shift": False, "refresh_interval": 2}  # the second call is full, too
+    options = {**DUAL, "shift": False, "delay": 1}
     got = run(calls, **options, saliency_threshold=2.0, full_steps=2)
     want = run(calls, **options)
     for ids, a, b in zip(calls, got, want, strict=True):
