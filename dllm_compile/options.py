@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -179,11 +180,11 @@ class Options:
             named[meant] = value
         chosen.update(named)
         method = chosen.get("method")
-        if method is None and base is None and not any(chosen.get(name) for name in _OWN):
+        if method is None and base is None and not _OWN & chosen.keys():
             method = "dllm-cache"
         if method is not None:
             one_of("method", method, tuple(METHODS))
-            chosen = {"method": method, **METHODS[method], **chosen}
+            chosen = {**_OFF, "method": method, **METHODS[method], **chosen}
         return replace(base if base is not None else cls(), **chosen)
 
 
@@ -193,8 +194,8 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a finite real number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def nearest(name: Any, valid: Iterable[str]) -> str:
@@ -244,4 +245,5 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What values of a field are, and how that is said; ``None`` is one too where it is the default."""
 
 _NAMES = tuple(each.name for each in fields(Options))
-_OWN = ("cache", "keep_ratio", "saliency_threshold")  # one of these named without a method: that mechanism alone
+_OFF = {name: getattr(Options, name) for mechanisms in METHODS.values() for name in mechanisms}
+_OWN = {"cache", "keep_ratio", "saliency_threshold"}  # one of these named without a method: that mechanism alone

@@ -228,7 +228,7 @@ class _Call:
             self.session.stats.salient_layers += 1
         else:
             self.turned.append(counts.max())
-        self.step.indices["salient"] = places[:, : max(room, 2)]
+        self.step.indices["salient"] = places[:, : max(room, 2)].contiguous()
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """The readable rows; those kept of the other rows stand beside them."""

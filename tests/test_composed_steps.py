@@ -107,8 +107,9 @@ def test_keeping_every_entry_at_once_is_the_cache_alone(more: dict[str, Any]) ->
         assert apart(a, b, readable(ids, more.get("shift"))) < 1e-9
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
-@pytest.mark.parametrize(("prompt", "response", "same"), [(4, 2, 4), (3, 1, 3), (3, 2, 3)])
+@pytest.mark.parametrize(
+    ("prompt", "response", "same", "share"), [(4, 2, 4, 0.5), (3, 1, 3, 0.0), (3, 2, 3, 0.05), (3, 2, 3, 0.5)]
+)
 def test_keeping_every_entry_of_the_prompt_is_the_intervals_alone(
     prompt: int, response: int, same: int, share: float
 ) -> None:
@@ -177,9 +178,17 @@ def test_decoded_rows_beside_kept_entries(delay: int, shift: bool | None) -> Non
 # -- saliency ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shift", [False, None])
-@pytest.mark.parametrize("bound", [0.9, 0.999, 2.0, -2.0])
-@pytest.mark.parametrize("cache", ["dual", "prefix"])
+@pytest.mark.parametrize(
+    ("cache", "bound", "shift"),
+    [
+        ("dual", 0.9, None),
+        ("dual", 0.999, False),
+        ("dual", 2.0, None),
+        ("dual", -2.0, False),
+        ("prefix", 0.9, False),
+        ("prefix", 2.0, None),
+    ],
+)
 def test_salient_rows_of_a_block(cache: str, bound: float, shift: bool | None) -> None:
     calls = freed()
     block: list[int] = []
@@ -208,7 +217,7 @@ def test_salient_rows_of_a_block(cache: str, bound: float, shift: bool | None) -
 
 
 def test_with_every_token_new_and_every_row_salient_a_block_is_computed_as_without() -> None:
-    calls = []
+    calls: list[torch.Tensor] = []
     for number in range(5):  # the mask goes round, so that each token of the block changes at each call
         calls.append(start(PROMPT, RESPONSE, 1) if not calls else calls[-1].clone())
         calls[-1][0, PROMPT : PROMPT + BLOCK] = torch.arange(BLOCK) * 7 + 3 + number
@@ -262,10 +271,10 @@ def test_saliency_begins_anew_on_the_entries_that_eviction_leaves(delay: int, bo
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response"), [(99, None), (None, 2), (5, None), (6, 3), (3, 1)], ids=lambda v: str(v)
+    ("prompt", "response", "cache"),
+    [(99, None, "dual"), (None, 2, "dual"), (5, None, "prefix"), (6, 3, "dual"), (3, 1, "prefix"), (5, 3, "prefix")],
 )
-@pytest.mark.parametrize("cache", ["dual", "prefix"])
-def test_a_block_begins_on_the_cached_prompt(cache: str, prompt: int | None, response: int | None) -> None:
+def test_a_block_begins_on_the_cached_prompt(prompt: int | None, response: int | None, cache: str) -> None:
     """Where an interval keeps the prompt, the response alone is computed anew."""
     calls = freed(2)
 

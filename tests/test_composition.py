@@ -17,7 +17,7 @@ from dllm_compile import Options
 from dllm_compile.ids import readable_rows
 from dllm_compile.session import Session, sessions
 
-from . import loops
+from . import loops, models
 from .models import MASK
 from .test_block_cache import filled
 from .test_properties import EXAMPLES, SHAPES, Batch, Model, Shape, batches, fresh
@@ -25,7 +25,7 @@ from .test_properties import EXAMPLES, SHAPES, Batch, Model, Shape, batches, fre
 STEPS, BLOCK = 6, 3
 SHAPE = Shape(layers=2, heads=4, groups=2, head_dim=4, seed=2)
 BATCH = Batch([5, 5], [0, 2], 6, 7)
-FEW = settings(EXAMPLES, max_examples=8)
+FEW = settings(EXAMPLES, max_examples=6)
 
 NEUTRAL: dict[str, dict[str, Any]] = {
     "intervals": {"prompt_interval": 1, "response_interval": 1},
@@ -75,7 +75,8 @@ def drift(model: Model, batch: Batch, options: dict[str, Any], dream: bool = Fal
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         nonlocal worst
-        got, want = call(x, **extra), model(x, **extra)
+        got = call(x, **extra)
+        want: torch.Tensor = model(x, **extra)
         worst = max(worst, float((got - want)[readable_rows(x == MASK, options.get("shift"))].abs().max()))
         return want
 
@@ -105,7 +106,7 @@ def test_neutral_values_equal_eager_alone_and_in_pairs(names: tuple[str, ...]) -
     ("neutral", "others"),
     [
         ("intervals", ("dual", "keep", "saliency")),
-        ("dual", ("intervals", "saliency")),
+        ("dual", ("saliency",)),
         ("prefix", ("keep", "saliency")),
         ("decoded", ("keep",)),
         ("keep", ("dual", "saliency")),
@@ -114,14 +115,14 @@ def test_neutral_values_equal_eager_alone_and_in_pairs(names: tuple[str, ...]) -
     ],
 )
 def test_one_neutral_value_turns_the_others_off(neutral: str, others: tuple[str, ...]) -> None:
-    """Each refreshes everything at each step, whatever the others would reuse: and they do, without it."""
+    """Each refreshes everything at each step, whatever the others reuse without it."""
     options = joined(*(REUSING[name] for name in others), NEUTRAL[neutral])
     assert drift(Model(SHAPE), BATCH, options) < 1e-9
     without = {k: v for k, v in options.items() if k not in NEUTRAL[neutral] or k in ("cache", "keep_ratio", "delay")}
     assert drift(Model(SHAPE), BATCH, {**without, "delay": 0}) > 1e-4
 
 
-@pytest.mark.parametrize("names", [("dual", "keep", "saliency"), ("intervals", "keep"), ("decoded", "saliency")])
+@pytest.mark.parametrize("names", [("dual", "keep", "saliency"), ("intervals", "keep")])
 def test_neutral_values_equal_eager_through_inductor(names: tuple[str, ...]) -> None:
     options = joined(*(NEUTRAL[name] for name in names), {"lowering": "inductor"})
     assert drift(Model(Shape(1, 2, 1, 4, 3)), BATCH, options) < 1e-9
@@ -140,6 +141,19 @@ def test_neutral_values_equal_eager_in_any_number_and_loop(shape: Shape, batch: 
     options["block_length"] = None if dream else data.draw(st.sampled_from(lengths), "block length")
     options["shift"] = data.draw(st.sampled_from([None, True] if dream else [None, False]), "shift")
     assert drift(Model(shape), batch, options, dream) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert", "esm", "roberta"])
+def test_with_every_token_new_and_every_row_salient_any_model_is_as_eager(name: str) -> None:
+    """Fused projections, windows and heads with a bias too; the response is the whole sequence."""
+    model, ids = models.build(name, num_hidden_layers=2), torch.full((1, 12), MASK)
+    neutral = {"saliency_threshold": 2.0, "full_steps": 2, "response_only": False, "shift": False}
+    call = models.compiled(model, **neutral)
+    for number in range(6):
+        assert (call(input_ids=ids).logits - model(input_ids=ids).logits)[ids == MASK].abs().max() < 1e-9
+        ids = torch.arange(12).unsqueeze(0) * 4 + 3 + number
+        ids[0, 2 * number : 2 * number + 2] = MASK
+    assert session().stats.steps == {"full": 2, "salient": 4}
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -206,13 +220,13 @@ def made(given: dict[str, Any]) -> Options | None:
     nothing = not both and not {"prompt_interval", "response_interval"} & given.keys()
     refused = ("transfer_ratio" in given and both) or ("keep_ratio" in given and nothing)
     if refused:
-        with pytest.raises(ValueError, match="transfer_ratio and|keep_ratio is"):
+        with pytest.raises(ValueError, match=r"^(transfer_ratio and|keep_ratio is)"):
             Options.of(given, method="exact")
         return None
     return Options.of(given, method="exact")
 
 
-@settings(EXAMPLES, max_examples=40)
+@settings(EXAMPLES, max_examples=14)
 @given(SHAPES, batches(ragged=True), ANY, st.integers(1, 3), st.booleans())
 def test_any_combination_runs(shape: Shape, batch: Batch, options: dict[str, Any], count: int, repeats: bool) -> None:
     """The first call is eager's, a repeated one gives the same unless it refreshes, and all of them are finite."""
@@ -261,5 +275,8 @@ def test_any_combination_keeps_as_many_bytes_as_explained(shape: Shape, batch: B
         kept = sum(t.numel() * t.element_size() for layer in session().layers.values() for t in layer)
         if kept:
             break
+    if not kept and "evict" in found.variants:
+        assert found.lengths["E"] == 0  # each block ends, or begins anew, before anything is chosen
+        return
     values = {symbol: found.lengths[symbol.name] for symbol in found.state_bytes.free_symbols}
     assert kept == int(found.state_bytes.subs(values))

@@ -278,6 +278,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "response_interval": (INTERVAL, (0, -2, 1.5, "7", True)),
     "transfer_ratio": ("give a share of the response from 0 to 1", NO_SHARE),
     "block_length": ("give a whole number of at least 1, such as 32", (0, -1, 1.0, "32", True)),
+    "window_size": ("give a whole number of at least 0, such as 4", (-1, 1.0, "4", True)),
     "refresh_interval": ("give a whole number of at least 1, such as 8", (0, -1, 1.0, "8", True)),
     "delay": ("give a whole number of at least 0, such as 1", (-1, 1.0, "1", True)),
     "keep_ratio": ("give a share of the entries outside of a block from 0 to 1", NO_SHARE),
