@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .core.axes import attention
 from .core.errors import GraphRefused
 from .lower import Compiled, lower
+from .memory import process_peak_bytes
 from .options import Options
 from .program import Program
 from .run import run
@@ -179,15 +180,19 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
         model: the module that was compiled, or what ``torch.compile`` returned for it.
 
     Returns:
-        The fields of :class:`dllm_compile.stats.Stats` summed over its graphs, and ``state_bytes``.
+        The fields of :class:`dllm_compile.stats.Stats` summed over its graphs; ``state_bytes``, of the rows kept of
+        layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
+        :func:`dllm_compile.memory.process_peak_bytes`.
     """
     mine = None if model is None else {id(parameter) for parameter in model.parameters()}
-    total, kept = Stats(), 0
+    total, kept, logits = Stats(), 0, 0
     for session in sessions():
         if mine is None or mine & set(session.owner):
             total.add(session.stats)
             kept += session.state_bytes()
-    return {**total.as_dict(), "refused": list(dict.fromkeys(_REFUSED)), "state_bytes": kept}
+            logits += session.logits_bytes()
+    sizes = {"state_bytes": kept, "logits_bytes": logits, "peak_bytes": process_peak_bytes()}
+    return {**total.as_dict(), "refused": list(dict.fromkeys(_REFUSED)), **sizes}
 
 
 def reset() -> None:

@@ -83,5 +83,30 @@ def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy
     return total
 
 
+def live_bytes(unit: Unit, axes: Axes, assignment: Assignment, lengths: dict[sympy.Symbol, int]) -> int:
+    """Most bytes of a unit's values that are alive at once, before fusion: an upper bound. Views take nothing.
+
+    Args:
+        unit, axes: a unit and its graph.
+        assignment: for which rows it runs.
+        lengths: a number for each symbol.
+    """
+    computed = emit(unit, axes, assignment, {"selected": 1}, CHOICES).rows
+    order = [n for n in unit.nodes if n in computed and isinstance(axes.fake[n], torch.Tensor)]
+    place = {n: i for i, n in enumerate(order)}
+    made: dict[int, tuple[int, float]] = {}
+    last: dict[int, int] = {}
+    for i, node in enumerate(order):
+        store = axes.fake[node].untyped_storage()
+        rows = ROWS[computed[node].name] if node in axes.layout else S
+        share = float(rows.subs(lengths)) / _extent(axes, "T")
+        made.setdefault(store._cdata, (i, store.nbytes() * share))
+        ends = [place[user] for user in node.users if user in place]
+        ends += [len(order)] if node in unit.outputs else []
+        last[store._cdata] = max([last.get(store._cdata, i), i, *ends])
+    alive = (sum(b for at, (first, b) in made.items() if first <= i <= last[at]) for i in range(len(order)))
+    return int(max(alive, default=0.0))
+
+
 def _extent(axes: Axes, kind: str) -> int:
     return next(f.size for layout in axes.layout.values() for dim in layout for f in dim if f.kind == kind)

@@ -13,6 +13,7 @@ from .backend import Backend
 from .core.assignment import EXACT, Assignment
 from .core.axes import attention
 from .core.plan import Call
+from .core.units import Unit
 from .ids import infer_mask_id
 from .method import schedule
 from .options import Options
@@ -31,6 +32,8 @@ class Explanation:
         relative: the same relative to a full step, for the given lengths, half of the response still masked and a
             tenth of it salient.
         state_bytes: closed form of what is kept between steps.
+        peak_bytes: by variant, at most so many bytes beyond the weights, for the same lengths: what is kept, and the
+            values of the unit that needs most. Logits that a loop is handed come on top.
         lengths: the lengths that ``relative`` is for.
         variants: of a step, by name.
         first: the variant of the first layer, where it is always the same.
@@ -41,6 +44,7 @@ class Explanation:
     flops: dict[str, sympy.Expr] = field(default_factory=dict)
     relative: dict[str, float] = field(default_factory=dict)
     state_bytes: sympy.Expr = field(default_factory=lambda: sympy.Integer(0))
+    peak_bytes: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     variants: dict[str, Assignment] = field(default_factory=dict)
     first: str | None = None
@@ -57,6 +61,7 @@ class Explanation:
             lines.append(f"({first}the head computes the readable rows)")
         lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
         lines.append(f"state bytes = {self.state_bytes}")
+        lines += [f"peak bytes {name} <= {count}" for name, count in self.peak_bytes.items()]
         if self.lengths:
             lines.append("at " + ", ".join(f"{name} = {value}" for name, value in self.lengths.items()))
         return "\n".join(lines)
@@ -131,18 +136,18 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     nothing = masked & False
     calls = options.full_steps + options.full_steps_of_a_block + 4
     plans = [method.next(Call(i, False, masked, nothing, nothing)) for i in range(calls)]
-    active = plans[-1].active
-    fresh = plans[-1].fresh
+    active = [int(plan.active.sum(1).max()) for plan in plans if plan.active is not None]
+    fresh = [max(int(plan.fresh.sum(1).max()), 2) for plan in plans if plan.fresh is not None]
     out.lengths = {
         "B": ids.shape[0],
         "S": tokens,
         "P": tokens - response,
         "G": response,
         "n": int(response * options.share),
-        "A": tokens if active is None else int(active.sum(1).max()),
+        "A": min(active, default=tokens),
         "s": max(response // 10, 1),
         "E": max(plan.kept for plan in plans),
-        "F": 0 if fresh is None else int(fresh.sum(1).max()),
+        "F": max(fresh, default=0),
         "R": response // 2 + 1,
     }
     if not any(program.layers for program in programs):
@@ -156,21 +161,28 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     out.state_bytes = sympy.expand(
         sum((cost.state_bytes(u, p.axes, method.variants) for u, p in layers), sympy.Integer(0))
     )
-    values = [(sympy.Symbol(k, positive=True, integer=True), v) for k, v in out.lengths.items()]
-    whole = out.flops[method.variants[0].name].subs([(cost.R, tokens)]).subs(values)
-    out.relative = {name: float(expression.subs(values) / whole) for name, expression in out.flops.items()}
+    numbers = {sympy.Symbol(k, positive=True, integer=True): v for k, v in out.lengths.items()}
+    whole = out.flops[method.variants[0].name].subs({**numbers, cost.R: tokens})
+    kept = int(out.state_bytes.subs(numbers))
+    for name, assignment in out.variants.items():
+        out.relative[name] = float(out.flops[name].subs(numbers) / whole)
+        runs = [(u, p, _assigned(p, u, assignment, method.first or assignment)) for p in programs for u in p.units]
+        out.peak_bytes[name] = kept + max(cost.live_bytes(u, p.axes, chosen, numbers) for u, p, chosen in runs)
+
+
+def _assigned(program: Program, unit: Unit, assignment: Assignment, first: Assignment) -> Assignment:
+    """What a unit runs in a step: the layers as assigned, the head on readable rows."""
+    if unit.is_layer:
+        return first if unit is program.layers[0] else assignment
+    return HEAD if unit is program.head(program.vocabulary) else EXACT
 
 
 def _step(program: Program, assignment: Assignment, first: Assignment) -> sympy.Expr:
-    """One step through a graph: the layers as assigned, the head on readable rows."""
+    """FLOPs of one step through a graph."""
     total = sympy.Integer(0)
-    head = program.head(program.vocabulary)
     memo: dict[tuple[str, Assignment], sympy.Expr] = {}
     for unit in program.units:
-        if unit.is_layer:
-            chosen = first if unit is program.layers[0] else assignment
-        else:
-            chosen = HEAD if unit is head else EXACT
+        chosen = _assigned(program, unit, assignment, first)
         key = (unit.key, chosen)
         if key not in memo:
             memo[key] = cost.flops(unit, program.axes, chosen)

@@ -10,11 +10,17 @@ threads. A block that was there before the profiler cannot be subtracted when it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 _START = "dllm_compile.memory: start"
 
@@ -105,3 +111,15 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         peaks.start()
         call()
     return peaks.most
+
+
+def process_peak_bytes() -> int:
+    """Most bytes held so far: by tensors on the GPU where there is one in use, else by the whole process (0: unknown).
+
+    Source: ``torch.cuda.max_memory_allocated``, and ``ru_maxrss`` of ``getrusage(2)``, in KiB but on macOS.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

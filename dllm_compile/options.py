@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dyllm/llada-safe": {"method": "dyllm", "saliency_threshold": 0.995},
     "dyllm/dream": {"method": "dyllm", "saliency_threshold": 0.995},
     "dyllm/dream-safe": {"method": "dyllm", "saliency_threshold": 0.9975},
+    "fastest": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
     "dllm-cache/llada-instruct-gsm8k": {"prompt_interval": 50, "response_interval": 7},
     "dllm-cache/llada-instruct-gpqa": {"prompt_interval": 50, "response_interval": 6},
     "dllm-cache/llada-instruct-math": {"prompt_interval": 50, "response_interval": 1},
@@ -55,7 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values the paper's authors recommend by model and task (arXiv 2506.06295), and ``tiny``, found on the embedded model,
 whose running sums need the token just before. The transfer ratio is 0.25 in all of them. Fast-dLLM's block length
-is that of its authors' scripts (arXiv 2505.22618)."""
+is that of its authors' scripts (arXiv 2505.22618), DyLLM's thresholds are of its paper (arXiv 2603.08026). ``fastest`` is
+the best combination found on the embedded model within a point of accuracy, ``bench --plot``; ``generate`` adds a threshold
+of 0.9 to it."""
 
 
 @dataclass(frozen=True)

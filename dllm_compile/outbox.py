@@ -58,6 +58,10 @@ class Outbox:
         for buffer in self.buffers:
             buffer.behind.append(rows)
 
+    def bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.tensor.nbytes for buffer in self.buffers)
+
     def copy(self, value: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of ``value`` that shares no memory with anything the caller still holds."""
         if value.device.type != "cpu" or torch.is_inference_mode_enabled():

@@ -93,9 +93,12 @@ class Session:
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def state_bytes(self) -> int:
-        """Bytes of all rows kept between steps, cached logits included."""
-        kept = [t for tensors in self.layers.values() for t in tensors] + list(self.kept.values())
-        return sum(t.numel() * t.element_size() for t in kept)
+        """Bytes of the rows kept of layers between steps."""
+        return sum(t.nbytes for tensors in self.layers.values() for t in tensors)
+
+    def logits_bytes(self) -> int:
+        """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
+        return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.outboxes.values())
 
     def belongs_to(self, weights: list[torch.Tensor]) -> None:
         """Tie the session to the parameters of a model: it forgets when they are written to, or when they die."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 
@@ -218,3 +219,17 @@ def _delta_attention(
 
 
 _log.disabled = False
+
+
+@register_flop_formula(torch.ops.dllm.delta_attention)
+def _flops(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    change: tuple[int, ...],
+    *_: object,
+    **more: object,
+) -> int:
+    """FLOPs of a call by the shapes of its arguments, two a multiply-add."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * (width * rows * key[2] + value[3] * change[1] * (rows + key[2]))

@@ -16,6 +16,7 @@ import logging
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import register_flop_formula
 
 from dllm_compile.core.rows import mask_keys
 
@@ -132,3 +133,10 @@ def _sparse_attention(
 
 
 _log.disabled = False
+
+
+@register_flop_formula(torch.ops.dllm.sparse_attention)
+def _flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **more: object) -> int:
+    """FLOPs of a call by the shapes of its arguments, two a multiply-add."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * (width + value[3])

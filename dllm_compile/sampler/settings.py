@@ -22,6 +22,9 @@ SYNONYMS = {
     "mask_token_id": "mask_id",
     "eos_token_id": "eos_id",
 }
+PRESET_SETTINGS: dict[str, dict[str, Any]] = {"fastest": {"threshold": 0.9}}
+"""What a preset of the backend says about sampling."""
+
 RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": "topk_margin", "neg_entropy": "entropy"}
 
 
@@ -171,6 +174,7 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
         if meant in target:
             raise ValueError(f"{meant!r} is given twice, once as {name!r}; give it once")
         target[meant] = value
+    own = {**PRESET_SETTINGS.get(str(options.get("preset")), {}), **own}
     if config is not None:
         own = {**_from_config(config, prompt), **own}
     if own.get("remasking") == "confidence_threshold":
