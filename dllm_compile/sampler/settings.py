@@ -174,7 +174,8 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
         if meant in target:
             raise ValueError(f"{meant!r} is given twice, once as {name!r}; give it once")
         target[meant] = value
-    own = {**PRESET_SETTINGS.get(str(options.get("preset")), {}), **own}
+    if "factor" not in own:
+        own = {**PRESET_SETTINGS.get(str(options.get("preset")), {}), **own}
     if config is not None:
         own = {**_from_config(config, prompt), **own}
     if own.get("remasking") == "confidence_threshold":
