@@ -187,7 +187,10 @@ class Options:
             method = "dllm-cache"
         if method is not None:
             one_of("method", method, tuple(METHODS))
-            chosen = {**_OFF, "method": method, **METHODS[method], **chosen}
+            own = METHODS[method]
+            if chosen.get("cache", "none") != "none" or chosen.get("saliency_threshold") is not None:
+                own = {name: value for name, value in own.items() if name != "transfer_ratio"}  # they choose the rows
+            chosen = {**_OFF, "method": method, **own, **chosen}
         return replace(base if base is not None else cls(), **chosen)
 
 

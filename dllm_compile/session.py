@@ -143,8 +143,9 @@ class Session:
             repeat = same and caller is self.caller
         assert self.mask_id is not None
         masked = host.eq(self.mask_id)
-        changed = torch.zeros_like(masked) if self.ids is None else self.ids.ne(host)
-        filled = ~masked if self.ids is None else changed & ~masked & self.ids.eq(self.mask_id)
+        before = host if self.ids is None else self.ids
+        changed = before.ne(host)
+        filled = changed & ~masked & before.eq(self.mask_id)
         if not repeat:
             self.outputs.clear()
         self.ids, self.caller = host, caller

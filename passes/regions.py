@@ -240,7 +240,7 @@ def _branches(
         segment = (inside, before or entering, after)
         attends = any(n.target is attention for n in inside)
         branch = _residual_branch(segment) or (after if attends else None)
-        if branch is not None:
+        if branch is not None and branch in axes.layout:
             out.append(Branch(branch, attends))
     return out
 

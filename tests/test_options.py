@@ -134,8 +134,7 @@ def test_what_none_stands_for(given: dict[str, Any], full: int, share: float) ->
         ({"cache": "dual", "transfer_ratio": 0.5}, "a cache of blocks"),
         ({"cache": "decoded", "transfer_ratio": 0.0, "saliency_threshold": 0.9}, "a cache of blocks"),
         ({"method": "fast-dllm", "transfer_ratio": 1.0}, "a cache of blocks"),
-        ({"method": "dllm-cache", "cache": "dual"}, "a cache of blocks"),
-        ({"method": "dllm-cache", "saliency_threshold": 0.9}, "saliency_threshold"),
+        ({"method": "dllm-cache", "saliency_threshold": 0.9, "transfer_ratio": 0.25}, "saliency_threshold"),
         ({"method": "dyllm", "transfer_ratio": 0.25}, "saliency_threshold"),
     ],
     ids=str,
@@ -144,6 +143,12 @@ def test_two_mechanisms_that_choose_the_rows_are_refused(given: dict[str, Any], 
     said = failure(lambda: Options.of(given))
     assert said == f"transfer_ratio and {other} both choose the rows of a step; leave out one of them"
     assert Options.of({**given, "transfer_ratio": None}).transfer_ratio is None
+
+
+@pytest.mark.parametrize("other", [{"cache": "dual"}, {"saliency_threshold": 0.9}], ids=str)
+def test_beside_what_chooses_rows_dllm_cache_is_its_intervals(other: dict[str, Any]) -> None:
+    got = Options.of({"method": "dllm-cache", **other})
+    assert (got.prompt_interval, got.response_interval, got.transfer_ratio) == (50, 7, None)
 
 
 @pytest.mark.parametrize(

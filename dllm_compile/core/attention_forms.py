@@ -49,8 +49,10 @@ class AttentionForms(Writing):
             if len(self.unit.attentions) > 1:
                 raise GraphRefused("a layer with several attention calls has no single context", self.unit.outputs[0])
             anchor = self.unit.attentions[0].value
-            at, fresh = self._written(anchor, SALIENT), self._raw(anchor)
-            self.changed = self._call(row_ops.changed_rows, (self.state[anchor], at, fresh, self.axes.layout[anchor]))
+            at, fresh, layout = self._written(anchor, SALIENT), self._raw(anchor), self.axes.layout[anchor]
+            if self.computed[anchor] != SALIENT:  # with the queries, by one projection
+                fresh = self._call(row_ops.gather_rows, (fresh, self._index(SALIENT, self.computed[anchor]), layout))
+            self.changed = self._call(row_ops.changed_rows, (self.state[anchor], at, fresh, layout))
         return self.changed
 
     def _moved(self, start: torch.fx.Node, end: torch.fx.Node, value: torch.fx.Node) -> torch.fx.Node:
