@@ -55,6 +55,7 @@ class ActiveRows:
         sequences = response.shape[0]
         self.age = torch.zeros(sequences, 1, dtype=torch.int64)  # steps since a refresh began
         self.left = torch.zeros(sequences, 1, dtype=torch.int64)  # full steps still to come
+        self.edited = torch.zeros(sequences, 1, dtype=torch.bool)  # a change that no refresh has seen yet
         self.kept: dict[str, Any] = {}  # of a plan: what the last eviction left
         self.gaps = False
         self.follows = False  # whether contexts of this step's keys are kept
@@ -78,13 +79,15 @@ class ActiveRows:
         written = part | full | (respond & self.response)
         active = with_row_before(written) if self.before else written
         exact = full | respond
-        same, self.settled = self.settled and not bool(exact.any()) and call.filling is None, True
+        same = self.settled and not bool(exact.any()) and call.filling is None
+        self.settled = True
         plan: dict[str, Any] = {"active": active, "written": written, "same": same, **self.kept}
         assignment = self.part
         if self.bound is not None and self.follows and not bool(exact.all()):
             assignment = salient(self.part)
             plan["salient"] = active & (exact | call.changed)
-            plan["bound"] = torch.where(exact[:, 0], torch.inf, self.bound)
+            bound = torch.full((len(exact),), self.bound, dtype=torch.float32)
+            plan["bound"] = bound.masked_fill(exact[:, 0], torch.inf)
         self.follows = True
         if self.evict is not None:
             assignment = evicted(assignment, self.gaps)
@@ -104,8 +107,11 @@ class ActiveRows:
         missed = call.changed & ~part  # where no partial step would see it
         if options.cache == "decoded":
             missed &= ~call.filled
-        edited = missed.any(1, keepdim=True)
-        start = (self.blocks.moved | edited) & ~self.blocks.done
+        if self.kept:
+            missed |= call.changed & ~self.kept["fresh"]  # it has no place among the entries
+        self.edited |= missed.any(1, keepdim=True)
+        start = (self.blocks.moved | self.edited) & ~self.blocks.done
+        self.edited &= ~start
         prompt = options.prompt_interval is not None and due(options.prompt_interval, number)
         respond = torch.full_like(
             start, options.response_interval is not None and due(options.response_interval, number)
@@ -126,7 +132,7 @@ class ActiveRows:
         full = self.left > 0
         if options.prompt_interval is None or prompt or warm or self.evict is not None:
             return full, respond & ~full
-        return full & False, respond | full
+        return torch.zeros_like(full), respond | full
 
     def _full(self, part: torch.Tensor) -> Plan:
         """A call that computes every row; the last of several chooses what is kept."""

@@ -84,7 +84,9 @@ def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy
 
 
 def live_bytes(unit: Unit, axes: Axes, assignment: Assignment, lengths: dict[sympy.Symbol, int]) -> int:
-    """Most bytes of a unit's values that are alive at once, before fusion: an upper bound. Views take nothing.
+    """Most bytes of a unit's values that are alive at once, before fusion, without temporaries of operations.
+
+    Views take nothing.
 
     Args:
         unit, axes: a unit and its graph.

@@ -32,8 +32,8 @@ class Explanation:
         relative: the same relative to a full step, for the given lengths, half of the response still masked and a
             tenth of it salient.
         state_bytes: closed form of what is kept between steps.
-        peak_bytes: by variant, at most so many bytes beyond the weights, for the same lengths: what is kept, and the
-            values of the unit that needs most. Logits that a loop is handed come on top.
+        peak_bytes: by variant, about so many bytes beyond the weights, for the same lengths: what is kept, and the
+            values of the unit that needs most. Temporaries of operations, and logits handed out, come on top.
         lengths: the lengths that ``relative`` is for.
         variants: of a step, by name.
         first: the variant of the first layer, where it is always the same.
@@ -61,7 +61,7 @@ class Explanation:
             lines.append(f"({first}the head computes the readable rows)")
         lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
         lines.append(f"state bytes = {self.state_bytes}")
-        lines += [f"peak bytes {name} <= {count}" for name, count in self.peak_bytes.items()]
+        lines += [f"peak bytes {name} ~ {count}" for name, count in self.peak_bytes.items()]
         if self.lengths:
             lines.append("at " + ", ".join(f"{name} = {value}" for name, value in self.lengths.items()))
         return "\n".join(lines)
@@ -157,7 +157,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     for name, assignment in out.variants.items():
         work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
         out.flops[name] = sympy.expand(work)
-    layers = [(u, p) for p in programs for u in p.layers if method.first is None or u is not p.layers[0]]
+    layers = [(u, p) for p in programs for u in p.layers if method.first is None or not p.is_first(u)]
     out.state_bytes = sympy.expand(
         sum((cost.state_bytes(u, p.axes, method.variants) for u, p in layers), sympy.Integer(0))
     )
@@ -173,7 +173,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
 def _assigned(program: Program, unit: Unit, assignment: Assignment, first: Assignment) -> Assignment:
     """What a unit runs in a step: the layers as assigned, the head on readable rows."""
     if unit.is_layer:
-        return first if unit is program.layers[0] else assignment
+        return first if program.is_first(unit) else assignment
     return HEAD if unit is program.head(program.vocabulary) else EXACT
 
 

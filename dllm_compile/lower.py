@@ -35,6 +35,8 @@ def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Seq
         for i, value in enumerate(args):
             if isinstance(value, torch.Tensor):
                 sizes = [DimDynamic.STATIC] * value.dim()
+                if i in free and value.shape[1] < 2:
+                    raise RuntimeError(f"code for any number of rows is compiled for 2 or more, not {value.shape[1]}")
                 if i in free:
                     sizes[1] = DimDynamic.DYNAMIC
                 example[i] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))

@@ -130,6 +130,10 @@ class Options:
         chooses = "a cache of blocks" if self.cache != "none" else "saliency_threshold"
         if self.transfer_ratio is not None and (self.cache != "none" or self.saliency_threshold is not None):
             raise ValueError(f"transfer_ratio and {chooses} both choose the rows of a step; leave out one of them")
+        if self.keep_ratio is not None and self.cache == "greedy":
+            raise ValueError(
+                "keep_ratio drops keys of rows that cache='greedy' may compute later; leave out one of them"
+            )
         kept = self.prompt_interval, self.response_interval, self.saliency_threshold
         if self.keep_ratio is not None and self.cache == "none" and kept == (None, None, None):
             raise ValueError(

@@ -105,6 +105,10 @@ class Program:
             return False
         return all(len(self.axes.layout[node]) == 2 for node in head.outputs[: head.leaving])
 
+    def is_first(self, unit: Unit) -> bool:
+        """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""
+        return self.ids is not None and unit is self.layers[0]
+
     def first_weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """Parameters of the first layer."""
         given = [args[self.index[n]] for n in self.layers[0].inputs if n in self.index]

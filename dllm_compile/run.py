@@ -83,7 +83,8 @@ class _Call:
     def _known(self) -> bool:
         """Whether each layer has rows kept and runs once, so that the others need not be computed."""
         keys = set(self.keys.values())
-        return len(keys) == len(self.keys) and not keys & self.step.seen and keys <= self.session.layers.keys()
+        once = len(keys) == len(self.keys) and not keys & (self.step.seen | self.session.tied)
+        return once and keys <= self.session.layers.keys()
 
     def _read(self) -> list[torch.fx.Node]:
         """What the decision and the caller read of layers and head."""
@@ -136,10 +137,8 @@ class _Call:
     def spilled(self) -> bool:
         """Whether a layer had more salient rows than there was room for; then there is more from now on."""
         session = self.session
-        if session.room is None or not self.turned:
-            return False
-        most = int(torch.stack(self.turned).max())  # the one read of a step
-        if most <= session.room:
+        most = int(torch.stack(self.turned).max()) if self.turned else 0  # the one read of a step
+        if session.room is None or most <= session.room:
             return False
         session.room = 1 << (most - 1).bit_length()
         session.stats.spills += 1
@@ -186,8 +185,10 @@ class _Call:
     def _assigned(self, unit: Unit, code: UnitCode, wanted: Assignment, values: Values) -> Assignment:
         """What a layer runs: what the schedule says, where rows are kept that allow it."""
         key = self.keys[id(unit)]
+        if key in self.step.seen:
+            self.session.tied.add(key)  # what ran in this step already has no rows of its own
         if key in self.step.seen or not wanted.keep:
-            return EXACT  # one that ran in this step already has no rows of its own
+            return EXACT
         self.step.seen.add(key)
         if wanted.evict is None and key not in self.session.layers:
             wanted = self.full

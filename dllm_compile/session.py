@@ -70,6 +70,7 @@ class Session:
         self.versions: tuple[int, ...] = ()
         self.vocabulary: int | None = None
         self.idle = False
+        self.tied: set[Any] = set()  # layers that run more than once in a step
         self.room: int | None = None  # salient rows that a layer may have; on a CPU they are counted instead
         self.chooses = False  # whether the graph that is called chooses tokens itself, by a few numbers a row
         self.drop()
@@ -209,7 +210,7 @@ class Session:
         plan = self.schedule.next(call)
         rows = self._rows(call, plan)
         if call.number == 0:
-            self.room = ROOM if device.type != "cpu" else self.room
+            self.room = max(self.room or 0, ROOM) if device.type != "cpu" else self.room
             self.fixed = {name: index.to(device) for name, index in self.fixed.items()}
         indices = {**self.fixed, **{name: index.to(device) for name, index in rows.items()}}
         selected = plan.selected if plan.selected is not None else torch.zeros(batch, dtype=torch.int64)
@@ -240,7 +241,7 @@ class Session:
             rows["outside"] = positions(~plan.fresh, 2, empty=False)
         if plan.active is None or plan.written is None:
             return {**rows, "readable": positions(readable, 2)}
-        active, readable = positions(plan.active, 2), positions(readable & plan.active, 2)
+        active, readable = positions(plan.active, 2, empty=False), positions(readable & plan.active, 2)
         written = torch.where(_at(plan.written, active, False), _at(slots, active, none), none)
         rank = plan.active.long().cumsum(1) - 1
         rows |= {"active": active, "written": written, "readable": readable}
@@ -256,9 +257,7 @@ def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Te
     return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)
 
 
-ROOM = 64
-"""Salient rows that a layer has room for at first, where their number stays on the device."""
-
+ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _CURRENT = threading.local()
 

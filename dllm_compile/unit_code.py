@@ -17,7 +17,7 @@ from .core.writing import Choices
 from .kernels.delta_attention import delta_attention
 from .kernels.kept_entries import kept_and_fresh
 from .kernels.row_change import pick_rows
-from .kernels.salient_rows import turned_rows
+from .kernels.salient_rows import salient_rows
 from .kernels.sparse_attention import sparse_attention
 from .lower import Compiled, lower
 from .session import Step
@@ -58,7 +58,7 @@ class Values:
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
 
-CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, turned_rows)
+CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, salient_rows)
 
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
 

@@ -60,10 +60,8 @@ def kept_entries(
     there = (block < tokens)[:, None, :, None]
     heads, width = query.shape[1], query.shape[3]
     at = block.clamp(max=tokens - 1)[:, None, :, None].expand(-1, heads, -1, width)
-    mean = (query.gather(2, at).to(dtype) * there).sum(2) / there.sum(2)
-    grouped = mean.view(mean.shape[0], key.shape[1], -1, width).mean(
-        2
-    )  # heads that share a key head: the mean is linear
+    mean = (query.gather(2, at).to(dtype) * there).sum(2) / there.sum(2).clamp(min=1)
+    grouped = mean.view(mean.shape[0], key.shape[1], -1, width).mean(2)  # of heads that share a key head: it is linear
     score = (grouped.unsqueeze(2) * key.to(dtype)).sum(-1).mean(1)
     seen = outside < tokens
     place = outside.clamp(max=tokens - 1)

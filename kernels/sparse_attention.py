@@ -41,8 +41,8 @@ def sparse_attention(
         positions: ``[B, E]`` int64, 0 or more, of the entries; ``tokens`` or more for "no row". ``None`` where every
             entry is there, and entry ``e`` is at ``e``.
         tokens: the token count ``S``, at least 1.
-        mask: ``[B or 1, H or 1, Q or 1, S]``, bool (may attend), or of the query's dtype, or float32 for a query of
-            less (added). Without ``positions``, ``E`` is ``S``.
+        mask: ``[B or 1, H or 1, Q or 1, S]`` or its last dimensions; bool (may attend), or added: of the
+            query's dtype, or float32 for one of half the size. Without ``positions``, ``E`` is ``S``.
         scale: of the scores, ``1 / sqrt(h)`` by default.
 
     Returns:
@@ -52,6 +52,7 @@ def sparse_attention(
     if tokens < 1:
         raise ValueError(f"tokens is at least 1; got {tokens}")
     if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         _check_mask(query, mask, tokens)
         if positions is None and key.shape[2] != tokens:
             raise ValueError(

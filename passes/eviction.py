@@ -1,8 +1,8 @@
 """Sparse-dLLM's eviction as row sets (arXiv 2508.02558, and its authors' code where the two differ).
 
 The last of the full steps that a block begins with chooses, in each layer, the share of the entries that its queries
-look at most, among those that no later step computes. Only these are kept. The steps behind it read the kept entries
-and the rows computed since:
+look at most, among those that no later step computes. Only these are kept, until the next step that chooses. The steps
+behind it read the kept entries and the rows computed since:
 
     step            rows      keys
     full            all       all, none kept
@@ -24,14 +24,14 @@ def entries(fresh: torch.Tensor, keep_ratio: float) -> int:
 
     Code compiled for any number of rows takes two or more; what a sequence does not keep is no row.
     """
-    return max(int((~fresh).sum(1).max() * keep_ratio), 2)
+    return max(int(int((~fresh).sum(1).max()) * keep_ratio), 2)
 
 
 def has_gaps(fresh: torch.Tensor, keep_ratio: float) -> bool:
     """Whether some of the kept entries or ``fresh`` rows ``[B, S]`` bool of some sequence are no rows."""
     counts = fresh.sum(1)
     uneven = bool((counts != counts[0]).any()) or int(counts[0]) < 2
-    return uneven or int((~fresh[0]).sum() * keep_ratio) < 2
+    return uneven or int(int((~fresh[0]).sum()) * keep_ratio) < 2
 
 
 def unkept(full: Assignment) -> Assignment:

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dllm_compile.kernels.delta_attention import Parts, delta_attention, reference
-from dllm_compile.kernels.salient_rows import salient_counts, salient_rows
+from dllm_compile.kernels.salient_rows import salient_rows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EXAMPLES = settings(
@@ -391,47 +391,32 @@ def test_the_kernel_equals_float64_on_a_gpu(dtype: torch.dtype) -> None:
 @given(
     turns=st.lists(st.lists(st.sampled_from([0.5, 0.99, 1.0, torch.nan]), min_size=6, max_size=6), max_size=3),
     there=st.integers(0, 63),
-    count=st.integers(0, 8),
+    bounds=st.lists(st.sampled_from([-1.0, 0.99, torch.inf]), min_size=3, max_size=3),
 )
-def test_salient_rows_are_those_below_the_threshold(turns: list[list[float]], there: int, count: int) -> None:
+def test_salient_rows_are_those_below_the_threshold(turns: list[list[float]], there: int, bounds: list[float]) -> None:
     similarity = torch.tensor(turns, dtype=torch.float64).view(-1, 6)
-    rows = torch.tensor([10 + 2 * i if there >> i & 1 else 99 for i in range(6)]).expand(len(turns), -1)
-    got, counts = salient_rows(similarity, 0.99, rows, count, 99), salient_counts(similarity, 0.99, rows, 99)
+    active = torch.tensor([10 + 2 * i if there >> i & 1 else 99 for i in range(6)]).expand(len(turns), -1)
+    threshold = torch.tensor(bounds[: len(turns)], dtype=torch.float64).view(-1, 1)
+    got, counts = salient_rows(similarity, threshold, active, 99)
     want = [
-        [row for row, turn in zip(rows[0].tolist(), turn, strict=True) if row != 99 and turn < 0.99] for turn in turns
+        [i for i in range(6) if there >> i & 1 and turn[i] < bound] for turn, bound in zip(turns, bounds, strict=False)
     ]
     assert counts.tolist() == [len(row) for row in want]
     assert got.dtype == counts.dtype == torch.int64
-    assert got.shape == (len(turns), count)
-    assert got.tolist() == [(row + [99] * count)[:count] for row in want]
+    assert got.tolist() == [row + [6] * (6 - len(row)) for row in want]
 
 
 def test_salient_rows_are_found_without_a_look() -> None:
     """Compiled whole: no number is read on the host, no shape depends on one."""
 
-    def both(similarity: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return salient_rows(similarity, 0.5, rows, 3, 20), salient_counts(similarity, 0.5, rows, 20)
+    def found(similarity: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return salient_rows(similarity, torch.full((2, 1), 0.5), active, 20)
 
-    similarity, rows = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)), torch.arange(20).expand(2, -1)
-    got, want = torch.compile(both, fullgraph=True)(similarity, rows), both(similarity, rows)
+    similarity, active = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)), torch.arange(20).expand(2, -1)
+    got, want = torch.compile(found, fullgraph=True)(similarity, active), found(similarity, active)
     assert (want[1] > 3).all()
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
-
-
-@pytest.mark.parametrize(
-    ("similarity", "rows", "count"),
-    [
-        (torch.zeros(2), torch.zeros(2, dtype=torch.int64), 1),
-        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), 1),
-        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int32), 1),
-        (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64), 1),
-        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), -1),
-    ],
-)
-def test_what_are_not_rows_is_refused(similarity: torch.Tensor, rows: torch.Tensor, count: int) -> None:
-    with pytest.raises(ValueError, match="got"):
-        salient_rows(similarity, 0.5, rows, count, 9)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Emitted:
             the unit, then the picked rows ``[B, n]`` if there are any, or the salient ones and their number.
         takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``,
             ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"``, ``"counts"``,
-            ``"bound"``.
+            ``"bound"``. Where entries are evicted, the last state has the positions of those kept.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
         leaves: the row set of each output.
         turns: whether the last two outputs are the rows that are salient from here on, ``[B, K]`` places among the
