@@ -121,8 +121,9 @@ class ActiveRows:
         if options.refresh_interval is not None:
             again |= self.age >= options.refresh_interval
         if self.evict is not None:  # kept entries are of one step: all sequences of a batch begin anew
-            start |= (start | again | prompt | respond).any()
+            start |= (again | prompt | respond).any()
             again |= start
+            self.kept = {} if bool(start.any()) else self.kept
         self.age[again] = 0
         self.left[again | prompt] = self.left[again | prompt].clamp(min=1)
         self.left[start] = self.left[start].clamp(min=options.full_steps_of_a_block)

@@ -200,7 +200,7 @@ def test_what_is_not_attention_is_refused() -> None:
             "torch.float64 is one of .*; got torch.float32",
             (*(x.double() for x in (q, k, k)), at, 9, torch.zeros(1, 1, 1, 9)),
         ),
-        (r"a mask is \[2, 4, 3, 9\], .*; got \[3, 9\]", (q, k, k, at, 9, torch.zeros(3, 9))),
+        (r"a mask is \[2, 4, 3, 9\], .*; got \[1, 1, 4, 9\]", (q, k, k, at, 9, torch.zeros(4, 9))),
         (r"a mask is .*; got \[1, 2, 1, 9\]", (q, k, k, at, 9, torch.zeros(1, 2, 1, 9))),
         (r"a mask is .*; got \[1, 1, 1, 5\]", (q, k, k, at, 9, torch.zeros(1, 1, 1, 5))),
         ("over 9 tokens needs the positions .*; got 5 entries", (q, k, k, None, 9, torch.zeros(1, 1, 1, 9))),
