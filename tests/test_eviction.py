@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import dllm_compile
 from dllm_compile.kernels.kept_entries import kept_entries
+from dllm_compile.passes.eviction import entries, has_gaps
 from dllm_compile.session import Session, sessions
 
 from . import models
@@ -220,3 +221,16 @@ def test_kept_entries_follow_the_formula(
 def test_bad_options_are_answered(name: str, value: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         dllm_compile.Options.of({**EVICT, name: value})
+
+
+@pytest.mark.parametrize(("outside", "ratio"), [(90, 0.7), (170, 0.7), (180, 0.35), (100, 0.29), (3, 0.5), (2, 0.0)])
+def test_entries_are_counted_as_the_kernel_counts_them(outside: int, ratio: float) -> None:
+    """In float32, 90 * 0.7 is 63 and not 62: a slot without an entry, which no mask would hide."""
+    fresh = torch.arange(outside + 8).expand(2, -1) < 8
+    count, most = int(outside * ratio), entries(fresh, ratio)
+    assert most == max(count, 2)
+    assert has_gaps(fresh, ratio) == (count < 2)
+    query, key = torch.randn(2, 2, outside + 8, 4), torch.randn(2, 1, outside + 8, 4)
+    index = torch.arange(outside + 8).expand(2, -1)
+    kept = kept_entries(query, key, None, index[:, :8], index[:, 8:], most, ratio, None)
+    assert (kept < outside + 8).sum(1).tolist() == [count, count]

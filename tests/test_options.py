@@ -388,3 +388,8 @@ def test_options_reach_the_session() -> None:
         **PUBLISHED["dllm-cache"],
         **{"method": "dllm-cache", "lowering": "eager", "response_interval": 3, "mask_id": MASK},
     }
+
+
+def test_greedy_rows_are_not_evicted() -> None:
+    said = failure(lambda: Options.of(preset="dkv-cache/greedy", keep_ratio=0.5))
+    assert said == "keep_ratio drops keys of rows that cache='greedy' may compute later; leave out one of them"

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import dllm_compile
+from dllm_compile import tiny
+from dllm_compile.loop import quota_loop
 from dllm_compile.session import Session, sessions
 
 from . import golden_models
@@ -79,3 +81,27 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     every = run(0.999, response_interval=1)
     exact = [step for step in range(4, 9) if torch.equal(got[step], every[step])]
     assert len(exact) >= 1
+
+
+def test_the_error_grows_as_the_threshold_falls() -> None:
+    """On the embedded model, along the path that its own eager decoding takes."""
+    model, tokenizer = tiny.load()
+    mask_id = model.config.mask_token_id
+    prompts = tiny.encode(tiny.problems(2, 3), tokenizer)
+    x = torch.cat([prompts, torch.full((2, tiny.RESPONSE_LENGTH), mask_id)], 1)
+    calls = [x.clone()]
+    with torch.no_grad():
+        loop = quota_loop(lambda ids: model(ids).logits, x, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH, 32, mask_id)
+        calls += [state.clone() for _, state in zip(range(11), loop, strict=False)]
+        exact = [model(ids).logits for ids in calls]
+
+        def error(threshold: float) -> float:
+            torch._dynamo.reset()
+            options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
+            compiled = torch.compile(model, backend="dllm", options=options)
+            apart = [(compiled(ids).logits - want)[ids == mask_id] for ids, want in zip(calls, exact, strict=True)]
+            return float(torch.cat(apart).square().mean().sqrt())
+
+        errors = [error(threshold) for threshold in (0.9, 0.98, 0.995, 0.9995)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > errors[-1] > 0
