@@ -51,8 +51,8 @@ def test_demo_writes_its_table(tmp_path: Path) -> None:
     target = tmp_path / "demo.json"
     text = run("-m", "dllm_compile", "demo", "--problems", "2", "--batch", "2", "--json", str(target))
     rows = {row["name"]: row for row in json.loads(target.read_text())["rows"]}
-    fixed = {"eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual"}
-    assert set(rows) == fixed | {"threshold, eager", "dual + threshold"}
+    fixed = {"eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual", "sparse-dllm", "dyllm"}
+    assert set(rows) == fixed | {f"{name} + threshold" for name in ("dual", "sparse", "dyllm")} | {"threshold, eager"}
     assert all(rows[name]["forwards"] == tiny.RESPONSE_LENGTH for name in fixed)
     assert rows["dual + threshold"]["fewer"] > 2
     assert rows["fast-dllm dual"]["flops"] < 0.6
