@@ -92,7 +92,7 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
         ("llama", {"cache": "dual", "keep_ratio": 0.5, "block_length": 4}, {"full", "evict", "sparse"}),
         ("qwen3", {**OPTIONS, "keep_ratio": 0.5}, {"select", "response", "evict"}),
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_closed_form_is_within_a_percent_of_counted_flops(
     name: str, options: dict[str, Any], variants: set[str]
