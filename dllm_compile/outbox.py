@@ -40,11 +40,18 @@ class _Buffer:
         if len(changed) < len(self.behind) or self.tensor._version != self.version:
             self.tensor.copy_(value)
         else:
-            batch = torch.arange(value.shape[0]).unsqueeze(1)
-            for rows in changed:
-                at = (batch, rows.clamp(max=value.shape[1] - 1))
-                self.tensor[at] = value[at]
+            for sequence, begin, end in _runs(changed, value.shape[:2]):
+                self.tensor[sequence, begin:end] = value[sequence, begin:end]
         self.version, self.behind = self.tensor._version, []
+
+
+def _runs(changed: list[torch.Tensor], size: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Sequence, first row and end of each run of rows that changed at all: steps mostly change the same ones."""
+    seen = torch.zeros(size[0], size[1] + 2, dtype=torch.int8)
+    for rows in changed:
+        seen.scatter_(1, rows.clamp(max=size[1] - 1) + 1, 1)
+    edges = seen.diff(dim=1).nonzero().tolist()
+    return [(sequence, begin, end) for (sequence, begin), (_, end) in zip(edges[::2], edges[1::2], strict=True)]
 
 
 class Outbox:
