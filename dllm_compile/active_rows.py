@@ -9,7 +9,7 @@ Each sequence of a batch is at one of three levels, and the call is written for 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -19,8 +19,8 @@ from .core.plan import Call, Plan, with_row_before
 from .options import Options
 from .passes.block_cache import BLOCK, FULL, recomputed
 from .passes.eviction import entries, evicted, evicting, has_gaps, unkept
-from .passes.feature_cache import due
 from .passes.saliency import salient, with_contexts
+from .refreshes import Refreshes
 
 WHOLE = 4  # DyLLM's authors compute every row in the first steps, and every so many steps
 
@@ -52,11 +52,9 @@ class ActiveRows:
             full = unkept(full)
         self.full = full
         self.variants: tuple[Assignment, ...] = self._variants()
-        sequences = response.shape[0]
-        self.age = torch.zeros(sequences, 1, dtype=torch.int64)  # steps since a refresh began
-        self.left = torch.zeros(sequences, 1, dtype=torch.int64)  # full steps still to come
-        self.edited = torch.zeros(sequences, 1, dtype=torch.bool)  # a change that no refresh has seen yet
-        self.kept: dict[str, Any] = {}  # of a plan: what the last eviction left
+        self.refreshes = Refreshes(options, response.shape[0])
+        self.edited = torch.zeros(response.shape[0], 1, dtype=torch.bool)  # a change that no refresh has seen yet
+        self.chosen: Plan | None = None  # the eviction whose entries are kept
         self.gaps = False
         self.follows = False  # whether contexts of this step's keys are kept
         self.settled = True
@@ -71,27 +69,23 @@ class ActiveRows:
         """Rows of the call; a repeated one counts."""
         self.blocks.next(call)
         part = self._partial(call)
-        full, respond = self._levels(call, part)
-        self.left = (self.left - 1).clamp(min=0)
-        done = self.blocks.done
-        if bool((full | done).all()):
+        full, response = self.refreshes.next(call.number, self._begins(call, part))
+        if bool((full | self.blocks.done).all()):
             return self._full(part)
-        written = part | full | (respond & self.response)
+        written = part | full | (response & self.response)
         active = with_row_before(written) if self.before else written
-        exact = full | respond
+        exact = full | response
         same = self.settled and not bool(exact.any()) and call.filling is None
         self.settled = True
-        plan: dict[str, Any] = {"active": active, "written": written, "same": same, **self.kept}
-        assignment = self.part
+        plan = Plan(self.part, active=active, written=written, same=same)
         if self.bound is not None and self.follows and not bool(exact.all()):
-            assignment = salient(self.part)
-            plan["salient"] = active & (exact | call.changed)
-            bound = torch.full((len(exact),), self.bound, dtype=torch.float32)
-            plan["bound"] = bound.masked_fill(exact[:, 0], torch.inf)
+            bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
+            plan = replace(plan, assignment=salient(self.part), salient=active & (exact | call.changed), bound=bound)
         self.follows = True
-        if self.evict is not None:
-            assignment = evicted(assignment, self.gaps)
-        return Plan(assignment, **plan)
+        if self.chosen is None:
+            return plan
+        assignment = evicted(plan.assignment, self.gaps)
+        return replace(plan, assignment=assignment, fresh=self.chosen.fresh, kept=self.chosen.kept)
 
     def _partial(self, call: Call) -> torch.Tensor:
         """Rows of a partial step."""
@@ -101,47 +95,26 @@ class ActiveRows:
             return torch.ones_like(self.response)
         return recomputed(options.cache, self.blocks, self.response, call, options.shift, options.window_size)
 
-    def _levels(self, call: Call, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which sequences, ``[B, 1]`` bool, compute all rows, and which all of the response."""
-        options, number = self.options, call.number
-        missed = call.changed & ~part  # where no partial step would see it
-        if options.cache == "decoded":
+    def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:
+        """Which sequences, ``[B, 1]`` bool, begin a block, or were edited where no partial step sees it."""
+        missed = call.changed & ~part
+        if self.options.cache == "decoded":
             missed &= ~call.filled
-        if self.kept:
-            missed |= call.changed & ~self.kept["fresh"]  # it has no place among the entries
+        if self.chosen is not None and self.chosen.fresh is not None:
+            missed |= call.changed & ~self.chosen.fresh  # it has no place among the entries
         self.edited |= missed.any(1, keepdim=True)
-        start = (self.blocks.moved | self.edited) & ~self.blocks.done
-        self.edited &= ~start
-        prompt = options.prompt_interval is not None and due(options.prompt_interval, number)
-        respond = torch.full_like(
-            start, options.response_interval is not None and due(options.response_interval, number)
-        )
-        self.age += 1
-        again = start.clone()
-        if options.refresh_interval is not None:
-            again |= self.age >= options.refresh_interval
-        if self.evict is not None:  # kept entries are of one step: all sequences of a batch begin anew
-            start |= (again | prompt | respond).any()
-            again |= start
-            self.kept = {} if bool(start.any()) else self.kept
-        self.age[again] = 0
-        self.left[again | prompt] = self.left[again | prompt].clamp(min=1)
-        self.left[start] = self.left[start].clamp(min=options.full_steps_of_a_block)
-        warm = self.bound is not None and number < options.full_steps
-        if warm:
-            self.left = self.left.clamp(min=1 if number + 1 == options.full_steps else 2)
-        full = self.left > 0
-        if options.prompt_interval is None or prompt or warm or self.evict is not None:
-            return full, respond & ~full
-        return torch.zeros_like(full), respond | full
+        begins = (self.blocks.moved | self.edited) & ~self.blocks.done
+        self.edited &= ~begins
+        return begins
 
     def _full(self, part: torch.Tensor) -> Plan:
         """A call that computes every row; the last of several chooses what is kept."""
         self.follows = self.evict is None
-        if self.evict is None or bool((self.left > 0).any()):
+        self.chosen = None
+        if self.evict is None or bool((self.refreshes.left > 0).any()):
             return Plan(self.full, same=False)
         assert self.options.keep_ratio is not None
-        self.kept = {"fresh": part, "kept": entries(part, self.options.keep_ratio)}
-        self.gaps = has_gaps(part, self.options.keep_ratio)
-        self.settled = False
-        return Plan(self.evict, block=self.blocks.active, same=False, **self.kept)
+        self.settled, self.gaps = False, has_gaps(part, self.options.keep_ratio)
+        kept = entries(part, self.options.keep_ratio)
+        self.chosen = Plan(self.evict, block=self.blocks.active, fresh=part, kept=kept, same=False)
+        return self.chosen

@@ -41,19 +41,21 @@ def dllm(
         module: the graph that Dynamo traced.
         example_inputs: fake inputs, one a placeholder.
         options: see :class:`dllm_compile.Options`.
-        mode: refused; Inductor's modes do not describe what is cached.
+        mode: ``"reduce-overhead"`` for the option ``cuda_graphs``; Inductor's other modes are not for this backend.
 
     Returns:
         A function of the same inputs.
 
     Raises:
-        ValueError: ``mode`` is given, or an option is unknown or out of range.
+        ValueError: ``mode`` is another one, or an option is unknown or out of range.
     """
     cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     chosen = Options.of(options)
-    if mode is not None:
-        raise ValueError(f"mode={mode!r} is not for this backend; say options={{'method': ...}} instead")
-    return Backend(module, chosen)
+    if mode not in (None, "reduce-overhead"):
+        raise ValueError(
+            f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say options={{'method': ...}} instead"
+        )
+    return Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
 
 
 class Backend:

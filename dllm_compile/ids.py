@@ -40,16 +40,17 @@ def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
     return masked if shift is False else with_row_before(masked)
 
 
-def positions(rows: torch.Tensor, least: int = 0, empty: bool = True) -> torch.Tensor:
+def positions(rows: torch.Tensor, least: int = 0, empty: bool = True, multiple: int = 1) -> torch.Tensor:
     """Positions ``[B, K]`` int64 of the rows set in a ``[B, S]`` bool; what is missing in shorter ones is ``S``.
 
     Args:
         rows: which rows.
         least: columns that any non-empty index has at least. Code compiled for any number of rows takes two or more.
         empty: whether an index of no rows may have no columns.
+        multiple: of which the columns are one, unless they are all ``S``.
     """
     tokens = rows.shape[1]
-    most = int(rows.sum(1).max())
+    most = min(-int(-rows.sum(1).max() // multiple) * multiple, tokens)
     where = torch.where(rows, torch.arange(tokens), tokens)
     where = where.sort(1).values[:, :most]
     if most < least and (most or not empty):

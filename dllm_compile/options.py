@@ -93,6 +93,8 @@ class Options:
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
         verify: every so many steps the graph also runs without the method, in eager, and ``stats`` reports the
             difference; 0 never.
+        cuda_graphs: whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on
+            CUDA; ``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 32.
         lowering: ``"inductor"``, or ``"eager"``, which runs the rewritten graphs uncompiled.
     """
 
@@ -113,6 +115,7 @@ class Options:
     mask_id: int | None = None
     shift: bool | None = None
     verify: int = 0
+    cuda_graphs: bool = False
     lowering: str = "inductor"
 
     def __post_init__(self) -> None:
@@ -235,6 +238,7 @@ _INTERVAL = (
     lambda v: is_int(v) and (v >= 1 or v == -1),
     "a number of steps, at least 1, or -1 to refresh at every step",
 )
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_interval": _INTERVAL,
     "response_interval": _INTERVAL,
@@ -247,7 +251,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kernel_size": (lambda v: v is None or (is_int(v) and v % 2 == 1 and v > 0), "an odd number such as 3, or None"),
     "saliency_threshold": (is_number, "a cosine, such as 0.99"),
     "full_steps": _count("4"),
-    "response_only": (lambda v: isinstance(v, bool), "True or False"),
+    "response_only": _FLAG,
+    "cuda_graphs": _FLAG,
     "mask_id": (lambda v: is_int(v) and v >= 0, "the token id of the mask, such as 126336 for LLaDA"),
     "shift": (lambda v: isinstance(v, bool), "True for samplers that read row i - 1 for token i, else False"),
     "verify": (lambda v: is_int(v) and v >= 0, "a number of steps between checks, or 0 for none"),

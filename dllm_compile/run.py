@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from . import tapes
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, Assignment
 from .core.layout import Layout, position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
@@ -31,30 +32,33 @@ MOST = 0.9  # with more of the rows readable than this, the head computes all: n
 
 def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
-    env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
-    call = _Call(program, env, session, step)
+    call = _Call(program, args, session, step)
     if step.repeat and program in session.outputs and program.decision is None:
         return call.answer(session.outputs[program], set(program.results))
     if step.repeat and (kept := call.kept_results()) is not None:
         return call.answer(kept, set(kept))
-    if program.prelude is not None:
-        given = [env[n] for n in program.prelude_reads]
-        if program.prelude_run is None:
-            program.prelude_run = lower(program.prelude, given, program.options.lowering)
-        env.update(zip(program.constants, program.prelude_run(*given), strict=True))
-    given_env, layer, seen = dict(env), step.layer, set(step.seen)
-    call.units()
+    layer, seen = step.layer, set(step.seen)
+    if call.recordable():
+        kind = program, step.assignment, tuple(step.sizes.items()), session.room
+        call = tapes.run(session.tapes, kind, lambda args, step: _made(program, args, session, step), args, step)
+    else:
+        call.compute()
     if call.spilled():  # what it wrote is among the active rows, which now are all written anew
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
-        call = _Call(program, given_env, session, step)
-        call.units()
-    results = {n: call.whole(n) for n in program.results}
+        call = _made(program, args, session, step)
+    results = call.results
     if call.head is not None or program.ids is not None:
         session.outputs[program] = results
     elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
         return torch.fx.map_arg(program.result, lambda n: results[n])
     return call.answer(results, call.stored)
+
+
+def _made(program: Program, args: Sequence[Any], session: Session, step: Step) -> _Call:
+    call = _Call(program, args, session, step)
+    call.compute()
+    return call
 
 
 @cache
@@ -66,8 +70,11 @@ def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
 class _Call:
     """Values of one call, and the rows each is on."""
 
-    def __init__(self, program: Program, env: dict[torch.fx.Node, Any], session: Session, step: Step) -> None:
-        self.program, self.env, self.session, self.step = program, env, session, step
+    def __init__(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> None:
+        self.program, self.session, self.step = program, session, step
+        env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
+        self.env = env
+        self.results: dict[torch.fx.Node, Any] = {}
         self.have: dict[torch.fx.Node, RowSet] = {}
         self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
         self.stored: set[torch.fx.Node] = set()  # values whose every row is kept, up to date
@@ -126,13 +133,26 @@ class _Call:
             copies[node] = value
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 
-    def units(self) -> None:
-        """Run all of them; a value is dropped behind its last reader."""
+    def recordable(self) -> bool:
+        """Whether the call may be recorded: a partial step of a whole model."""
+        step, wanted = self.step, self.session.options.cuda_graphs and self.program.ids is not None
+        if not wanted or step.repeat or not tapes.possible(step.counts.device):
+            return False
+        return step.assignment.evict is None and self.full not in (step.assignment, self.rest)
+
+    def compute(self) -> None:
+        """Run all units; a value is dropped behind its last reader."""
         program = self.program
+        if program.prelude is not None:
+            given = [self.env[n] for n in program.prelude_reads]
+            if program.prelude_run is None:
+                program.prelude_run = lower(program.prelude, given, program.options.lowering)
+            self.env.update(zip(program.constants, program.prelude_run(*given), strict=True))
         for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
             self.unit(unit, code)
             for node in dead:
                 self.env.pop(node, None)
+        self.results = {n: self.whole(n) for n in program.results}
 
     def spilled(self) -> bool:
         """Whether a layer had more salient rows than there was room for; then there is more from now on."""
@@ -217,6 +237,7 @@ class _Call:
         if key in layers and (not compact or layers[key][-1].shape[1] == rows):
             return layers[key]
         layers.pop(key, None)  # free the old ones first
+        self.session.tapes.clear()
         layers[key] = allocate(unit.anchors(assignment.keep), self.program.axes, step.counts.device, compact, rows)
         return layers[key]
 
@@ -282,6 +303,7 @@ class _Call:
         layout = self.program.axes.layout[node]
         kept = self._slot(node)
         if kept is None:
+            self.session.tapes.clear()
             (kept,) = allocate([node], self.program.axes, self.step.counts.device)
             self.session.kept[self._slot_key(node)] = kept
         if node not in self.stored and rows == ALL:

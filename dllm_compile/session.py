@@ -92,6 +92,7 @@ class Session:
         self.others: list[tuple[torch.Tensor, int]] = []
         self.passed: list[torch.Tensor] = []
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.tapes: dict[Any, Any] = {}  # see ``tapes``; they hold addresses of rows
 
     def state_bytes(self) -> int:
         """Bytes of the rows kept of layers between steps."""
@@ -240,15 +241,19 @@ class Session:
             rows["block"] = positions(plan.block, 2, empty=False)
             rows["outside"] = positions(~plan.fresh, 2, empty=False)
         if plan.active is None or plan.written is None:
-            return {**rows, "readable": positions(readable, 2)}
-        active, readable = positions(plan.active, 2, empty=False), positions(readable & plan.active, 2)
+            return {**rows, "readable": self._varying(readable)}
+        active, readable = self._varying(plan.active, empty=False), self._varying(readable & plan.active)
         written = torch.where(_at(plan.written, active, False), _at(slots, active, none), none)
         rank = plan.active.long().cumsum(1) - 1
         rows |= {"active": active, "written": written, "readable": readable}
         rows["readable@active"] = _at(rank, readable, active.shape[1])
         if plan.salient is not None:
-            rows["salient"] = positions(_at(plan.salient, active, False), 2, empty=False)
+            rows["salient"] = self._varying(_at(plan.salient, active, False), empty=False)
         return rows
+
+    def _varying(self, rows: torch.Tensor, empty: bool = True) -> torch.Tensor:
+        """Positions of rows whose number differs from call to call; few numbers of them where calls are recorded."""
+        return positions(rows, 2, empty, RECORDED if self.options.cuda_graphs else 1)
 
 
 def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:
@@ -257,6 +262,7 @@ def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Te
     return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)
 
 
+RECORDED = 32  # rows of a recorded call are a multiple of this, or all
 ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _CURRENT = threading.local()

@@ -42,6 +42,7 @@ OFF: dict[str, Any] = {
     "mask_id": None,
     "shift": None,
     "verify": 0,
+    "cuda_graphs": False,
     "lowering": "inductor",
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -219,6 +220,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "kernel_size": (1, 3, 7, None),
     "full_steps": (1, 4, 1000),
     "response_only": (True, False),
+    "cuda_graphs": (True, False),
     "mask_id": (0, 126336, None),
     "shift": (True, False, None),
     "verify": (0, 1, 100),
@@ -291,6 +293,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "saliency_threshold": ("give a cosine, such as 0.99", ("0.99", True, math.nan, [0.9])),
     "full_steps": ("give a whole number of at least 1, such as 4", (0, -1, 4.0, "4", True, None)),
     "response_only": ("give True or False", (0, 1, "yes", None)),
+    "cuda_graphs": ("give True or False", (0, 1, "yes", None)),
     "mask_id": ("give the token id of the mask", (-1, 1.0, "[MASK]", True)),
     "shift": ("give True for samplers that read row i - 1 for token i, else False", ("yes", 2, 0, 1, 0.0)),
     "verify": ("give a number of steps between checks, or 0 for none", (-1, 1.5, True, None)),
@@ -370,10 +373,16 @@ def test_torch_compile_hands_on_our_sentence(options: dict[str, Any], sentence: 
     assert sentence in compile_error(options=options)
 
 
-def test_mode_is_refused() -> None:
-    assert "mode='max-autotune' is not for this backend; say options={'method': ...} instead" in compile_error(
-        mode="max-autotune"
-    )
+def test_a_mode_of_inductor_is_refused() -> None:
+    said = compile_error(mode="max-autotune")
+    assert "mode='max-autotune' is not for this backend; give 'reduce-overhead', or say options=" in said
+
+
+def test_reduce_overhead_asks_for_cuda_graphs() -> None:
+    embedding = torch.nn.Embedding(MASK + 1, 4)
+    with torch.no_grad():
+        torch.compile(embedding, backend="dllm", mode="reduce-overhead")(torch.full((1, 4), MASK))
+    assert [s.options.cuda_graphs for s in dllm_compile.session.sessions() if id(embedding.weight) in s.owner] == [True]
 
 
 def test_options_reach_the_session() -> None:

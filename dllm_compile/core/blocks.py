@@ -1,4 +1,4 @@
-"""Which block each sequence of a batch is at, and since when."""
+"""Which block each sequence of a batch is at."""
 
 from __future__ import annotations
 
