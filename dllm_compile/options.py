@@ -76,11 +76,12 @@ class Options:
             for 0.25. Only without a cache of blocks and without saliency, which choose rows themselves.
         cache: rows computed between two refreshes: ``"dual"`` the active block, ``"prefix"`` from there to the end,
             ``"decoded"`` the masked rows and those just filled, ``"greedy"`` those just filled and those to be filled
-            next, which :func:`dllm_compile.generate` tells (in other loops as ``"decoded"``), ``"none"`` as the other
-            mechanisms say.
+            next, which :func:`dllm_compile.generate` tells (other loops do not: all masked rows), ``"none"`` as the
+            other mechanisms say.
         window_size: masked rows that ``"greedy"`` computes around each row to be filled, at least 0.
         block_length: tokens of a block of the sampling loop, at least 1; ``None`` takes the response as one block.
-        refresh_interval: steps between full steps inside a block, at least 1; ``None`` for none.
+        refresh_interval: steps between full steps inside a block, at least 1; ``None`` for none. Beside a
+            ``prompt_interval`` they are of the response alone until the prompt is due.
         delay: full steps of a block before the one whose keys are kept, at least 0; ``None`` for 1 with ``keep_ratio``,
             else 0.
         keep_ratio: share of the entries that no step computes between two refreshes that is kept, 0 to 1.
@@ -143,6 +144,9 @@ class Options:
                 f"keep_ratio is {self.keep_ratio!r}, a share of what a cache keeps; give cache='dual' or "
                 "prompt_interval too, or method='sparse-dllm'"
             )
+        for name, (reads, wanted) in _READ.items():
+            if getattr(self, name) != getattr(Options, name) and not reads(self):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but no mechanism reads it; give {wanted} too")
 
     @property
     def full_steps_of_a_block(self) -> int:
@@ -177,6 +181,11 @@ class Options:
         if preset is not None:
             one_of("preset", preset, tuple(PRESETS))
             chosen.update(PRESETS[preset])
+            of = chosen.get("method", "dllm-cache")
+            if written.get("method", of) != of:
+                raise ValueError(
+                    f"preset {preset!r} is of the method {of!r}, not {written['method']!r}; give one of them"
+                )
         named: dict[str, Any] = {}
         for name, value in written.items():
             meant = SYNONYMS.get(name, name)
@@ -258,6 +267,23 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "verify": (lambda v: is_int(v) and v >= 0, "a number of steps between checks, or 0 for none"),
 }
 """What values of a field are, and how that is said; ``None`` is one too where it is the default."""
+
+
+def _has_refreshes(options: Options) -> bool:
+    return options.cache != "none" or options.saliency_threshold is not None
+
+
+def _has_intervals(options: Options) -> bool:
+    return (options.prompt_interval, options.response_interval) != (None, None)
+
+
+_READ: dict[str, tuple[Callable[[Options], bool], str]] = {
+    "transfer_ratio": (_has_intervals, "prompt_interval or response_interval"),
+    "refresh_interval": (_has_refreshes, "cache or saliency_threshold"),
+    "delay": (_has_refreshes, "cache or saliency_threshold"),
+    "window_size": (lambda options: options.cache == "greedy", "cache='greedy'"),
+}
+"""Options that only some mechanisms read."""
 
 _NAMES = tuple(each.name for each in fields(Options))
 _OFF = {name: getattr(Options, name) for mechanisms in METHODS.values() for name in mechanisms}

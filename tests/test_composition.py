@@ -66,7 +66,10 @@ def possible(names: tuple[str, ...]) -> bool:
 
 def joined(*parts: dict[str, Any]) -> dict[str, Any]:
     """All of these options, in blocks; without a method, nothing else."""
-    return {"method": "exact", "block_length": BLOCK, **{k: v for part in parts for k, v in part.items()}}
+    options = {k: v for part in parts for k, v in part.items()}
+    if not {"cache", "saliency_threshold"} & options.keys():
+        options.pop("delay", None)  # nothing reads it
+    return {"method": "exact", "block_length": BLOCK, **options}
 
 
 def drift(model: Model, batch: Batch, options: dict[str, Any], dream: bool = False) -> float:
@@ -119,7 +122,7 @@ def test_one_neutral_value_turns_the_others_off(neutral: str, others: tuple[str,
     options = joined(*(REUSING[name] for name in others), NEUTRAL[neutral])
     assert drift(Model(SHAPE), BATCH, options) < 1e-9
     without = {k: v for k, v in options.items() if k not in NEUTRAL[neutral] or k in ("cache", "keep_ratio", "delay")}
-    assert drift(Model(SHAPE), BATCH, {**without, "delay": 0}) > 1e-4
+    assert drift(Model(SHAPE), BATCH, joined(without, {"delay": 0})) > 1e-4
 
 
 @pytest.mark.parametrize("names", [("dual", "keep", "saliency"), ("intervals", "keep")])
@@ -232,24 +235,25 @@ ANY = st.fixed_dictionaries(
 )
 
 
-def made(given: dict[str, Any]) -> Options | None:
-    """The options, or ``None`` where two of them are refused together, as documented."""
-    both = given.get("cache", "none") != "none" or "saliency_threshold" in given
-    nothing = not both and not {"prompt_interval", "response_interval"} & given.keys()
-    refused = ("transfer_ratio" in given and both) or ("keep_ratio" in given and nothing)
-    if refused:
-        with pytest.raises(ValueError, match=r"^(transfer_ratio and|keep_ratio is)"):
-            Options.of(given, method="exact")
-        return None
-    return Options.of(given, method="exact")
+def taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The options without those that are refused beside the others, as documented."""
+    chooses = given.get("cache", "none") != "none" or "saliency_threshold" in given
+    intervals = bool({"prompt_interval", "response_interval"} & given.keys())
+    refused = {"transfer_ratio"} if chooses or not intervals else set()
+    refused |= set() if chooses else {"refresh_interval", "delay"}
+    refused |= set() if chooses or intervals else {"keep_ratio"}
+    for name in refused & given.keys():
+        others = {other: value for other, value in given.items() if other not in refused}
+        with pytest.raises(ValueError, match=rf"^{name} "):
+            Options.of({**others, name: given[name]}, method="exact")
+    return {name: value for name, value in given.items() if name not in refused}
 
 
 @settings(EXAMPLES, max_examples=10)
 @given(SHAPES, batches(ragged=True), ANY, st.integers(1, 3), st.booleans())
 def test_any_combination_runs(shape: Shape, batch: Batch, options: dict[str, Any], count: int, repeats: bool) -> None:
     """The first call is eager's, a repeated one gives the same unless it refreshes, and all of them are finite."""
-    if made(options) is None:
-        return
+    options = taken(options)
     model, extra = Model(shape), batch.extra()
     call, served = fresh(model, method="exact", **options), 0
     with warnings.catch_warnings():
@@ -283,8 +287,7 @@ def is_whole() -> bool:
 @FEW
 @given(SHAPES, batches(), ANY)
 def test_any_combination_keeps_as_many_bytes_as_explained(shape: Shape, batch: Batch, options: dict[str, Any]) -> None:
-    if made(options) is None:
-        return
+    options = taken(options)
     model, ids = Model(shape), batch.ids()
     found = dllm_compile.explain(model, ids, method="exact", mask_id=MASK, **options, **batch.extra())
     call = fresh(model, method="exact", **options)

@@ -256,3 +256,18 @@ def test_interleaved_models_cache_as_if_they_were_alone(form: str) -> None:
     for step, x in enumerate(denoise(ids, seed=1)):
         for call, wanted in zip(calls, alone, strict=True):
             assert (call(x, mask_of(form, ids))[x == MASK] - wanted[step]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache": "dual"}, {"cache": "dual", "keep_ratio": 0.5}, {"saliency_threshold": 0.9, "full_steps": 1}],
+    ids=["dual", "eviction", "saliency"],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_that_share_their_weights_compute_every_row(form: str, options: dict[str, Any]) -> None:
+    """A layer is known by its weights, so several that have the same could not tell their rows apart."""
+    model = FORMS[form][0]().double().eval()
+    model.layers = torch.nn.ModuleList([model.layers[0]] * LAYERS)
+    call = compiled(model, method="exact", **options)
+    assert worst(run(call, form), run(model, form)) < 1e-9
+    assert stepping().number == STEPS - 1

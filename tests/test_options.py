@@ -75,7 +75,7 @@ def test_presets_set_what_they_say_and_nothing_else(preset: str) -> None:
 def test_without_a_method_it_is_dllm_cache() -> None:
     wanted = Options(method="dllm-cache", prompt_interval=50, response_interval=7, transfer_ratio=0.25)
     assert Options.of() == Options.of(None) == Options.of({}) == wanted
-    assert Options.of(mask_id=3, delay=2) == dataclasses.replace(wanted, mask_id=3, delay=2)
+    assert Options.of(mask_id=3, verify=2) == dataclasses.replace(wanted, mask_id=3, verify=2)
     assert Options.of(gen_interval=3) == dataclasses.replace(wanted, response_interval=3)
 
 
@@ -175,6 +175,14 @@ def test_a_preset_yields_to_a_synonym_beside_it() -> None:
     assert Options.of(preset="dllm-cache/dream-base-gsm8k", gen_interval=2).response_interval == 2
 
 
+READ: dict[str, dict[str, Any]] = {
+    "transfer_ratio": {"prompt_interval": 4},
+    "refresh_interval": {"cache": "dual"},
+    "delay": {"saliency_threshold": 0.9},
+    "window_size": {"cache": "greedy"},
+}
+"""Something that reads an option which not every mechanism does."""
+
 MEANT = {
     "gen_interval": "response_interval",
     "gen_interval_steps": "response_interval",
@@ -189,8 +197,9 @@ MEANT = {
 
 @pytest.mark.parametrize("name", MEANT)
 def test_synonyms_mean_the_same(name: str) -> None:
-    assert Options.of({name: 3}) == Options.of({MEANT[name]: 3})
-    assert getattr(Options.of({name: 3}), MEANT[name]) == 3
+    beside = READ.get(MEANT[name], {})
+    assert Options.of({name: 3, **beside}) == Options.of({MEANT[name]: 3, **beside})
+    assert getattr(Options.of({name: 3, **beside}), MEANT[name]) == 3
     assert SYNONYMS == MEANT
 
 
@@ -229,8 +238,9 @@ EDGES: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EDGES.items() for value in values])
 def test_values_at_their_edges_are_taken(name: str, value: Any) -> None:
-    assert getattr(Options.of({name: value}), name) is value
-    assert getattr(Options(**{name: value}), name) is value
+    given = {name: value, **READ.get(name, {})}
+    assert getattr(Options.of(given), name) is value
+    assert getattr(Options(**given), name) is value
 
 
 @pytest.mark.parametrize(
@@ -312,6 +322,22 @@ def test_a_bad_value_is_answered_with_what_was_given_and_what_was_wanted(name: s
         said = failure(make)
         assert said.startswith(f"{name} is {value!r}; ")
         assert wanted in said
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_option_that_nothing_reads_is_refused(name: str) -> None:
+    said = failure(lambda: Options.of({"method": "exact", name: 1}))
+    assert said.startswith(f"{name} is 1, but no mechanism reads it; give ")
+    assert next(iter(READ[name])) in said
+    Options.of({"method": "exact", name: 1, **READ[name]})
+
+
+def test_a_preset_of_another_method_is_refused() -> None:
+    said = failure(lambda: Options.of(preset="dyllm/dream", method="exact"))
+    assert said == "preset 'dyllm/dream' is of the method 'dyllm', not 'exact'; give one of them"
+    said = failure(lambda: Options.of(preset="dllm-cache/tiny", method="fast-dllm"))
+    assert said == "preset 'dllm-cache/tiny' is of the method 'dllm-cache', not 'fast-dllm'; give one of them"
+    assert Options.of(preset="fastest", method="fast-dllm") == Options.of(preset="fastest")
 
 
 def test_one_thing_said_twice_is_refused() -> None:

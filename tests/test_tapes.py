@@ -109,9 +109,10 @@ def test_recorded_calls_of_generate_equal_those_that_are_made() -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["saliency", "all three"])
 @pytest.mark.usefixtures("recording")
-def test_a_recorded_call_with_too_many_salient_rows_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, options = models.build("llama"), METHODS["saliency"]
+def test_a_recorded_call_with_too_many_salient_rows_is_made_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = models.build("llama"), METHODS[name]
     begin = session.Session._step
 
     def crowded(self: session.Session, *args: Any) -> session.Step:
