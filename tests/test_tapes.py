@@ -72,7 +72,7 @@ def denoised(model: torch.nn.Module, batch: int, **options: Any) -> list[torch.T
     """Logits of the masked rows of each call of two generations."""
     call, out = models.compiled(model, **options), []
     for seed in (1, 2):
-        x = models.start(PROMPT, RESPONSE, batch, seed)
+        x = models.start(PROMPT, RESPONSE, batch, seed).to(next(model.parameters()).device)
 
         def logits(ids: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = call(input_ids=ids).logits
@@ -136,4 +136,17 @@ def test_nothing_is_recorded_on_a_cpu() -> None:
     got = denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
     assert all(not each.tapes for each in session.sessions())
     for mine, theirs in zip(got, denoised(model, 1, **METHODS["dual"]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_graphs_of_cuda_equal_launches(options: dict[str, Any], lowering: str) -> None:
+    model = models.build("llama").cuda()
+    want = denoised(model, 2, lowering=lowering, **options)
+    got = denoised(model, 2, lowering=lowering, cuda_graphs=True, **options)
+    assert any(tape is not None for each in session.sessions() for tape in each.tapes.values())
+    for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
