@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 Compiled = Callable[..., Any]
+PATCHES = {"reorder_for_locality": False}
+"""A read of the rows kept that moves behind their overwriting costs a copy of all of them, there and back."""
 
 
 def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Sequence[int] = ()) -> Compiled:
@@ -41,7 +43,7 @@ def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Seq
                     sizes[1] = DimDynamic.DYNAMIC
                 example[i] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
     with torch.no_grad():
-        compiled = compile_fx(module, example)
+        compiled = compile_fx(module, example, config_patches=PATCHES)
     fixed = [str(symbol) for symbol, value in shapes.replacements.items() if value.is_number]
     if fixed:
         raise RuntimeError(f"code for any number of rows was compiled for one number of them: {', '.join(fixed)}")
