@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from . import eviction_bench, frontier, kernel_bench, saliency_bench
-from .bench_model import Setting, job_of, random_model
-from .contest import Contender, Row, finish, play, relative_flops
+from . import eviction_bench, frontier, kernel_bench, saliency_bench, shape_bench
+from .bench_model import KINDS, SHAPES, Setting, contenders, job_of, random_model
+from .contest import Row, finish, play, relative_flops
 from .table import print_rows
 
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "confidence": (kernel_bench.main, "the confidence operation"),
+    "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
 }
 
 
-def contenders(setting: Setting) -> list[Contender]:
-    """Baselines, the neutral setting, and each method; the last frees four tokens a call."""
-    intervals = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
-    blocks = {"method": "fast-dllm", "block_length": setting.cache_block}
-    dual = {**blocks, "cache": "dual"}
-    return [
-        Contender("eager"),
-        Contender("inductor", plain=True),
-        Contender("neutral", {"prompt_interval": 1, "response_interval": 1}),
-        Contender("dllm-cache", intervals, warm=setting.prompt_interval + 2),
-        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=setting.cache_block + 2),
-        Contender("fast-dllm dual", dual, warm=setting.cache_block + 2),
-        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=setting.cache_block + 4),
-        Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
-        Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
-    ]
-
-
-def run(setting: Setting) -> list[Row]:
+def run(setting: Setting, device: str = "cpu") -> list[Row]:
     """Time every contender on one model."""
-    model, job = random_model(setting), job_of(setting)
+    model, job = random_model(setting, device=device), job_of(setting, device=device)
     rows: list[Row] = []
     reference: torch.Tensor | None = None
     for contender in contenders(setting):
-        blocks = contender.options is not None and "block_length" in contender.options
-        mine = replace(job, block=setting.cache_block) if blocks else job
         every = contender.options is None or contender.name == "neutral"
-        row, (ids,) = play(contender, model, [mine], setting.baseline_steps if every else None)
+        row, (ids,) = play(contender, model, [contender.within(job)], setting.baseline_steps if every else None)
         done = (ids != job.mask_id) & (job.ids == job.mask_id)
         row.tokens = int(done.sum())
         reference = ids if reference is None else reference
@@ -72,31 +54,74 @@ def _block_cost(setting: Setting, rows: list[Row]) -> str:
     return f"dual: a block step takes {block:.1f} ms, {part:.2f} of rows / S of a full step's {full:.1f} ms"
 
 
-def main(argv: list[str]) -> None:
-    """Command line."""
+def _write(target: str | None, argv: list[str], content: dict[str, Any]) -> None:
+    """Write a report to a file, if one is named."""
+    if target:
+        with open(target, "w", encoding="utf-8") as file:
+            json.dump({"command": f"python -m dllm_compile bench {shlex.join(argv)}", **content}, file, indent=1)
+
+
+def _shape(name: str, setting: Setting, grid: shape_bench.Grid, write: Callable[[dict[str, Any]], None]) -> None:
+    """Measure a published size; what is there is written after each row, as a time limit may end it."""
+    for report in shape_bench.run(setting, grid):
+        if report["rows"]:
+            print(shape_bench.line(report["rows"][-1]), flush=True)
+        else:
+            print(shape_bench.title(name, report), flush=True)
+        write({"shape": name, **report})
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dllm_compile bench", description=__doc__)
     for name, value in asdict(Setting()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        choices = KINDS if name == "kind" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="instead draw accuracy against speed on the embedded model to this PNG file")
     for name, (_, what) in ALONE.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
+    shape_bench.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Command line."""
+    parser = _parser()
+    shape = parser.parse_known_args(argv)[0].shape
+    if shape:
+        parser.set_defaults(**asdict(SHAPES[shape]))
     given = vars(parser.parse_args(argv))
-    target, picture = given.pop("json"), given.pop("plot")
+    target, picture, device = given.pop("json"), given.pop("plot"), given.pop("device")
     alone = [measure for name, (measure, _) in ALONE.items() if given.pop(name)]
+    setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
+    del given["shape"]
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    if device == "cuda" and (alone or picture):
+        parser.error("--device cuda is for the bench itself and for --shape")
+    if not shape and any(value is not None for value in given.values()):
+        parser.error(f"--{next(n for n, v in given.items() if v is not None).replace('_', '-')} goes with --shape")
+
+    def write(content: dict[str, Any]) -> None:
+        _write(target, argv, content)
+
     if alone:
         alone[0]()
-        return
-    if picture:
+    elif picture:
         frontier.main(picture, target)
-        return
-    setting = Setting(**given)
-    rows = run(setting)
-    print_rows(f"random Llama, {setting}", rows)
-    cached = next(row for row in rows if row.name == "dllm-cache")
-    print(f"realised speed-up over FLOP reduction, against eager: {cached.vs_eager * cached.flops:.2f}")
-    print(_block_cost(setting, rows))
-    if target:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-        with open(target, "w", encoding="utf-8") as file:
-            json.dump({"setting": asdict(setting), **machine, "rows": [asdict(row) for row in rows]}, file, indent=1)
+    elif shape:
+        try:
+            grid = shape_bench.grid_of({**given, "device": device}, setting, shape)
+        except ValueError as error:
+            parser.error(str(error))
+        _shape(shape, setting, grid, write)
+    else:
+        rows = run(setting, device)
+        print_rows(f"random {setting.kind}, {setting}", rows)
+        cached = next(row for row in rows if row.name == "dllm-cache")
+        print(f"realised speed-up over FLOP reduction, against eager: {cached.vs_eager * cached.flops:.2f}")
+        print(_block_cost(setting, rows))
+        write(
+            {"setting": asdict(setting), **shape_bench.machine(torch.device(device)), "rows": list(map(asdict, rows))}
+        )

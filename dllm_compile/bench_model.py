@@ -1,4 +1,4 @@
-"""The random-weight model of the benchmarks, and one generation by it."""
+"""The random-weight models of the benchmarks, one generation by them, and who takes part."""
 
 from __future__ import annotations
 
@@ -7,26 +7,33 @@ from typing import Any
 
 import torch
 
-from .contest import Job
+from .contest import Contender, Job
+
+KINDS = ("Llama", "Qwen2")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A random-weight bidirectional Llama and one generation; the defaults are the project's reference figure.
+    """A random-weight bidirectional model and one generation; the defaults are the project's reference figure.
 
     Attributes:
-        layers, width, mlp, heads, vocabulary: of the model, float32.
+        kind: architecture, one of :data:`KINDS`.
+        layers, width, mlp, heads, kv_heads, vocabulary: of the model; 0 for as many heads of keys as of queries.
+        theta: base of the rotary positions.
         prompt, response, block: tokens; one token is freed a step.
         baseline_steps: forwards timed for eager and Inductor, whose steps all cost the same.
         prompt_interval, response_interval: of dLLM-Cache; its ratio is 0.25.
         cache_block: block length of Fast-dLLM's caches, and of the loop they are timed with.
     """
 
+    kind: str = "Llama"
     layers: int = 12
     width: int = 768
     mlp: int = 3072
     heads: int = 12
+    kv_heads: int = 0
     vocabulary: int = 32000
+    theta: int = 10000
     prompt: int = 512
     response: int = 256
     block: int = 8
@@ -36,32 +43,101 @@ class Setting:
     cache_block: int = 32
 
 
-def random_model(setting: Setting, seed: int = 0) -> Any:
-    """The model of a setting."""
+SHAPES = {
+    "llada-8b": Setting(
+        layers=32,
+        width=4096,
+        mlp=12288,
+        heads=32,
+        vocabulary=126464,
+        theta=500000,
+        prompt=256,
+        block=32,
+        baseline_steps=8,
+    ),
+    "dream-7b": Setting(
+        kind="Qwen2",
+        layers=28,
+        width=3584,
+        mlp=18944,
+        heads=28,
+        kv_heads=4,
+        vocabulary=152064,
+        theta=1000000,
+        prompt=256,
+        block=32,
+        baseline_steps=8,
+    ),
+    "tiny": Setting(
+        layers=4,
+        width=128,
+        mlp=256,
+        heads=4,
+        vocabulary=512,
+        prompt=64,
+        response=64,
+        block=32,
+        baseline_steps=8,
+        prompt_interval=16,
+    ),
+}
+"""Models by name, as published (LLaDA arXiv 2502.09992, Dream arXiv 2508.15487), and one for a CPU."""
+
+
+def random_model(setting: Setting, seed: int = 0, device: torch.device | str = "cpu") -> Any:
+    """The model of a setting, float32 on a CPU and else bfloat16.
+
+    Weights are drawn where they stay, and in their dtype: no other memory ever holds the model.
+    """
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{setting.kind}Config")(
         hidden_size=setting.width,
         intermediate_size=setting.mlp,
         num_hidden_layers=setting.layers,
         num_attention_heads=setting.heads,
-        num_key_value_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads or setting.heads,
         vocab_size=setting.vocabulary,
+        rope_theta=setting.theta,
         max_position_embeddings=8192,
-        is_causal=False,  # type: ignore[call-arg]
+        is_causal=False,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
-    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    try:
+        with torch.device(device):
+            return getattr(transformers, f"{setting.kind}ForCausalLM")(config).eval()
+    finally:
+        torch.set_default_dtype(usual)
 
 
-def job_of(setting: Setting) -> Job:
-    """A random prompt and a masked response."""
+def job_of(setting: Setting, batch: int = 1, device: torch.device | str = "cpu") -> Job:
+    """Random prompts and masked responses."""
     mask_id = setting.vocabulary - 1
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, mask_id, (1, setting.prompt + setting.response), generator=generator)
+    ids = torch.randint(0, mask_id, (batch, setting.prompt + setting.response), generator=generator)
     ids[:, setting.prompt :] = mask_id
-    return Job(ids, setting.prompt, setting.response, setting.block, mask_id)
+    return Job(ids.to(device), setting.prompt, setting.response, setting.block, mask_id)
+
+
+def contenders(setting: Setting) -> list[Contender]:
+    """Baselines, the neutral setting, and each method; the last frees four tokens a call."""
+    intervals = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
+    blocks = {"method": "fast-dllm", "block_length": setting.cache_block}
+    dual = {**blocks, "cache": "dual"}
+    return [
+        Contender("eager"),
+        Contender("inductor", plain=True),
+        Contender("neutral", {"prompt_interval": 1, "response_interval": 1}),
+        Contender("dllm-cache", intervals, warm=setting.prompt_interval + 2),
+        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=setting.cache_block + 2),
+        Contender("fast-dllm dual", dual, warm=setting.cache_block + 2),
+        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=setting.cache_block + 4),
+        Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
+        Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,9 @@ from .cost import A, R, S, T
 from .explain import explain
 from .generate import generate
 from .loop import quota_loop
+from .memory import peak_bytes
 from .sampler.decode import Generated
+from .session import sessions
 
 Show = Callable[[torch.Tensor], None]
 
@@ -64,6 +66,10 @@ class Contender:
             return torch.compile(model, backend=backend.dllm, options={"mask_id": mask_id, **self.options})
         return torch.compile(model) if self.plain else model
 
+    def within(self, job: Job) -> Job:
+        """The job in blocks of the length that the options say, where they say one."""
+        return replace(job, block=(self.options or {}).get("block_length", job.block))
+
 
 @dataclass
 class Run:
@@ -90,6 +96,8 @@ class Row:
         tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
         cheaper, fewer: how much of ``vs_eager`` is from the cost of a forward, and how much from their number.
         milliseconds: median time of a forward by variant.
+        state_bytes: bytes of rows kept of layers behind the timed forwards.
+        peak_bytes: most bytes of tensors at once, weights included and compilation aside; 0 where not asked for.
         salient: rows that an average layer of a saliency step found salient.
         steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
     """
@@ -107,6 +115,8 @@ class Row:
     vs_inductor: float = 1.0
     cheaper: float = 1.0
     fewer: float = 1.0
+    state_bytes: int = 0
+    peak_bytes: int = 0
     salient: float = 0.0
     milliseconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -114,25 +124,34 @@ class Row:
     logits: dict[str, int] = field(default_factory=dict)
 
 
+def wait(device: torch.device) -> None:
+    """Return once the device has done what it was given, as a clock must; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _looped(
     call: Callable[..., Any], model: torch.nn.Module, job: Job, steps: int | None, limit: int | None, show: Show | None
 ) -> Run:
-    """The plain loop."""
+    """The plain loop. What it takes to look a variant up, half a millisecond in a large model, is no part of it."""
     run = Run(job.ids.clone(), 0.0, 0)
-    seen = Counter(backend.stats(model)["steps"])
+    seen, beside = Counter(backend.stats(model)["steps"]), 0.0
 
     def timed(ids: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
+        nonlocal seen, beside
+        wait(ids.device)
         begin = time.perf_counter()
         logits: torch.Tensor = call(ids).logits
-        spent = time.perf_counter() - begin
+        wait(ids.device)
+        end = time.perf_counter()
         now = Counter(backend.stats(model)["steps"])
-        run.calls.setdefault(next(iter(now - seen), "plain"), []).append(spent)
-        seen = now
+        run.calls.setdefault(next(iter(now - seen), "plain"), []).append(end - begin)
+        seen, beside = now, beside + time.perf_counter() - end
         return logits
 
     loop = quota_loop(timed, run.ids, job.prompt, job.response, job.block, job.mask_id, steps)
     with torch.no_grad():
+        wait(run.ids.device)
         begin = time.perf_counter()
         for x in loop:
             run.forwards += 1
@@ -140,16 +159,19 @@ def _looped(
                 show(x)
             if run.forwards == limit:
                 break
-        run.seconds = time.perf_counter() - begin
+        wait(run.ids.device)
+        run.seconds = time.perf_counter() - begin - beside
     return run
 
 
 def _generated(model: torch.nn.Module, job: Job, settings: dict[str, Any]) -> Run:
     """``dllm_compile.generate``."""
     lengths = {"gen_length": job.response, "block_length": job.block, "mask_id": job.mask_id}
+    wait(job.ids.device)
     begin = time.perf_counter()
     out = generate(model, job.ids[:, : job.prompt], return_dict=True, **{**lengths, **settings})
     assert isinstance(out, Generated)
+    wait(out.sequences.device)
     return Run(out.sequences, time.perf_counter() - begin, out.nfe)
 
 
@@ -159,6 +181,7 @@ def play(
     jobs: Iterable[Job],
     limit: int | None = None,
     show: Show | None = None,
+    memory: bool = False,
 ) -> tuple[Row, list[torch.Tensor]]:
     """Warm one contender up, then time it on every job.
 
@@ -168,9 +191,11 @@ def play(
         jobs: generations, all of one shape.
         limit: forwards timed in each job, all by default.
         show: called after each step with the ids.
+        memory: also count the peak of memory. On CUDA that costs nothing; else in one more run, as counting takes time.
     """
     torch._dynamo.reset()
     jobs = list(jobs)
+    device = jobs[0].ids.device
     call = contender.compiled(model, jobs[0].mask_id)
 
     def run(job: Job, limit: int | None, show: Show | None) -> Run:
@@ -179,6 +204,10 @@ def play(
         return _looped(call, model, job, contender.steps, limit, show)
 
     first = run(jobs[0], contender.warm, None)
+    if memory:
+        _drop_state()
+    if memory and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     before = backend.stats(model)
     runs = [run(job, limit, show) for job in jobs]
     after = backend.stats(model)
@@ -193,7 +222,20 @@ def play(
         for name, spent in each.calls.items():
             calls.setdefault(name, []).extend(spent)
     row.milliseconds = {name: 1000 * median(spent) for name, spent in calls.items()}
+    row.state_bytes = after["state_bytes"]
+    if memory and device.type == "cuda":
+        row.peak_bytes = after["peak_bytes"]
+    elif memory:
+        _drop_state()
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], contender.warm, None), device)
     return row, [each.ids for each in runs]
+
+
+def _drop_state() -> None:
+    """Free what is kept of sequences: what a peak is counted from."""
+    for session in sessions():
+        session.drop()
 
 
 def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
