@@ -48,6 +48,7 @@ class Grid:
         methods: names of contenders, with ``-`` for a space; empty for all.
         steps: forwards of the plain loop that are timed, ``None`` for all; of the baselines ``baseline_steps`` are.
         device: ``"cpu"`` or ``"cuda"``.
+        cuda_graphs: whether methods record their partial steps, on CUDA.
     """
 
     lengths: tuple[tuple[int, int], ...] = ((256, 256), (768, 256), (3584, 512))
@@ -56,6 +57,7 @@ class Grid:
     methods: tuple[str, ...] = ()
     steps: int | None = None
     device: str = "cpu"
+    cuda_graphs: bool = True
 
 
 GRIDS = {"tiny": Grid(((64, 64),), (1,), (1, 4))}
@@ -99,7 +101,9 @@ def measured(model: Any, setting: Setting, grid: Grid) -> Iterator[dict[str, Any
     contender that the device has no memory for has a row whose ``out_of_memory`` says so, and no figures.
     """
     every = entrants(setting)
+    graphs = {"cuda_graphs": grid.cuda_graphs and grid.device == "cuda"}
     chosen = [every[name] for name in grid.methods or every]
+    chosen = [c if c.options is None else replace(c, options={**c.options, **graphs}) for c in chosen]
     places = [(*lengths, batch) for lengths in grid.lengths for batch in grid.batches]
     for prompt, response, batch in places:
         job = job_of(replace(setting, prompt=prompt, response=response), batch, grid.device)
@@ -222,6 +226,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--batches", nargs="+", type=count, help="sequences run together")
     flags.add_argument("--per-call", nargs="+", type=count, help="tokens that a call frees: 1 2 4")
     flags.add_argument("--methods", nargs="+", choices=[*entrants(Setting())], help="all of them by default")
+    graphs = argparse.BooleanOptionalAction
+    flags.add_argument("--cuda-graphs", action=graphs, help="record partial steps on CUDA; as if given by default")
     flags.add_argument("--steps", type=count, help="forwards timed in the plain loop of a method, all by default")
 
 
