@@ -18,7 +18,6 @@ from .contest import Row, finish, play, relative_flops
 from .table import print_rows
 
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
-    "confidence": (kernel_bench.main, "the confidence operation"),
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
@@ -79,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="instead draw accuracy against speed on the embedded model to this PNG file")
+    parser.add_argument("--kernels", action="store_true", help="instead measure each operation alone")
     for name, (_, what) in ALONE.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
     shape_bench.add_flags(parser)
@@ -94,12 +94,13 @@ def main(argv: list[str]) -> None:
     given = vars(parser.parse_args(argv))
     target, picture, device = given.pop("json"), given.pop("plot"), given.pop("device")
     alone = [measure for name, (measure, _) in ALONE.items() if given.pop(name)]
+    kernels = given.pop("kernels")
     setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
     del given["shape"]
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if device == "cuda" and (alone or picture):
-        parser.error("--device cuda is for the bench itself and for --shape")
+        parser.error("--device cuda is for the bench itself, for --kernels and for --shape")
     if not shape and any(value is not None for value in given.values()):
         parser.error(f"--{next(n for n, v in given.items() if v is not None).replace('_', '-')} goes with --shape")
 
@@ -108,6 +109,8 @@ def main(argv: list[str]) -> None:
 
     if alone:
         alone[0]()
+    elif kernels:
+        kernel_bench.main(device)
     elif picture:
         frontier.main(picture, target)
     elif shape:

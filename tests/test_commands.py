@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_compile import bench, demo, frontier, kernel_bench, tiny
+from dllm_compile import bench, demo, frontier, kernel_bench, shape_bench, tiny
 from dllm_compile.contest import Contender, Row, play
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +70,18 @@ def test_bench_runs_on_a_small_shape() -> None:
     assert "realised speed-up over FLOP reduction" in text
 
 
-def test_bench_times_the_confidence_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(kernel_bench, "VOCABULARY", 1000)
-    bench.main(["--confidence"])
-    assert "32 rows of 1000 float32 logits" in capsys.readouterr().out
-    logits = torch.randn(4, 50)
-    for got, want in zip(kernel_bench.fused(logits), kernel_bench.plain(logits), strict=True):
-        torch.testing.assert_close(got, want, check_dtype=False)
+def test_bench_times_each_operation_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in {"VOCABULARY": 1000, "HEADS": 2, "KEYS": 64, "RESPONSE": 16, "SALIENT": 3, "BLOCK": 4}.items():
+        monkeypatch.setattr(kernel_bench, name, size)
+    monkeypatch.setitem(shape_bench.COPIED, "cpu", 1 << 16)
+    bench.main(["--kernels"])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["confidence", "sparse attention", "delta attention"]
+    assert all(re.search(r": operation [0-9.]+ ms, .* [0-9.]+x, [0-9.]+ of copy bandwidth$", line) for line in lines)
+    for what, _, calls in kernel_bench.operations(torch.device("cpu")):
+        if not what.startswith("delta"):  # it is not the dense attention, but near it
+            ours, theirs = (call() for call in calls.values())
+            torch.testing.assert_close(ours, theirs, check_dtype=False)
 
 
 def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_depth_compares_layers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["--shape", "tiny", "--per-call", "3"], "a block of 32 tokens cannot be freed 3 at a time"),
         (["--shape", "tiny", "--prompt", "8"], "give --lengths"),
         (["--per-call", "2"], "--per-call goes with --shape"),
-        (["--confidence", "--device", "cuda"], "--device cuda"),
+        (["--saliency", "--device", "cuda"], "--device cuda"),
     ],
 )
 def test_what_makes_no_sense_is_refused(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
