@@ -12,52 +12,38 @@ from .contest import Contender, Row
 from .table import print_rows
 
 PROBLEMS, BATCH, BLOCK = 32, 8, 32
-SERIES = (
-    *("eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual"),
-    *(
-        "sparse-dllm",
-        "dyllm",
-        "dkv-cache",
-        "threshold, eager",
-        "dual + threshold",
-        "sparse + threshold",
-        "dyllm + threshold",
-    ),
-    *("dual, sparse, salient + threshold",),
-)
 
 
-def entrants() -> list[Contender]:
-    """Every method over the range of its main setting."""
-    out = [Contender("eager"), Contender("inductor", plain=True)]
+def entrants() -> dict[str, list[tuple[str, Contender]]]:
+    """Every method over the range of its main setting: by series, each point with its label."""
+    out: dict[str, list[tuple[str, Contender]]] = {}
+
+    def add(series: str, label: object = "", **how: Any) -> None:
+        out.setdefault(series, []).append((str(label), Contender(f"{series} {label}".strip(), **how)))
+
+    blocks, blocks_warm = {"block_length": BLOCK}, 2 * BLOCK + 2
+    dual = {"method": "fast-dllm", "cache": "dual", **blocks}
+    sparse = {"method": "sparse-dllm", **blocks}
+    add("eager")
+    add("inductor", plain=True)
     for interval in (2, 3, 5, 7):
-        intervals = {"prompt_interval": 50, "response_interval": interval}
-        out.append(Contender(f"dllm-cache {interval}", intervals, warm=52))
-    for cache in ("prefix", "dual"):
-        out.append(
-            Contender(
-                f"fast-dllm {cache}", {"method": "fast-dllm", "cache": cache, "block_length": BLOCK}, warm=2 * BLOCK + 2
-            )
-        )
-    blocks = {"block_length": BLOCK}
+        add("dllm-cache", interval, options={"prompt_interval": 50, "response_interval": interval}, warm=52)
+    add("fast-dllm prefix", options={**dual, "cache": "prefix"}, warm=blocks_warm)
+    add("fast-dllm dual", options=dual, warm=blocks_warm)
     for ratio in (0.3, 0.5, 0.7):
-        options: dict[str, Any] = {"method": "sparse-dllm", "keep_ratio": ratio, **blocks}
-        out.append(Contender(f"sparse-dllm {ratio}", options, warm=2 * BLOCK + 2))
+        add("sparse-dllm", ratio, options={**sparse, "keep_ratio": ratio}, warm=blocks_warm)
     for tau in (0.98, 0.99, 0.995):
-        out.append(Contender(f"dyllm {tau}", {"method": "dyllm", "saliency_threshold": tau, "shift": False}, warm=12))
-    out.append(Contender("dkv-cache", {"method": "dkv-cache", **blocks, "shift": False}, warm=2 * BLOCK + 2))
+        add("dyllm", tau, options={"method": "dyllm", "saliency_threshold": tau, "shift": False}, warm=12)
+    add("dkv-cache", options={"method": "dkv-cache", **blocks, "shift": False}, warm=blocks_warm)
     for threshold in (0.7, 0.9, 0.99):
-        out.append(Contender(f"threshold, eager {threshold}", settings={"threshold": threshold}))
-        dual = {"method": "fast-dllm", "cache": "dual", "block_length": BLOCK}
-        sparse = {"method": "sparse-dllm", **blocks}
-        both = {**sparse, "saliency_threshold": 0.99, "full_steps": 1}
-        for name, options in (
-            ("dual + threshold", dual),
-            ("sparse + threshold", sparse),
-            ("dyllm + threshold", {"method": "dyllm"}),
-            ("dual, sparse, salient + threshold", both),
-        ):
-            out.append(Contender(f"{name} {threshold}", options, settings={"threshold": threshold}))
+        for series, options in {
+            "threshold, eager": None,
+            "dual + threshold": dual,
+            "sparse + threshold": sparse,
+            "dyllm + threshold": {"method": "dyllm"},
+            "dual, sparse, salient + threshold": {**sparse, "saliency_threshold": 0.99, "full_steps": 1},
+        }.items():
+            add(series, threshold, options=options, settings={"threshold": threshold})
     return out
 
 
@@ -75,12 +61,12 @@ def draw(rows: list[Row], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for series in SERIES:
-        mine = [row for row in rows if row.name.startswith(series)]
-        speed, accuracy = [row.vs_eager for row in mine], [100 * (row.accuracy or 0.0) for row in mine]
+    places = {row.name: (row.vs_eager, 100 * (row.accuracy or 0.0)) for row in rows}
+    for series, points in entrants().items():
+        mine = {label: places[contender.name] for label, contender in points}
+        speed, accuracy = zip(*mine.values(), strict=True)
         axes.plot(speed, accuracy, marker="o", linestyle="-" if len(mine) > 1 else "", label=series)
-        for row, at in zip(mine, zip(speed, accuracy, strict=True), strict=True):
-            label = row.name[len(series) :].strip()
+        for label, at in mine.items():
             axes.annotate(label, at, textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("tokens/s relative to eager")
@@ -93,7 +79,7 @@ def draw(rows: list[Row], path: str) -> None:
 
 def main(picture: str, target: str | None) -> None:
     """Measure, print, draw; ``target`` takes the rows as JSON."""
-    rows = demo.run(PROBLEMS, BATCH, BLOCK, entrants=entrants())
+    rows = demo.run(PROBLEMS, BATCH, BLOCK, entrants=[each for points in entrants().values() for _, each in points])
     print_rows(f"{PROBLEMS} held-out problems, batch {BATCH}, block {BLOCK}", rows)
     draw(rows, picture)
     print(f"drawn to {picture}", file=sys.stderr)

@@ -13,10 +13,10 @@ import torch
 from .options import Options
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
-from .sampler.in_order import step_of
 from .sampler.progress import Progress
 from .sampler.settings import NAMES, OPTIONS, SYNONYMS, Settings, settings_of
 from .sampler.step import Model
+from .sampler.stepper import stepper
 
 
 def generate(
@@ -76,7 +76,7 @@ def generate(
     if progress.leads and cached and not how.parallel:
         how = replace(how, remasking="entropy")
     inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
-    step = step_of(model, x, kind, how, options, inputs, generator)
+    step = stepper(model, x, kind, how, options, inputs, generator)
     result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
     return result if return_dict or output_history else result.sequences
 

@@ -20,10 +20,11 @@ A column of -inf has probability 0. A row of nothing else, or with a +inf, has n
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
+
+from .operation import operation
 
 RUN = 64
 
@@ -92,12 +93,7 @@ def _first(x: torch.Tensor, maximum: torch.Tensor, under: torch.Tensor) -> torch
     return torch.where(x.gather(-1, near) < maximum[..., None], columns, near).amin(-1)
 
 
-# Where triton is missing, torch warns that it found no kernels in the op; they are imported when one is launched.
-_log = logging.getLogger("torch._library.triton")
-_log.disabled = True
-
-
-@torch.library.triton_op("dllm::confidence", mutates_args=())
+@operation("confidence", reference)
 def _confidence(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
     """``reference`` in Inductor's hands on a CPU, a Triton kernel on CUDA."""
     if not logits.is_cuda:
@@ -105,6 +101,3 @@ def _confidence(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
     from .confidence_triton import launch
 
     return launch(logits, chosen)
-
-
-_log.disabled = False

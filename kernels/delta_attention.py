@@ -16,12 +16,29 @@ A row whose keys are all masked has no weights: it is 0 where salient, as of ``F
 
 from __future__ import annotations
 
-import logging
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from .operation import operation
+
 Parts = tuple[torch.Tensor, torch.Tensor]
+Shape = tuple[int, ...]
+
+
+class Arguments(NamedTuple):
+    """Of the op; see ``delta_attention``."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    change: torch.Tensor
+    at_keys: torch.Tensor
+    at_queries: torch.Tensor
+    context: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
 
 
 def delta_attention(
@@ -57,18 +74,16 @@ def delta_attention(
     Raises:
         ValueError: shapes or dtypes are not these.
     """
-    _check_tensors(query, key, value, change, context)
-    _check_rows(query, key, change, at_keys, at_queries, mask)
-    new, similarity = torch.ops.dllm.delta_attention(
-        query, key, value, change, at_keys, at_queries, context, mask, scale
-    )
+    given = Arguments(query, key, value, change, at_keys, at_queries, context, mask, scale)
+    _check_tensors(given)
+    _check_rows(given)
+    new, similarity = torch.ops.dllm.delta_attention(*given)
     return new, similarity
 
 
-def _check_tensors(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, change: torch.Tensor, context: torch.Tensor
-) -> None:
+def _check_tensors(given: Arguments) -> None:
     """Four dimensions each, whose sizes agree, and one floating dtype."""
+    query, key, value, change, _, _, context, *_ = given
     tensors = {"query": query, "key": key, "value": value, "change": change, "context": context}
     for name, x in tensors.items():
         if x.dim() != 4 or x.dtype != query.dtype or not x.dtype.is_floating_point:
@@ -90,15 +105,9 @@ def _check_tensors(
             raise ValueError(f"{name} is {[*shape]} for query {[*query.shape]}; got {_shown(tensors[name])}")
 
 
-def _check_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    change: torch.Tensor,
-    at_keys: torch.Tensor,
-    at_queries: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> None:
+def _check_rows(given: Arguments) -> None:
     """Places ``[B, n]``, and a mask that broadcasts to the scores."""
+    query, key, _, change, at_keys, at_queries, _, mask, _ = given
     for name, at in {"at_keys": at_keys, "at_queries": at_queries}.items():
         if at.dtype != torch.int64 or at.shape != change.shape[:2]:
             raise ValueError(f"{name} is torch.int64 {[*change.shape[:2]]}, as change is; got {_shown(at)}")
@@ -128,21 +137,12 @@ def salient_slots(at_queries: torch.Tensor, rows: int) -> torch.Tensor:
     return target.new_full((batch, rows + 1), count).scatter(1, target, number).narrow(1, 0, rows)
 
 
-def reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    change: torch.Tensor,
-    at_keys: torch.Tensor,
-    at_queries: torch.Tensor,
-    context: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-) -> Parts:
+def reference(given: Arguments) -> Parts:
     """The op. The weights ``[B, H, Q, L]`` are kept, in float32 at least, and read at the salient rows and columns.
 
     That is one product over all keys where a fused attention has two. Arguments and results as for ``delta_attention``.
     """
+    query, key, value, change, at_keys, at_queries, context, mask, scale = given
     batch, heads, rows, width = query.shape
     groups, keys, out, count = key.shape[1], key.shape[2], value.shape[3], change.shape[1]
     share = heads // groups  # query heads beside one another that read the same keys
@@ -171,7 +171,7 @@ def reference(
     return new.to(context.dtype), cosine(sums)
 
 
-def _bias(mask: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> Parts:
+def _bias(mask: torch.Tensor, dtype: torch.dtype, size: Shape) -> Parts:
     """The mask as it is added, 0 and -inf for a bool one: four dimensions as small as they came, and expanded."""
     mask = mask[(None,) * (4 - mask.dim())]
     if mask.dtype != torch.bool:
@@ -193,43 +193,19 @@ def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) 
     return torch.softmax(scores, -1, out=scores)  # a second tensor of this size costs as much as the product
 
 
-# Where triton is missing, torch warns that it found no kernels in the op; they are imported when one is launched.
-_log = logging.getLogger("torch._library.triton")
-_log.disabled = True
-
-
-@torch.library.triton_op("dllm::delta_attention", mutates_args=())
-def _delta_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    change: torch.Tensor,
-    at_keys: torch.Tensor,
-    at_queries: torch.Tensor,
-    context: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> Parts:
+@operation("delta_attention", delta_attention)
+def _delta_attention(*arguments: Any) -> Parts:
     """``reference`` in Inductor's hands on a CPU and in float64, a Triton kernel on CUDA."""
-    if not query.is_cuda or query.dtype == torch.float64:
-        return reference(query, key, value, change, at_keys, at_queries, context, mask, scale)
+    given = Arguments(*arguments)
+    if not given.query.is_cuda or given.query.dtype == torch.float64:
+        return reference(given)
     from .delta_attention_triton import launch
 
-    return launch(query, key, value, change, at_keys, at_queries, context, mask, scale)
-
-
-_log.disabled = False
+    return launch(given)
 
 
 @register_flop_formula(torch.ops.dllm.delta_attention)
-def _flops(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    change: tuple[int, ...],
-    *_: object,
-    **more: object,
-) -> int:
+def _flops(query: Shape, key: Shape, value: Shape, change: Shape, *_: object, **more: object) -> int:
     """FLOPs of a call by the shapes of its arguments, two a multiply-add."""
     batch, heads, rows, width = query
     return 2 * batch * heads * (width * rows * key[2] + value[3] * change[1] * (rows + key[2]))

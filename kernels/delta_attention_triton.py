@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from .delta_attention import Parts, cosine, salient_slots
+from .delta_attention import Arguments, Parts, cosine, salient_slots
 
 
 @triton.jit
@@ -214,18 +214,9 @@ def tile_of(width: int, out: int, size: int) -> dict[str, int]:
     return sizes | {"num_warps": 4, "num_stages": 2}
 
 
-def launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    change: torch.Tensor,
-    at_keys: torch.Tensor,
-    at_queries: torch.Tensor,
-    context: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-) -> Parts:
+def launch(given: Arguments) -> Parts:
     """``dllm::delta_attention`` by the kernel above, for all but float64. Nothing is copied."""
+    query, key, value, change, at_keys, at_queries, context, mask, scale = given
     batch, heads, rows, width = query.shape
     keys, out, turned = key.shape[2], value.shape[3], change.shape[1]
     new = query.new_empty(batch, rows, heads, out).transpose(1, 2)  # the layout that the next projection reads

@@ -57,10 +57,10 @@ def kept_entries(
     """
     tokens = query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    there = (block < tokens)[:, None, :, None]
+    there, rows = block < tokens, block.clamp(max=tokens - 1)
     heads, width = query.shape[1], query.shape[3]
-    at = block.clamp(max=tokens - 1)[:, None, :, None].expand(-1, heads, -1, width)
-    mean = (query.gather(2, at).to(dtype) * there).sum(2) / there.sum(2).clamp(min=1)
+    at = rows[:, None, :, None].expand(-1, heads, -1, width)
+    mean = (query.gather(2, at).to(dtype) * there[:, None, :, None]).sum(2) / there.sum(1).clamp(min=1)[:, None, None]
     grouped = mean.view(mean.shape[0], key.shape[1], -1, width).mean(2)  # of heads that share a key head: it is linear
     score = (grouped.unsqueeze(2) * key.to(dtype)).sum(-1).mean(1)
     seen = outside < tokens
@@ -68,8 +68,8 @@ def kept_entries(
     if mask is not None:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         allowed = allowed.expand(query.shape[0], -1, tokens, tokens).any(1)
-        allowed = allowed.gather(1, block.clamp(max=tokens - 1)[..., None].expand(-1, -1, tokens))
-        seen = seen & (allowed & (block < tokens)[..., None]).any(1).gather(1, place)
+        allowed = allowed.gather(1, rows[..., None].expand(-1, -1, tokens))
+        seen = seen & (allowed & there[..., None]).any(1).gather(1, place)
     score = torch.where(seen, score.gather(1, place), -torch.inf)
     if kernel_size is not None:
         side = kernel_size // 2  # ``max_pool1d`` would be compiled for one length

@@ -12,7 +12,7 @@ The least finite number is no such mask: a query that has it everywhere attends 
 
 from __future__ import annotations
 
-import logging
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,7 +20,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dllm_compile.core.rows import mask_keys
 
+from .operation import operation
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Arguments(NamedTuple):
+    """Of the op; see ``sparse_attention``."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    positions: torch.Tensor | None
+    tokens: int
+    mask: torch.Tensor | None = None
+    scale: float | None = None
 
 
 def sparse_attention(
@@ -92,48 +106,27 @@ def _check_mask(query: torch.Tensor, mask: torch.Tensor, tokens: int) -> None:
         raise ValueError(f"a mask is {[*full]}, where all but the last may be 1; got {[*mask.shape]}")
 
 
-def reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor | None,
-    tokens: int,
-    mask: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
+def reference(given: Arguments) -> torch.Tensor:
     """The op: torch's attention, which on a CPU reads a buffer of any strides, and shared heads, where they are.
 
     Arguments and result as for ``sparse_attention``.
     """
+    query, key, value, positions, tokens, mask, scale = given
     if positions is not None:
         mask = mask_keys(mask, positions, tokens)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
-# Where triton is missing, torch warns that it found no kernels in the op; they are imported when one is launched.
-_log = logging.getLogger("torch._library.triton")
-_log.disabled = True
-
-
-@torch.library.triton_op("dllm::sparse_attention", mutates_args=())
-def _sparse_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor | None,
-    tokens: int,
-    mask: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
+@operation("sparse_attention", sparse_attention)
+def _sparse_attention(*arguments: Any) -> torch.Tensor:
     """``reference`` on a CPU, and for what the Triton kernels do not take; else those, on CUDA."""
+    given = Arguments(*arguments)
+    query, value = given.query, given.value
     if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > 256:
-        return reference(query, key, value, positions, tokens, mask, scale)
+        return reference(given)
     from .sparse_attention_triton import launch
 
-    return launch(query, key, value, positions, tokens, mask, scale)
-
-
-_log.disabled = False
+    return launch(given)
 
 
 @register_flop_formula(torch.ops.dllm.sparse_attention)

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
+from .sparse_attention import Arguments
+
 PROGRAMS = 264  # to have at work: two for each multiprocessor of an H200
 SPLITS = 64
 
@@ -214,19 +216,12 @@ def splits_of(programs: int, entries: int, tile: Tile) -> tuple[int, int]:
     return triton.cdiv(tiles, per_split), per_split * tile.entries
 
 
-def launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor | None,
-    tokens: int,
-    mask: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
+def launch(given: Arguments) -> torch.Tensor:
     """``dllm::sparse_attention`` by the kernels above, for head sizes to 256 and all dtypes but float64.
 
     Nothing is copied. The memory of the result is ``[B, Q, H, h_v]``, as the next projection reads it.
     """
+    query, key, value, positions, tokens, mask, scale = given
     batch, heads, queries, head = (int(n) for n in query.shape)
     kv_heads, entries, width = (int(n) for n in value.shape[1:])
     out = query.new_empty((batch, queries, heads, width))

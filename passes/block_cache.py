@@ -47,9 +47,7 @@ def recomputed(
     if cache == "greedy":
         told = call.filling
         return call.filled | (call.masked if told is None else told | around(told, call.masked, window))
-    unknown = call.masked | (
-        call.filled & (call.number > 0)
-    )  # at the call before: what was filled is computed once more
+    unknown = call.masked | (call.filled & (call.number > 0))  # what was filled since the call before: once more
     if not shift:
         return unknown if shift is False else with_row_before(unknown)
     last = torch.arange(unknown.shape[1]) == unknown.shape[1] - 1  # predicts no token; computed twice by its authors

@@ -20,18 +20,9 @@ from dllm_compile.core.layout import position
 from dllm_compile.core.units import Attention, Branch, Unit, closure
 
 _MOVES = {
-    "view",
-    "reshape",
-    "expand",
-    "transpose",
-    "permute",
-    "contiguous",
-    "unsqueeze",
-    "flatten",
-    "unflatten",
-    "movedim",
+    *("view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten"),
+    *("movedim", "getitem", "repeat_interleave"),
 }
-_MOVES |= {"getitem", "repeat_interleave"}
 _ADDS = (operator.add, torch.add)
 
 

@@ -85,10 +85,14 @@ def test_bench_times_each_operation_alone(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:
-    rows = [Row(contender.name, accuracy=0.9, vs_eager=float(i + 1)) for i, contender in enumerate(frontier.entrants())]
+    from matplotlib import pyplot
+
+    series = frontier.entrants()
+    rows = [Row(each.name, accuracy=0.9, vs_eager=1.0) for points in series.values() for _, each in points]
     frontier.draw(rows, str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert all(row.name.startswith(frontier.SERIES) for row in rows)
+    drawn = {line.get_label(): len(line.get_xydata()) for line in pyplot.gca().lines}
+    assert drawn == {name: len(points) for name, points in series.items()}
 
 
 def test_commands_say_what_is_wrong() -> None:

@@ -15,9 +15,10 @@ from dllm_compile.passes.eviction import entries, has_gaps
 from dllm_compile.session import Session, sessions
 
 from . import models
+from .rounding import roundings
 
 PROMPT, RESPONSE, BLOCK = 9, 8, 4
-FLOAT32 = 1e-5  # transformers takes norms and rotary tables in float32: another order of operations shows there
+SINGLE = torch.float32  # transformers takes norms and rotary tables in it: another order of operations shows there
 EVICT: dict[str, Any] = {"method": "sparse-dllm", "block_length": BLOCK}
 
 
@@ -42,9 +43,10 @@ def readable(step: int) -> slice:
     return slice(step - RESPONSE, (step // BLOCK + 1) * BLOCK - RESPONSE or None)
 
 
-def close(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: float = 1e-9) -> None:
-    for step, (a, b) in enumerate(zip(got, want, strict=True)):
-        torch.testing.assert_close(a[:, readable(step)], b[:, readable(step)], rtol=tolerance, atol=tolerance)
+def near(got: list[torch.Tensor], want: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[bool]:
+    """At which steps the logits agree; ``dtype`` as of ``roundings``."""
+    pairs = enumerate(zip(got, want, strict=True))
+    return [roundings(a[:, readable(step)], b[:, readable(step)], dtype) <= 8 for step, (a, b) in pairs]
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -54,10 +56,9 @@ def test_a_delay_of_a_whole_block_equals_eager(name: str, padded: bool) -> None:
     mask = torch.ones_like(x) if padded else None
     if mask is not None:
         mask[0, :2] = 0
-    tolerance = 1e-9 if models.dtype_of(name) == torch.float64 else 1e-4
     got = logits_of(model, x, mask, **EVICT, delay=BLOCK)
     torch._dynamo.reset()
-    close(got, logits_of(model, x, mask, method="exact"), tolerance)
+    assert all(near(got, logits_of(model, x, mask, method="exact")))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "modernbert"])
@@ -77,7 +78,7 @@ def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
         for step in range(RESPONSE):
             together.append(call(input_ids=ids, attention_mask=mask, **placed).logits[:1].clone())
             ids[:, ids.shape[1] - RESPONSE + step] = 3 + step
-    close(together, alone, FLOAT32)
+    assert all(near(together, alone, SINGLE if name == "modernbert" else None))  # only there are tables of other places
     kept = [layer[-1][0] for layer in session().layers.values()]
     assert all((positions >= 2).all() for positions in kept)
     counts = {int((positions < x.shape[1]).sum()) for positions in kept}
@@ -93,12 +94,10 @@ def test_full_steps_are_exact_and_sparse_ones_are_not(ratio: float) -> None:
     got = logits_of(model, x, None, **EVICT, keep_ratio=ratio, shift=False)
     torch._dynamo.reset()
     late = logits_of(model, x, None, **EVICT, keep_ratio=ratio)  # the row before the block is computed, and not read
-    close(got, late)
+    assert all(near(got, late))
     torch._dynamo.reset()
     exact = logits_of(model, x, None, method="exact")
-    for step in range(RESPONSE):
-        a, b = got[step][:, readable(step)], exact[step][:, readable(step)]
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9) == (step % BLOCK < 2)
+    assert near(got, exact) == [step % BLOCK < 2 for step in range(RESPONSE)]
 
 
 def test_what_is_evicted_takes_no_memory() -> None:
@@ -118,7 +117,7 @@ def test_compiled_by_inductor() -> None:
     model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
     want = logits_of(model, x, None, **EVICT)
     torch._dynamo.reset()
-    close(logits_of(model, x, None, **EVICT, lowering="inductor"), want, FLOAT32)
+    assert all(near(logits_of(model, x, None, **EVICT, lowering="inductor"), want, SINGLE))
 
 
 def test_a_shorter_last_block_has_code_of_its_own() -> None:
@@ -137,7 +136,7 @@ def test_a_shorter_last_block_has_code_of_its_own() -> None:
     want = run("eager")
     assert session().stats.steps == {"evict": 2, "sparse": 4}
     for got, expected in zip(run("inductor"), want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=FLOAT32, atol=FLOAT32)
+        assert roundings(got, expected, SINGLE) <= 8
 
 
 def test_threshold_decoding_runs_on_kept_entries() -> None:
@@ -153,7 +152,7 @@ def test_a_model_that_returns_its_keys_gets_them() -> None:
     model, x = models.build("llama-cache"), models.start(PROMPT, RESPONSE)
     got = logits_of(model, x, None, **EVICT)
     torch._dynamo.reset()
-    close(got, logits_of(models.build("llama"), x, None, **EVICT))
+    assert all(near(got, logits_of(models.build("llama"), x, None, **EVICT)))
 
 
 def test_explain_counts_kept_entries() -> None:
@@ -205,7 +204,7 @@ def test_kept_entries_follow_the_formula(
         assert len(chosen) == len(set(chosen)) == count
         worst = min((pooled[free.index(j)] for j in chosen), default=float("inf"))
         left = max((pooled[i] for i, j in enumerate(free) if j not in chosen), default=-float("inf"))
-        assert worst >= left - 1e-12
+        assert worst >= left - 8 * torch.finfo(torch.float64).eps * max(map(abs, score), default=0.0)
 
 
 @pytest.mark.parametrize(

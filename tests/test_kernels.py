@@ -1,35 +1,22 @@
-"""Each kernel: the reference against float64, Inductor and Triton against the reference.
-
-Triton's interpreter is chosen by the environment before triton is imported, so this file is a program too.
-"""
+"""Each kernel: the reference against float64, Inductor and Triton against the reference."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch._functorch import config as functorch_config
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dllm_compile.kernels.confidence import Confidence, confidence, reference
 
+from .kernel_runs import DTYPES, EXAMPLES, buffers, built, grids, inductor, interpret, without_triton
+
 INF, NAN = torch.inf, torch.nan
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-EXAMPLES = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
-)
-QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def exact(logits: torch.Tensor, chosen: torch.Tensor | None) -> Confidence:
@@ -150,16 +137,7 @@ def test_what_is_not_rows_is_refused(logits: torch.Tensor, chosen: torch.Tensor 
 
 
 def test_it_runs_without_triton_and_in_silence() -> None:
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch
-from dllm_compile.kernels.confidence import confidence
-print(confidence(torch.tensor([1.0, 2.0])).best.item(), "dllm_compile.kernels.confidence_triton" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=QUIET)
-    assert done.stdout.split() == ["1", "False"]
-    assert "triton" not in done.stderr.lower()
+    assert without_triton("confidence", "print(run(torch.tensor([1.0, 2.0])).best.item())") == "1"
 
 
 # -- the op under the compiler -----------------------------------------------------------------------------------------
@@ -185,12 +163,9 @@ STEPS: dict[str, Step] = {
 def test_inductor_fuses_the_reference_and_keeps_no_row(name: str, dtype: torch.dtype) -> None:
     step = STEPS[name]
     x, chosen = hard_rows(5003, dtype), torch.randint(5003, (3, 5))
-    # the cache of traced graphs knows an op by its name, so that it would outlive a change of the reference
-    with functorch_config.patch(enable_autograd_cache=False), torch.no_grad():
-        got, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), x, chosen)
+    got, code = inductor(step, x, chosen)
     check(got, step(x, chosen), 5003, terms=5003 // 4)
-    shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\)", code)
-    sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes]
+    sizes = buffers(code)
     assert len(sizes) >= 5  # the outputs, at least
     assert max(sizes) <= 15
     assert "make_unique" not in code  # how Inductor's loops ask for memory of their own
@@ -204,8 +179,6 @@ def interpreted() -> None:
     """Kernels against references, in memory that is NaN wherever nobody wrote."""
     from dllm_compile.kernels.confidence_triton import launch
 
-    torch.use_deterministic_algorithms(True)
-    assert torch.zeros(3).new_empty(3).isnan().all()
     for dtype in DTYPES:
         for columns in (1, 2, 63, 9001):
             x = torch.full((3, 7, columns + 5), NAN, dtype=dtype)[:, 1:6, 2:-3]
@@ -227,9 +200,7 @@ def interpreted() -> None:
 
 
 def test_the_interpreted_kernels_equal_the_references() -> None:
-    environment = {**QUIET, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    interpret(interpreted)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -237,16 +208,11 @@ def test_the_interpreted_kernels_equal_the_references() -> None:
     ("logits", "sums", "columns"),
     [("fp32", "fp32", 126464), ("bf16", "fp32", 126464), ("fp64", "fp64", 1)],
 )
-def test_the_kernels_compile(
-    capability: int, logits: str, sums: str, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernels_compile(capability: int, logits: str, sums: str, columns: int) -> None:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from dllm_compile.kernels.confidence_triton import merge_kernel, part_kernel, tile_of
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"logits": f"*{logits}", "chosen": "*i64", "first": "*i32", "best_out": "*i64"}
     pointers |= dict.fromkeys(("sums", "maximum_out", "probability_out", "entropy_out", "margin_out"), f"*{sums}")
     tile, warps = tile_of(columns)
@@ -257,10 +223,7 @@ def test_the_kernels_compile(
         (merge_kernel, {"TILES": tiles}, 1),
         (merge_kernel, {"TILES": tiles, "chosen": None}, 1),
     ):
-        kinds = {n: "constexpr" if n in constants else pointers.get(n, "i64") for n in kernel.arg_names}
-        source = ASTSource(kernel, kinds, constants)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": count})
-        assert built.asm["cubin"]
+        built(kernel, pointers, constants, capability, {"num_warps": count})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,8 +240,7 @@ def test_cuda_tensors_take_the_kernels(dtype: torch.dtype) -> None:
             assert [(v.shape, v.dtype) for v in got] == [(v.shape, v.dtype) for v in want]
             assert all(v.is_cuda for v in got)
     graph = make_fx(launch, _allow_non_fake_inputs=True)(x, chosen).graph
-    kernels = graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_mutation)
-    assert [node.kwargs["grid"] for node in kernels] == [[(6, 3, 1)], [(6, 1, 1)]]
+    assert grids(graph) == [[(6, 3, 1)], [(6, 1, 1)]]
 
 
 @pytest.mark.gpu
@@ -291,7 +253,3 @@ def test_the_kernels_equal_the_references_on_a_gpu(dtype: torch.dtype) -> None:
             for picks in (None, chosen):
                 got = call(x.cuda(), None if picks is None else picks.cuda())
                 check(Confidence(*(v.cpu() for v in got)), confidence(x, picks), columns)
-
-
-if __name__ == "__main__":
-    interpreted()

@@ -45,13 +45,17 @@ OFF: dict[str, Any] = {
     "cuda_graphs": False,
     "lowering": "inductor",
 }
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "dllm-cache": {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.25},
-    "fast-dllm": {"cache": "prefix"},
-    "sparse-dllm": {"cache": "dual", "keep_ratio": 0.5},
-    "dyllm": {"saliency_threshold": 0.99},
-    "dkv-cache": {"cache": "decoded", "delay": 1, "refresh_interval": 8},
+MECHANISMS = (
+    *("cache", "delay", "refresh_interval", "prompt_interval", "response_interval", "transfer_ratio"),
+    *("keep_ratio", "saliency_threshold"),
+)
+PUBLISHED = {
+    "exact": ("none", None, None, None, None, None, None, None),
+    "dllm-cache": ("none", None, None, 50, 7, 0.25, None, None),
+    "fast-dllm": ("prefix", None, None, None, None, None, None, None),
+    "sparse-dllm": ("dual", None, None, None, None, None, 0.5, None),
+    "dyllm": ("none", None, None, None, None, None, None, 0.99),
+    "dkv-cache": ("decoded", 1, 8, None, None, None, None, None),
 }
 
 
@@ -62,13 +66,14 @@ def test_every_mechanism_is_off_by_default() -> None:
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_a_method_is_the_mechanisms_and_values_of_its_authors(method: str) -> None:
     assert METHODS.keys() == PUBLISHED.keys()
-    assert dataclasses.asdict(Options.of(method=method)) == {**OFF, **PUBLISHED[method], "method": method}
+    values = dict(zip(MECHANISMS, PUBLISHED[method], strict=True))
+    assert dataclasses.asdict(Options.of(method=method)) == {**OFF, **values, "method": method}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_what_they_say_and_nothing_else(preset: str) -> None:
     method = {"method": PRESETS[preset].get("method", "dllm-cache")}
-    wanted = {**OFF, **PUBLISHED[method["method"]], **PRESETS[preset], **method}
+    wanted = {**OFF, **METHODS[method["method"]], **PRESETS[preset], **method}
     assert dataclasses.asdict(Options.of({"preset": preset})) == wanted
 
 
@@ -97,7 +102,7 @@ def test_a_mechanism_named_alone_is_that_one_alone(own: dict[str, Any]) -> None:
 def test_a_mechanism_named_beside_a_method_is_added_to_it() -> None:
     assert Options.of(method="fast-dllm", cache="dual").cache == "dual"
     both = Options.of(method="dllm-cache", keep_ratio=0.25)
-    assert dataclasses.asdict(both) == {**OFF, **PUBLISHED["dllm-cache"], "method": "dllm-cache", "keep_ratio": 0.25}
+    assert dataclasses.asdict(both) == {**OFF, **METHODS["dllm-cache"], "method": "dllm-cache", "keep_ratio": 0.25}
     without = Options.of(method="sparse-dllm", keep_ratio=None)
     assert dataclasses.asdict(without) == {**OFF, "method": "sparse-dllm", "cache": "dual"}
 
@@ -183,24 +188,23 @@ READ: dict[str, dict[str, Any]] = {
 }
 """Something that reads an option which not every mechanism does."""
 
-MEANT = {
-    "gen_interval": "response_interval",
-    "gen_interval_steps": "response_interval",
-    "response_interval_steps": "response_interval",
-    "prompt_interval_steps": "prompt_interval",
-    "cache_reloading_step": "refresh_interval",
-    "cache_steps": "refresh_interval",
-    "num_full_steps": "full_steps",
-    "block_size": "block_length",
-}
+ELSEWHERE = (
+    ({"prompt_interval_steps": 25, "gen_interval_steps": 5}, {"prompt_interval": 25, "response_interval": 5}),
+    ({"gen_interval": 3, "num_full_steps": 2}, {"response_interval": 3, "full_steps": 2}),
+    ({"response_interval_steps": 4, "block_size": 16}, {"response_interval": 4, "block_length": 16}),
+    ({"cache_reloading_step": 8}, {"refresh_interval": 8}),
+    ({"cache_steps": 8}, {"refresh_interval": 8}),
+)
 
 
-@pytest.mark.parametrize("name", MEANT)
-def test_synonyms_mean_the_same(name: str) -> None:
-    beside = READ.get(MEANT[name], {})
-    assert Options.of({name: 3, **beside}) == Options.of({MEANT[name]: 3, **beside})
-    assert getattr(Options.of({name: 3, **beside}), MEANT[name]) == 3
-    assert SYNONYMS == MEANT
+@pytest.mark.parametrize(("written", "meant"), ELSEWHERE, ids=str)
+def test_synonyms_mean_the_same(written: dict[str, int], meant: dict[str, int]) -> None:
+    beside = {other: value for name in meant for other, value in READ.get(name, {}).items()}
+    assert Options.of({**written, **beside}) == Options.of({**meant, **beside})
+
+
+def test_every_synonym_is_known() -> None:
+    assert {name for written, _ in ELSEWHERE for name in written} == SYNONYMS.keys()
 
 
 def test_names_as_arguments_and_as_a_mapping_are_the_same() -> None:
@@ -420,7 +424,7 @@ def test_options_reach_the_session() -> None:
     assert session.options == Options.of(written)
     assert dataclasses.asdict(session.options) == {
         **OFF,
-        **PUBLISHED["dllm-cache"],
+        **METHODS["dllm-cache"],
         **{"method": "dllm-cache", "lowering": "eager", "response_interval": 3, "mask_id": MASK},
     }
 

@@ -14,6 +14,7 @@ from dllm_compile.session import Session, sessions
 
 from . import golden_models
 from .dyllm_model import DyLLM
+from .rounding import roundings
 
 MASK_IDS = {"llada_a": 255, "llada_g": 239, "dream_a": 255}
 
@@ -51,7 +52,7 @@ def test_every_step_equals_the_plain_model(name: str, threshold: float, response
         for i, ids in enumerate(calls):
             want, got = plain.step(ids), compiled(ids).logits[0]
             rows = (ids[0] == mask_id).nonzero()[:, 0] - int(shift)
-            torch.testing.assert_close(got[rows], want[rows].to(got.dtype), rtol=0, atol=1e-5, msg=f"step {i}")
+            assert roundings(got[rows], want[rows]) <= 8, f"step {i}"
     assert dllm_compile.stats(model)["steps"]["salient"] == len(calls) - 3
 
 

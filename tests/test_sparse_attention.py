@@ -1,50 +1,22 @@
-"""Attention over entries: the reference against float64, Inductor and Triton against the reference.
-
-Triton's interpreter is chosen by the environment before triton is imported, so this file is a program too.
-"""
+"""Attention over entries: the reference, Inductor and Triton against float64."""
 
 from __future__ import annotations
 
-import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._functorch import config as functorch_config
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dllm_compile.kernels.sparse_attention import DTYPES, reference, sparse_attention
+from dllm_compile.kernels.sparse_attention import DTYPES, Arguments, reference, sparse_attention
+
+from .kernel_runs import EXAMPLES, buffers, built, grids, inductor, interpret, on_gpu, without_triton
 
 INF, NAN = torch.inf, torch.nan
-EXAMPLES = settings(
-    max_examples=200, deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
-)
-QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 MASKS = ("none", "bool", "added", "float32", "keys")
-
-
-class Case(NamedTuple):
-    """Arguments of the op."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    positions: torch.Tensor | None
-    tokens: int
-    mask: torch.Tensor | None
-    scale: float | None
-
-    def to(self, device: str) -> Case:
-        return Case(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
 
 def framed(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +57,7 @@ def case(
     shared: int = 0,
     scale: float | None = None,
     seed: int = 0,
-) -> Case:
+) -> Arguments:
     """Random arguments: buffers ``[B, E, Hkv, h]``, of which ``spare`` or fewer entries are no row.
 
     ``there``: no positions. ``shared``: the bits say which of the mask's leading dimensions are 1.
@@ -104,10 +76,10 @@ def case(
     full = (batch, kv_heads * group, queries)
     sizes = (*(1 if shared >> i & 1 else n for i, n in enumerate(full)), tokens)
     entry = None if there and entries else framed(positions)
-    return Case(query, key, value, entry, tokens, mask_of(mask, sizes, dtype, random), scale)
+    return Arguments(query, key, value, entry, tokens, mask_of(mask, sizes, dtype, random), scale)
 
 
-def exact(asked: Case) -> torch.Tensor:
+def exact(asked: Arguments) -> torch.Tensor:
     """The definition in float64, entry by entry."""
     query, key, value, positions, tokens, mask, scale = asked
     group, entries = query.shape[1] // key.shape[1], key.shape[2]
@@ -124,7 +96,7 @@ def exact(asked: Case) -> torch.Tensor:
     return score.softmax(-1).masked_fill(~seen, 0.0) @ values
 
 
-def check(got: torch.Tensor, asked: Case) -> None:
+def check(got: torch.Tensor, asked: Arguments) -> None:
     """``got`` is the definition to some roundings: of scores, of weights, and of the result."""
     want = exact(asked)
     assert (got.dtype, got.shape) == (asked.query.dtype, want.shape)
@@ -147,7 +119,7 @@ def check(got: torch.Tensor, asked: Case) -> None:
     scale=st.sampled_from([None, 0.3]),
     seed=st.integers(0, 999),
 )
-@EXAMPLES
+@settings(EXAMPLES, max_examples=200)
 def test_reference_equals_float64(
     sizes: tuple[int, ...],
     width: int | None,
@@ -211,17 +183,8 @@ def test_what_is_not_attention_is_refused() -> None:
 
 
 def test_it_runs_without_triton_and_in_silence() -> None:
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch
-from dllm_compile.kernels.sparse_attention import sparse_attention
-x = torch.ones(1, 1, 1, 1)
-print(sparse_attention(x, x, x, None, 1).item(), "dllm_compile.kernels.sparse_attention_triton" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=QUIET)
-    assert done.stdout.split() == ["1.0", "False"]
-    assert "triton" not in done.stderr.lower()
+    code = "x = torch.ones(1, 1, 1, 1); print(run(x, x, x, None, 1).item())"
+    assert without_triton("sparse_attention", code) == "1.0"
 
 
 # -- the op under the compiler -----------------------------------------------------------------------------------------
@@ -251,13 +214,11 @@ def test_inductor_reads_the_buffer_where_it_is(there: bool, mask: str, dtype: to
         return out.transpose(1, 2).flatten(2)
 
     arguments = (asked.query, asked.key.transpose(1, 2), asked.value.transpose(1, 2))
-    with functorch_config.patch(enable_autograd_cache=False), torch.no_grad():
-        got, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), *arguments)
+    got, code = inductor(step, *arguments)
     check(got.unflatten(2, (6, 16)).transpose(1, 2), asked)
     assert code.count("_scaled_dot_product_flash_attention_for_cpu.default(") == 1
     assert "cat" not in re.findall(r"[a-z]+", code)
-    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code)
-    sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes]
+    sizes = buffers(code)
     assert max(sizes, default=0) <= 8 * 120  # no key, no value, and a mask that its heads share
     if there and mask == "none":
         assert sizes == []
@@ -268,14 +229,12 @@ def test_inductor_reads_the_buffer_where_it_is(there: bool, mask: str, dtype: to
 
 
 def interpreted() -> None:
-    """Kernels against the definition, in memory that is NaN wherever nobody wrote, in one split and in many.
+    """Kernels against the definition, in one split and in many.
 
     No bfloat16: the interpreter multiplies its bits as integers.
     """
     from dllm_compile.kernels import sparse_attention_triton as kernels
 
-    torch.use_deterministic_algorithms(True)
-    assert torch.zeros(3).new_empty(3).isnan().all()
     cases = [
         case(1, 2, 1, 1, 1, 16, mask="bool", spare=0),
         case(2, 1, 7, 33, 131, 16, mask="bool", scale=0.3),
@@ -294,20 +253,18 @@ def interpreted() -> None:
     for programs, some in ((264, cases), (1, cases[:6])):
         kernels.PROGRAMS = programs
         for asked in some:
-            got = kernels.launch(*asked)
+            got = kernels.launch(asked)
             check(got, asked)
-            check(reference(*asked), asked)
+            check(reference(asked), asked)
             assert got.transpose(1, 2).is_contiguous()
     strange = case(1, 1, 1, 2, 4, 16, spare=0, mask="bool", shared=4)
     assert strange.positions is not None
     strange.positions.copy_(torch.tensor([[-1, 2**62, -(2**62), 8]]))
-    assert torch.equal(kernels.launch(*strange), torch.zeros(1, 1, 2, 16))
+    assert torch.equal(kernels.launch(strange), torch.zeros(1, 1, 2, 16))
 
 
-def test_the_interpreted_kernels_equal_the_reference() -> None:
-    environment = {**QUIET, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_the_interpreted_kernels_equal_float64() -> None:
+    interpret(interpreted)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -322,22 +279,9 @@ def test_the_interpreted_kernels_equal_the_reference() -> None:
         ("fp32", 16, None, True),
     ],
 )
-def test_the_kernels_compile(
-    capability: int,
-    dtype: str,
-    head: int,
-    mask: str | None,
-    positions: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_the_kernels_compile(capability: int, dtype: str, head: int, mask: str | None, positions: bool) -> None:
     from dllm_compile.kernels.sparse_attention_triton import merge_kernel, part_kernel, tile_of
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     split = mask is not None
     tile, d, v = tile_of(head, head, 16 if split else 64, 4 if dtype == "fp32" else 2)  # a mask is slow to compile
     pointers = dict.fromkeys(("query", "key", "value"), f"*{dtype}") | {"positions": "*i64", "mask": f"*{mask}"}
@@ -350,13 +294,9 @@ def test_the_kernels_compile(
     part = (part_kernel, constants, {"num_warps": tile.warps, "num_stages": tile.stages})
     merge = (merge_kernel, {"WIDTH": head, "SPLITS": 64, "V": v}, {"num_warps": 4})
     for kernel, known, options in (part, merge) if split else (part,):
-        kinds = {n: "constexpr" if n in known else pointers.get(n, "i64") for n in kernel.arg_names}
-        wide = [i for i, n in enumerate(kernel.arg_names) if kinds[n] == "i64" and n[-2:] in ("_b", "_h", "_q", "_e")]
-        hints = {(i,): [["tt.divisibility", 16]] for i in wide}
-        source = ASTSource(kernel, kinds, known, hints)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert built.asm["cubin"]
-        assert built.metadata.shared <= 99 * 1024
+        wide = [n for n in kernel.arg_names if n not in known and n[-2:] in ("_b", "_h", "_q", "_e")]
+        compiled = built(kernel, pointers, known, capability, options, wide)
+        assert compiled.metadata.shared <= 99 * 1024
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -375,10 +315,9 @@ def test_cuda_tensors_take_the_kernels(dtype: torch.dtype) -> None:
         assert sparse_attention(wide, wide, wide, None, 1).shape == wide.shape
     if dtype == torch.float64:
         return
-    graph = make_fx(lambda *x: launch(*x, at, 2000, mask, None), _allow_non_fake_inputs=True)(query, key, key).graph
-    kernels = graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_mutation)
-    grids = {torch.float32: [(56, 5, 1)], torch.bfloat16: [(32, 8, 1)], torch.float16: [(32, 8, 1)]}[dtype]
-    assert [node.kwargs["grid"] for node in kernels] == [grids, [(2 * 32 * 28, 1, 1)]]
+    given = Arguments(query, key, key, at, 2000, mask)
+    graph = make_fx(launch, _allow_non_fake_inputs=True)(given).graph
+    assert grids(graph) == [[(56, 5, 1) if dtype == torch.float32 else (32, 8, 1)], [(2 * 32 * 28, 1, 1)]]
 
 
 @pytest.mark.gpu
@@ -390,13 +329,9 @@ def test_the_kernels_equal_float64_on_a_gpu(dtype: torch.dtype, mask: str) -> No
     shapes = ((1, 32, 1, 32, 700, 128), (1, 4, 7, 33, 1301, 128), (2, 2, 1, 1, 9, 16), (2, 1, 8, 300, 515, 64))
     for shape in (*shapes, (1, 2, 2, 17, 100, 256), (2, 2, 3, 40, 77, 96, 80)):
         asked = case(*shape, dtype=dtype, mask=mask, shared=6)
-        check(sparse_attention(*asked.to("cuda")).cpu(), asked)
+        check(sparse_attention(*on_gpu(asked)).cpu(), asked)
         asked = case(*shape, dtype=dtype, mask=mask)
-        check(sparse_attention(*asked.to("cuda")).cpu(), asked)
-        check(torch.compile(sparse_attention)(*asked.to("cuda")).cpu(), asked)
+        check(sparse_attention(*on_gpu(asked)).cpu(), asked)
+        check(torch.compile(sparse_attention)(*on_gpu(asked)).cpu(), asked)
     for asked in (case(there=True, mask=mask, dtype=dtype), case(entries=0, dtype=dtype), case(spare=9, dtype=dtype)):
-        check(sparse_attention(*asked.to("cuda")).cpu(), asked)
-
-
-if __name__ == "__main__":
-    interpreted()
+        check(sparse_attention(*on_gpu(asked)).cpu(), asked)

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from .progress import Progress
-from .stepper import Step
+from .progress import Progress, Step
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +14,9 @@ import torch
 from dllm_compile.ahead import filling
 from dllm_compile.options import Options
 
-from .family import Family
-from .progress import Turn
+from .progress import Step, Turn
 from .rules import chosen
 from .settings import Settings
-from .step import Model
-from .stepper import Step, stepper
 
 
 class InOrder:
@@ -49,27 +45,17 @@ class InOrder:
             return self.step(x, replace(turn, candidates=rows))
 
 
-def step_of(
-    model: Model,
-    x: torch.Tensor,
-    kind: Family,
-    settings: Settings,
-    options: dict[str, Any],
-    inputs: dict[str, Any],
-    generator: torch.Generator | None,
-) -> Step:
-    """The step of one generation: see :func:`dllm_compile.sampler.stepper.stepper`.
+def any_order(settings: Settings, options: dict[str, Any]) -> Settings | None:
+    """Settings of the step within :class:`InOrder`; ``None`` where the cache need not be told what is filled.
 
     Raises:
-        ValueError: the cache needs to be told what is filled, and confidence decides that after the call.
+        ValueError: it needs to, and confidence decides that after the call.
     """
     if not options or Options.of(options).cache != "greedy":
-        return stepper(model, x, kind, settings, options, inputs, generator)
+        return None
     if settings.remasking != "random" or settings.parallel:
         raise ValueError(
             "cache='greedy' computes the rows that are filled next, and confidence is known too late for that; "
             "give remasking='random' without a threshold or factor, or cache='decoded'"
         )
-    any_order = replace(settings, remasking="low_confidence")
-    step = stepper(model, x, kind, any_order, options, inputs, generator)
-    return InOrder(step, partial(torch.rand, generator=generator, device=x.device))
+    return replace(settings, remasking="low_confidence")

@@ -7,6 +7,7 @@ Sources: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487), Fast-dLLM (arXiv 25
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,10 @@ class Turn:
         count = None if self.count is None else self.count.to(device)
         share = None if self.share is None else self.share.to(device)
         return replace(self, candidates=self.candidates.to(device), count=count, share=share)
+
+
+Step = Callable[[torch.Tensor, Turn], torch.Tensor]
+"""Maps ids ``[B, S]`` and a turn on their device to new ids."""
 
 
 def quota(first: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dllm_compile.options import SYNONYMS as OPTION_SYNONYMS
-from dllm_compile.options import Options, is_int, is_number, nearest
+from dllm_compile.options import Options, is_int, is_number, nearest, one_of
 
 from .rules import RULES
 
@@ -94,9 +94,7 @@ class Settings:
     as_published: bool = False
 
     def __post_init__(self) -> None:
-        if self.remasking not in RULES:
-            near = nearest(self.remasking, RULES)
-            raise ValueError(f"remasking is {self.remasking!r}; did you mean {near!r}? Valid: {', '.join(RULES)}")
+        one_of("remasking", self.remasking, RULES)
         for name, (fits, wanted) in _VALUES.items():
             value = getattr(self, name)
             if not (fits(value) or (value is None and getattr(Settings, name) is None)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 from .compiled import compiled
 from .draw import draw_step
 from .family import Family, vocabulary
-from .progress import Turn
+from .in_order import InOrder, any_order
+from .progress import Step, Turn
 from .settings import Settings
 from .step import Model, denoise_step, guided_logits, read_logits
-
-Step = Callable[[torch.Tensor, Turn], torch.Tensor]
-"""Maps ids ``[B, S]`` and a turn on their device to new ids."""
 
 
 def stepper(
@@ -38,31 +35,37 @@ def stepper(
         options: of the backend; empty runs the model as it is.
         inputs: of the model, beside the ids.
         generator: source of random numbers.
+
+    Raises:
+        ValueError: the cache needs to be told what is filled, and confidence decides that after the call.
     """
+    uniform = partial(torch.rand, generator=generator, device=x.device)
+    within = any_order(settings, options)
+    settings = within or settings
     given = x != kind.mask_id if settings.cfg_scale > 0 else None
     fixed = {**inputs, "mask_id": kind.mask_id, "shift": kind.shift, "cfg_scale": settings.cfg_scale, "given": given}
     if settings.draws_rows(kind.shift):
         read = partial(compiled(read_logits, model, options) if options else read_logits, model)
 
-        def drawn(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
             return draw_step(guided_logits(read, x, **fixed), x, turn, settings, generator)
+    else:
+        columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
+        denoise = compiled(denoise_step, model, options) if options and not settings.cfg_scale else denoise_step
+        if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
+            model = partial(compiled(read_logits, model, options), model)
+        fixed.update(remasking=settings.remasking, temperature=settings.temperature)
+        fixed.update(threshold=settings.threshold, factor=settings.factor)
 
-        return drawn
-    columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
-    step = compiled(denoise_step, model, options) if options and not settings.cfg_scale else denoise_step
-    if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
-        model = partial(compiled(read_logits, model, options), model)
-    fixed.update(remasking=settings.remasking, temperature=settings.temperature)
-    fixed.update(threshold=settings.threshold, factor=settings.factor)
+        def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+            noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
+            draws = uniform(x.shape) if settings.remasking == "random" else None
+            new: torch.Tensor = denoise(
+                model, x, turn.candidates, turn.count, turn.most, noise=noise, draws=draws, **fixed
+            )
+            return new
 
-    def whole(x: torch.Tensor, turn: Turn) -> torch.Tensor:
-        uniform = partial(torch.rand, generator=generator, device=x.device)
-        noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
-        draws = uniform(x.shape) if settings.remasking == "random" else None
-        new: torch.Tensor = step(model, x, turn.candidates, turn.count, turn.most, noise=noise, draws=draws, **fixed)
-        return new
-
-    return whole
+    return step if within is None else InOrder(step, uniform)
 
 
 def _columns(model: Model, x: torch.Tensor, inputs: dict[str, Any]) -> int:

@@ -1,0 +1,29 @@
+"""How a function becomes an operation of torch that compilers see into."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function], Function]:
+    """Register a function as ``dllm::name``, with the arguments and results that ``annotated`` names.
+
+    It gets them by place, without the last ones where they are the defaults.
+    """
+
+    def register(function: Function) -> Function:
+        function.__signature__ = inspect.signature(annotated)  # type: ignore[attr-defined]
+        log = logging.getLogger("torch._library.triton")
+        log.disabled = True  # where triton is missing, it warns of no kernels; they are imported when one is launched
+        torch.library.triton_op(f"dllm::{name}", function, mutates_args=())
+        log.disabled = False
+        return function
+
+    return register
