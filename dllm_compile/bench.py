@@ -97,6 +97,8 @@ def main(argv: list[str]) -> None:
     kernels = given.pop("kernels")
     setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
     del given["shape"]
+    if (alone or kernels) and (target or picture or shape):
+        parser.error("--json, --plot and --shape do not go with a measurement of one thing alone")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if device == "cuda" and (alone or picture):

@@ -54,7 +54,8 @@ def operations(device: torch.device) -> Iterator[tuple[str, int, Calls]]:
         "operation": lambda: sparse(block, key, value),
         "dense": lambda: scaled_dot_product_attention(block, key, value),
     }
-    yield f"sparse attention, {BLOCK} rows, {KEYS} keys", key.nbytes + value.nbytes, attended
+    size = sum(x.nbytes for x in (block, key, value))
+    yield f"sparse attention, {BLOCK} rows, {KEYS} keys", size, attended
 
     query, context, change = (drawn(1, HEADS, RESPONSE, WIDTH) for _ in range(3))
     at = torch.arange(SALIENT, device=device).unsqueeze(0)
@@ -64,7 +65,8 @@ def operations(device: torch.device) -> Iterator[tuple[str, int, Calls]]:
         "operation": lambda: delta(query, key, value),
         "dense": lambda: scaled_dot_product_attention(query, key, value),
     }
-    yield f"delta attention, {RESPONSE} rows, {SALIENT} salient, {KEYS} keys", key.nbytes + value.nbytes, corrected
+    size = sum(x.nbytes for x in (query, key, value, *given))
+    yield f"delta attention, {RESPONSE} rows, {SALIENT} salient, {KEYS} keys", size, corrected
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -12,18 +12,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 Compiled = Callable[..., Any]
-PATCHES = {"reorder_for_locality": False}
+IN_ORDER = {"reorder_for_locality": False}
 """A read of the rows kept that moves behind their overwriting costs a copy of all of them, there and back."""
 
 
-def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Sequence[int] = ()) -> Compiled:
+def lower(
+    module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Sequence[int] = (), writes: bool = False
+) -> Compiled:
     """Compile ``module`` for arguments like ``args``.
 
     Args:
-        module: a torch-level graph that returns a tuple; it may write to its arguments.
+        module: a torch-level graph that returns a tuple.
         args: real arguments.
         how: ``"inductor"``, or ``"eager"`` to run the module as it is.
         free: arguments whose second dimension may differ from call to call.
+        writes: whether it writes to its arguments.
 
     Returns:
         A function of the same arguments that returns the tuple.
@@ -43,7 +46,7 @@ def lower(module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Seq
                     sizes[1] = DimDynamic.DYNAMIC
                 example[i] = mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
     with torch.no_grad():
-        compiled = compile_fx(module, example, config_patches=PATCHES)
+        compiled = compile_fx(module, example, config_patches=IN_ORDER if writes else None)
     fixed = [str(symbol) for symbol, value in shapes.replacements.items() if value.is_number]
     if fixed:
         raise RuntimeError(f"code for any number of rows was compiled for one number of them: {', '.join(fixed)}")

@@ -95,7 +95,7 @@ class Options:
         verify: every so many steps the graph also runs without the method, in eager, and ``stats`` reports the
             difference; 0 never.
         cuda_graphs: whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on
-            CUDA; ``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 32.
+            CUDA; ``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 8.
         lowering: ``"inductor"``, or ``"eager"``, which runs the rewritten graphs uncompiled.
     """
 
@@ -286,5 +286,5 @@ _READ: dict[str, tuple[Callable[[Options], bool], str]] = {
 """Options that only some mechanisms read."""
 
 _NAMES = tuple(each.name for each in fields(Options))
-_OFF = {name: getattr(Options, name) for mechanisms in METHODS.values() for name in mechanisms}
+_OFF = {name: getattr(Options, name) for name in {*_READ, *(own for row in METHODS.values() for own in row)}}
 _OWN = {"cache", "keep_ratio", "saliency_threshold"}  # one of these named without a method: that mechanism alone

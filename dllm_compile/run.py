@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -38,14 +38,16 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
     if step.repeat and (kept := call.kept_results()) is not None:
         return call.answer(kept, set(kept))
     layer, seen = step.layer, set(step.seen)
-    if call.recordable():
-        kind = program, step.assignment, tuple(step.sizes.items()), session.room
-        call = tapes.run(session.tapes, kind, lambda args, step: _made(program, args, session, step), args, step)
+    if call.recordable(args):
+        weights = tuple(arg.data_ptr() for arg in args if type(arg) is torch.nn.Parameter)
+        kind = step.assignment, tuple(step.sizes.items()), session.room, weights
+        record = partial(_made, program, session)
+        call = session.tapes.run(program, kind, record, args, step)
     else:
         call.compute()
     if call.spilled():  # what it wrote is among the active rows, which now are all written anew
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
-        call = _made(program, args, session, step)
+        call = _made(program, session, args, step)
     results = call.results
     if call.head is not None or program.ids is not None:
         session.outputs[program] = results
@@ -55,7 +57,7 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
     return call.answer(results, call.stored)
 
 
-def _made(program: Program, args: Sequence[Any], session: Session, step: Step) -> _Call:
+def _made(program: Program, session: Session, args: Sequence[Any], step: Step) -> _Call:
     call = _Call(program, args, session, step)
     call.compute()
     return call
@@ -133,12 +135,12 @@ class _Call:
             copies[node] = value
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 
-    def recordable(self) -> bool:
+    def recordable(self, args: Sequence[Any]) -> bool:
         """Whether the call may be recorded: a partial step of a whole model."""
-        step, wanted = self.step, self.session.options.cuda_graphs and self.program.ids is not None
-        if not wanted or step.repeat or not tapes.possible(step.counts.device):
+        step, whole = self.step, self.program.ids is not None and self.head is not None
+        if not (self.session.records and whole) or step.repeat or step.assignment.evict is not None:
             return False
-        return step.assignment.evict is None and self.full not in (step.assignment, self.rest)
+        return self.full not in (step.assignment, self.rest) and tapes.recordable(args, step.counts.device)
 
     def compute(self) -> None:
         """Run all units; a value is dropped behind its last reader."""
@@ -153,6 +155,7 @@ class _Call:
             for node in dead:
                 self.env.pop(node, None)
         self.results = {n: self.whole(n) for n in program.results}
+        self.env.clear()  # a tape keeps the call, and is not to keep the model
 
     def spilled(self) -> bool:
         """Whether a layer had more salient rows than there was room for; then there is more from now on."""
@@ -161,6 +164,7 @@ class _Call:
         if session.room is None or most <= session.room:
             return False
         session.room = 1 << (most - 1).bit_length()
+        session.tapes.clear()  # they have the old one
         session.stats.spills += 1
         return True
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import tapes
 from .ahead import told
 from .core.assignment import ACTIVE, Assignment
 from .core.plan import Call, Exact, Plan, Schedule
@@ -72,6 +73,7 @@ class Session:
         self.idle = False
         self.tied: set[Any] = set()  # layers that run more than once in a step
         self.room: int | None = None  # salient rows that a layer may have; on a CPU they are counted instead
+        self.records = False  # whether partial steps become CUDA graphs
         self.chooses = False  # whether the graph that is called chooses tokens itself, by a few numbers a row
         self.drop()
         _SESSIONS.add(self)
@@ -92,7 +94,7 @@ class Session:
         self.others: list[tuple[torch.Tensor, int]] = []
         self.passed: list[torch.Tensor] = []
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.tapes: dict[Any, Any] = {}  # see ``tapes``; they hold addresses of rows
+        self.tapes = tapes.Tapes()  # they hold addresses of rows
 
     def state_bytes(self) -> int:
         """Bytes of the rows kept of layers between steps."""
@@ -208,6 +210,7 @@ class Session:
 
     def _step(self, call: Call, device: torch.device) -> Step:
         batch, tokens = call.masked.shape
+        self.records = self.options.cuda_graphs and tapes.possible(device)
         plan = self.schedule.next(call)
         rows = self._rows(call, plan)
         if call.number == 0:
@@ -253,7 +256,7 @@ class Session:
 
     def _varying(self, rows: torch.Tensor, empty: bool = True) -> torch.Tensor:
         """Positions of rows whose number differs from call to call; few numbers of them where calls are recorded."""
-        return positions(rows, 2, empty, RECORDED if self.options.cuda_graphs else 1)
+        return positions(rows, 2, empty, MULTIPLE if self.records else 1)
 
 
 def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:
@@ -262,7 +265,7 @@ def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Te
     return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)
 
 
-RECORDED = 32  # rows of a recorded call are a multiple of this, or all
+MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls
 ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 _CURRENT = threading.local()

@@ -1,23 +1,29 @@
 """CUDA graphs of partial steps: what a call launches, recorded once and launched as one.
 
 A partial step is hundreds of small launches, and the host takes longer to make them than the device to run them. Calls
-of one kind launch the same: the same rows, by number, into the same state. The second call of a kind is recorded, on
-memory of the tape's own; a later one copies its ids and positions there and plays the tape. Tapes hold the addresses of
-the state, so they go when any of it does.
+of one kind launch the same: as many rows, into the same state. The third call of a kind is recorded, on memory that the
+tapes own; from then on a call copies its ids and positions there and plays the tape. Tapes hold the addresses of the
+state, so they go when any of it does.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .session import Step
+if TYPE_CHECKING:
+    from .session import Step
 
 Made = TypeVar("Made")
-Record = Callable[[Sequence[Any], Step], Made]
+Record = Callable[[Sequence[Any], "Step"], Made]
+CALLS = 2
+"""Calls of a kind that are made before one is recorded: the first compiles and allocates, and some kinds never come
+again. A recording costs about as much as a call."""
 
 
 def possible(device: torch.device) -> bool:
@@ -25,47 +31,55 @@ def possible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def capture(body: Callable[[], Made], pool: Any) -> tuple[Made, torch.cuda.CUDAGraph]:
-    """Record what ``body`` launches on the device, which must read nothing back.
+def capture(body: Callable[[], Made], device: torch.device, pool: Any) -> tuple[Made, torch.cuda.CUDAGraph]:
+    """Record what ``body`` launches on a device, which must read nothing back.
 
     Args:
         body: called once; what it returns is filled by each replay.
-        pool: memory shared with other graphs, each of which overwrites what the others made; ``None`` for new memory.
+        device: of all that it reads.
+        pool: memory shared with other graphs; ``None`` for new memory.
+
+    Raises:
+        RuntimeError: it read something back, or launched what cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    mode = "thread_local"  # another thread may allocate meanwhile
+    recording = torch.cuda.graph(graph, pool=pool, stream=_stream(device), capture_error_mode=mode)
+    with torch.cuda.stream(torch.cuda.current_stream(device)), recording:  # current again even where it fails
         made = body()
     return made, graph
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: each new stream takes workspaces of its own."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class Tape:
-    """One recorded call, and the memory that it reads.
+    """One recorded call, and the positions that it reads.
 
     Args:
         record: makes the call, for arguments of the program and a step.
-        args: of the call to record; parameters are read where they are.
-        step: of that call.
+        args: memory that the call reads, where later ones copy theirs.
+        step: of the call to record.
         pool: see :func:`capture`.
     """
 
     def __init__(self, record: Record[Any], args: Sequence[Any], step: Step, pool: Any) -> None:
         with torch.inference_mode(False):  # a later call may write to it outside of inference mode
-            self.args = [_own(arg) for arg in args]
-            self.step = replace(step, **{name: _own(value) for name, value in _tensors(step).items()})
-            self.indices = {name: _own(index) for name, index in step.indices.items()}
+            self.step = replace(step, **{name: value.clone() for name, value in _tensors(step).items()})
+            self.indices = {name: index.clone() for name, index in step.indices.items()}
 
         def body() -> Any:
             self.step.layer, self.step.seen = 0, set()
             self.step.indices = dict(self.indices)  # layers decide some of them
-            return record(self.args, self.step)
+            return record(args, self.step)
 
-        self.made, self.graph = capture(body, pool)
+        self.made, self.graph = capture(body, step.counts.device, pool)
 
-    def play(self, args: Sequence[Any], step: Step) -> Any:
-        """The same for other values of the arguments; what it returns is good until a tape is played again."""
-        for mine, given in zip(self.args, args, strict=True):
-            if mine is not given and isinstance(mine, torch.Tensor):
-                mine.copy_(given)
+    def play(self, step: Step) -> Any:
+        """The same for another step; what it returns is good until the tape is played again."""
         for name, index in self.indices.items():
             index.copy_(step.indices[name])
         for name, value in _tensors(step).items():
@@ -74,35 +88,68 @@ class Tape:
         return self.made
 
 
-Tapes = dict[Any, Tape | None]
-"""By kind of call; ``None`` for one that was made once."""
+class Tapes:
+    """All tapes of one sequence."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[Any, Tape | int | None] = {}  # a tape, or calls made; None where none can be recorded
+        self.memory: dict[Any, dict[int, torch.Tensor]] = {}  # of a program's arguments, by place
+
+    def clear(self) -> None:
+        """Forget all: an address changed."""
+        self.kinds.clear()
+        self.memory.clear()
+
+    def run(self, program: Any, kind: Any, record: Record[Made], args: Sequence[Any], step: Step) -> Made:
+        """Make a call, or play it.
+
+        Args:
+            program: the graph that is called.
+            kind: equal for calls of it that launch the same.
+            record: makes the call.
+            args, step: of this call.
+        """
+        key = program, kind
+        found = self.kinds.get(key, 0)
+        if found is None or (isinstance(found, int) and found < CALLS):
+            made = record(args, step)
+            if found is not None:
+                self.kinds[key] = found + 1
+            return made
+        owned = self._owned(program, args)
+        if not isinstance(found, Tape):
+            found = self.kinds[key] = self._recorded(record, [owned.get(i, arg) for i, arg in enumerate(args)], step)
+        return record(args, step) if found is None else found.play(step)
+
+    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Tape | None:
+        pool = next((tape.graph.pool() for tape in self.kinds.values() if isinstance(tape, Tape)), None)
+        try:
+            return Tape(record, args, step, pool)
+        except RuntimeError as error:
+            warnings.warn(f"dllm: steps run without a CUDA graph, as one cannot be recorded: {error}", stacklevel=2)
+            return None
+
+    def _owned(self, program: Any, args: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """Memory of a program's arguments that may differ from call to call, brought up to date; not parameters."""
+        given = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
+        given = {i: arg for i, arg in given.items() if not isinstance(arg, torch.nn.Parameter)}
+        owned = self.memory.get(program)
+        if owned is None:
+            with torch.inference_mode(False):
+                owned = self.memory[program] = {i: arg.clone() for i, arg in given.items()}
+        for i, arg in given.items():
+            owned[i].copy_(arg)
+        return owned
 
 
-def run(tapes: Tapes, kind: Any, record: Record[Made], args: Sequence[Any], step: Step) -> Made:
-    """Make a call: the first of its kind as it is, since it may compile and allocate; the second is recorded.
-
-    Args:
-        tapes: of the sequence.
-        kind: equal for calls that launch the same.
-        record: makes the call.
-        args, step: of this call.
-    """
-    if kind not in tapes:
-        made = record(args, step)
-        tapes[kind] = None
-        return made
-    tape = tapes[kind]
-    if tape is None:
-        pool = next((other.graph.pool() for other in tapes.values() if other is not None), None)
-        tape = tapes[kind] = Tape(record, args, step, pool)
-    return tape.play(args, step)  # type: ignore[no-any-return]
+def recordable(args: Sequence[Any], device: torch.device) -> bool:
+    """Whether arguments can be copied to memory of the same strides on the device, which code is compiled for."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    given = [arg for arg in tensors if not isinstance(arg, torch.nn.Parameter)]
+    dense = all(arg.is_contiguous() or torch.empty_like(arg, device="meta").stride() == arg.stride() for arg in given)
+    return dense and all(arg.device == device for arg in tensors)
 
 
-def _own(value: Any) -> Any:
-    """Memory that nobody else holds, for what may differ from call to call."""
-    return value.clone() if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) else value
-
-
-def _tensors(step: Step) -> dict[str, torch.Tensor]:
+def _tensors(step: Step) -> dict[str, Any]:
     values = {each.name: getattr(step, each.name) for each in fields(step)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -91,7 +91,8 @@ class UnitCode:
             emitted = emit(self.unit, self.axes, assignment, step.sizes, CHOICES)
             args = [values.flat[values.slot(name)] for name in emitted.takes]
             free = [i for i, name in enumerate(emitted.takes) if self._any_number(name, assignment)]
-            found = Variant(lower(emitted.module, args, self.lowering, free), emitted, values)
+            writes = any(name.startswith("state:") for name in emitted.takes)
+            found = Variant(lower(emitted.module, args, self.lowering, free, writes), emitted, values)
             self.variants[key] = found
         return found
 

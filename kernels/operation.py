@@ -21,9 +21,11 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
     def register(function: Function) -> Function:
         function.__signature__ = inspect.signature(annotated)  # type: ignore[attr-defined]
         log = logging.getLogger("torch._library.triton")
-        log.disabled = True  # where triton is missing, it warns of no kernels; they are imported when one is launched
-        torch.library.triton_op(f"dllm::{name}", function, mutates_args=())
-        log.disabled = False
+        before, log.disabled = log.disabled, True  # it warns of no kernels; they are imported when one is launched
+        try:
+            torch.library.triton_op(f"dllm::{name}", function, mutates_args=())
+        finally:
+            log.disabled = before
         return function
 
     return register
