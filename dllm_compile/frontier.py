@@ -61,7 +61,7 @@ def draw(rows: list[Row], path: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=[matplotlib.colormaps["tab20"](i) for i in range(20)])
     places = {row.name: (row.vs_eager, 100 * (row.accuracy or 0.0)) for row in rows}
     for series, points in entrants().items():
         mine = {label: places[contender.name] for label, contender in points}

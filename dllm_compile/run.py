@@ -12,12 +12,11 @@ import torch.fx
 
 from . import tapes
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, Assignment
-from .core.layout import Layout, position
-from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
+from .core.rows import ALL, NONE, RowSet, read_all
 from .core.state import allocate
-from .core.units import Unit, weights_key
+from .core.units import Unit
+from .held import Held
 from .lower import lower
-from .outbox import Outbox
 from .passes.feature_cache import KEEP
 from .passes.saliency import thorough
 from .program import Program
@@ -69,19 +68,13 @@ def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
     return assignment if assignment.enter == rows else replace(assignment, enter=rows)
 
 
-class _Call:
-    """Values of one call, and the rows each is on."""
+class _Call(Held):
+    """One call as it is made."""
 
     def __init__(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> None:
-        self.program, self.session, self.step = program, session, step
-        env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
-        self.env = env
+        super().__init__(program, args, session, step)
         self.results: dict[torch.fx.Node, Any] = {}
-        self.have: dict[torch.fx.Node, RowSet] = {}
         self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
-        self.stored: set[torch.fx.Node] = set()  # values whose every row is kept, up to date
-        self.head = program.head(session.vocabulary)
-        self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
         self.full = session.schedule.variants[0]
         self.rest = step.assignment
         self.first = session.schedule.first or self.rest
@@ -117,23 +110,6 @@ class _Call:
         self.step.seen |= set(self.keys.values())
         self.step.layer += len(self.keys)
         return {n: read_all(kept, self.program.axes.layout[n]) for n, kept in slots.items() if kept is not None}
-
-    def answer(self, results: dict[torch.fx.Node, Any], kept: set[torch.fx.Node]) -> Any:
-        """The graph's outputs, which a caller may write into without spoiling what is kept.
-
-        Args:
-            results: value of each output.
-            kept: those whose changes have been noted; any row of the others may differ from the one returned last.
-        """
-        copies = {}
-        for node, value in results.items():
-            if node in self.program.axes.layout:
-                box = self._outbox(node)
-                if node not in kept:
-                    box.changed(None)
-                value = box.copy(value)
-            copies[node] = value
-        return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 
     def recordable(self, args: Sequence[Any]) -> bool:
         """Whether the call may be recorded: a partial step of a whole model."""
@@ -281,46 +257,3 @@ class _Call:
         values = self._values(unit)
         variant = code.variant(assignment, self.step, values)
         return variant(values), variant.rows
-
-    def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
-        return self.session.kept.get(self._slot_key(node))
-
-    def _slot_key(self, node: torch.fx.Node) -> Any:
-        """Where all rows of a value are kept: by its unit, and by the weights where a graph is one layer of many."""
-        first = next(iter(self.keys.values()), None)
-        return self.program.origin.get(node, node), first
-
-    def _outbox(self, node: torch.fx.Node) -> Outbox:
-        return self.session.outboxes.setdefault(self._slot_key(node), Outbox())
-
-    def _widens(self, node: torch.fx.Node) -> bool:
-        """Whether a value may be computed for some rows only, and has rows."""
-        layout = self.program.axes.layout.get(node, ())
-        narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
-        return (narrowed or self.session.narrows()) and None not in (position(layout, "T"), position(layout, "B"))
-
-    def whole(self, node: torch.fx.Node) -> Any:
-        """All rows of a value: those just computed, beside those kept of the others."""
-        value, rows = self.env[node], self.have.get(node)
-        if rows is None or not self._widens(node):
-            return value
-        layout = self.program.axes.layout[node]
-        kept = self._slot(node)
-        if kept is None:
-            self.session.tapes.clear()
-            (kept,) = allocate([node], self.program.axes, self.step.counts.device)
-            self.session.kept[self._slot_key(node)] = kept
-        if node not in self.stored and rows == ALL:
-            store_rows(kept, value, layout)
-            self._outbox(node).changed(None)
-        elif node not in self.stored and rows != NONE:
-            index = self.step.indices[rows.name]
-            merge_rows(kept, index, value, layout)
-            self._outbox(node).changed(index if _rows_lead(layout) else None)
-        self.stored.add(node)
-        return read_all(kept, layout)
-
-
-def _rows_lead(layout: Layout) -> bool:
-    """Whether the batch and the tokens are the first two dimensions."""
-    return [tuple(factor.kind for factor in dim) for dim in layout[:2]] == [("B",), ("T",)]

@@ -19,11 +19,12 @@ import torch
 from . import tapes
 from .ahead import told
 from .core.assignment import ACTIVE, Assignment
-from .core.plan import Call, Exact, Plan, Schedule
-from .ids import infer_mask_id, labels, positions, readable_rows, response_rows
+from .core.plan import Call, Exact, Schedule
+from .ids import infer_mask_id, labels, positions, response_rows
 from .method import response_of, schedule
 from .options import Options
 from .outbox import Outbox
+from .positions import positions_of_call
 from .stats import Stats
 
 
@@ -212,7 +213,9 @@ class Session:
         batch, tokens = call.masked.shape
         self.records = self.options.cuda_graphs and tapes.possible(device)
         plan = self.schedule.next(call)
-        rows = self._rows(call, plan)
+        response = response_of(self.options, self.response)
+        every = call.number == 0 and not self.chooses  # whoever gets logits gets those of all rows once
+        rows = positions_of_call(call, plan, response, self.options.shift, every, MULTIPLE if self.records else 1)
         if call.number == 0:
             self.room = max(self.room or 0, ROOM) if device.type != "cpu" else self.room
             self.fixed = {name: index.to(device) for name, index in self.fixed.items()}
@@ -225,44 +228,6 @@ class Session:
         bound = plan.bound.unsqueeze(1).to(device) if plan.bound is not None else None
         repeat = call.repeat and plan.same
         return Step(call.number, repeat, plan.assignment, indices, sizes, counts, bound, (batch, tokens))
-
-    def _rows(self, call: Call, plan: Plan) -> dict[str, torch.Tensor]:
-        """Positions of the row sets that change from call to call."""
-        readable = readable_rows(call.masked, self.options.shift)
-        if call.number == 0 and not self.chooses:
-            readable = torch.ones_like(readable)  # whoever gets logits gets those of all rows once
-        rows: dict[str, torch.Tensor] = {}
-        tokens = none = readable.shape[1]
-        slots = torch.arange(tokens).expand_as(readable)
-        if plan.fresh is not None:  # keys and values have a place behind the kept entries, in order
-            rows["fresh"] = positions(plan.fresh, 2, empty=False)
-            slots, none = plan.kept + plan.fresh.long().cumsum(1) - 1, plan.kept + rows["fresh"].shape[1]
-            slots = torch.where(plan.fresh, slots, none)
-            if plan.active is None:
-                rows["response@keyed"] = _at(slots, positions(response_of(self.options, self.response)), none)
-        if plan.block is not None and plan.fresh is not None:
-            rows["block"] = positions(plan.block, 2, empty=False)
-            rows["outside"] = positions(~plan.fresh, 2, empty=False)
-        if plan.active is None or plan.written is None:
-            return {**rows, "readable": self._varying(readable)}
-        active, readable = self._varying(plan.active, empty=False), self._varying(readable & plan.active)
-        written = torch.where(_at(plan.written, active, False), _at(slots, active, none), none)
-        rank = plan.active.long().cumsum(1) - 1
-        rows |= {"active": active, "written": written, "readable": readable}
-        rows["readable@active"] = _at(rank, readable, active.shape[1])
-        if plan.salient is not None:
-            rows["salient"] = self._varying(_at(plan.salient, active, False), empty=False)
-        return rows
-
-    def _varying(self, rows: torch.Tensor, empty: bool = True) -> torch.Tensor:
-        """Positions of rows whose number differs from call to call; few numbers of them where calls are recorded."""
-        return positions(rows, 2, empty, MULTIPLE if self.records else 1)
-
-
-def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:
-    """Entries ``[B, K]`` of ``values`` ``[B, S]`` at positions ``[B, K]``; ``none`` for ``S``, "no row"."""
-    tokens = values.shape[1]
-    return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)
 
 
 MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls

@@ -564,8 +564,8 @@ def test_code_does_not_grow_with_the_number_of_blocks(cache: str) -> None:
 def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor where the number of rows is free; the other code is compiled by every method's tests."""
 
-    def chosen(module: Any, args: Any, how: str, free: Any) -> Any:
-        return lower(module, args, "inductor" if free else "eager", free)
+    def chosen(module: Any, args: Any, how: str, free: Any, *more: Any) -> Any:
+        return lower(module, args, "inductor" if free else "eager", free, *more)
 
     monkeypatch.setattr(unit_code, "lower", chosen)
 

@@ -1,0 +1,98 @@
+"""Values of one call of a graph: on which rows each is at hand, and where all of its rows are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from .core.layout import Layout, position
+from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
+from .core.state import allocate
+from .core.units import weights_key
+from .outbox import Outbox
+from .program import Program
+from .session import Session, Step
+
+
+class Held:
+    """What a call has.
+
+    Attributes:
+        env: values by node.
+        have: the rows that each is on; all of them where it is missing.
+        stored: values whose every row is kept, up to date.
+        head: the unit that makes logits, if the graph has one.
+        keys: of each layer, by its weights.
+    """
+
+    def __init__(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> None:
+        self.program, self.session, self.step = program, session, step
+        env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
+        self.env = env
+        self.have: dict[torch.fx.Node, RowSet] = {}
+        self.stored: set[torch.fx.Node] = set()
+        self.head = program.head(session.vocabulary)
+        self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
+
+    def answer(self, results: dict[torch.fx.Node, Any], kept: set[torch.fx.Node]) -> Any:
+        """The graph's outputs, which a caller may write into without spoiling what is kept.
+
+        Args:
+            results: value of each output.
+            kept: those whose changes have been noted; any row of the others may differ from the one returned last.
+        """
+        copies = {}
+        for node, value in results.items():
+            if node in self.program.axes.layout:
+                box = self._outbox(node)
+                if node not in kept:
+                    box.changed(None)
+                value = box.copy(value)
+            copies[node] = value
+        return torch.fx.map_arg(self.program.result, lambda n: copies[n])
+
+    def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
+        return self.session.kept.get(self._slot_key(node))
+
+    def _slot_key(self, node: torch.fx.Node) -> Any:
+        """Where all rows of a value are kept: by its unit, and by the weights where a graph is one layer of many."""
+        first = next(iter(self.keys.values()), None)
+        return self.program.origin.get(node, node), first
+
+    def _outbox(self, node: torch.fx.Node) -> Outbox:
+        return self.session.outboxes.setdefault(self._slot_key(node), Outbox())
+
+    def _widens(self, node: torch.fx.Node) -> bool:
+        """Whether a value may be computed for some rows only, and has rows."""
+        layout = self.program.axes.layout.get(node, ())
+        narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
+        return (narrowed or self.session.narrows()) and None not in (position(layout, "T"), position(layout, "B"))
+
+    def whole(self, node: torch.fx.Node) -> Any:
+        """All rows of a value: those just computed, beside those kept of the others."""
+        value, rows = self.env[node], self.have.get(node)
+        if rows is None or not self._widens(node):
+            return value
+        layout = self.program.axes.layout[node]
+        kept = self._slot(node)
+        if kept is None:
+            self.session.tapes.clear()
+            (kept,) = allocate([node], self.program.axes, self.step.counts.device)
+            self.session.kept[self._slot_key(node)] = kept
+        if node not in self.stored and rows == ALL:
+            store_rows(kept, value, layout)
+            self._outbox(node).changed(None)
+        elif node not in self.stored and rows != NONE:
+            index = self.step.indices[rows.name]
+            merge_rows(kept, index, value, layout)
+            self._outbox(node).changed(index if _rows_lead(layout) else None)
+        self.stored.add(node)
+        return read_all(kept, layout)
+
+
+def _rows_lead(layout: Layout) -> bool:
+    """Whether the batch and the tokens are the first two dimensions."""
+    return [tuple(factor.kind for factor in dim) for dim in layout[:2]] == [("B",), ("T",)]
