@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .contest import wait
+from .kernels import delta_attention as delta_op
+from .kernels import sparse_attention as sparse_op
 from .kernels.confidence import confidence
-from .kernels.delta_attention import delta_attention
-from .kernels.sparse_attention import sparse_attention
 from .shape_bench import bandwidth
 
 CALLS = 40
@@ -36,7 +36,7 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def operations(device: torch.device) -> Iterator[tuple[str, int, Calls]]:
-    """Each operation: what it is, bytes that it reads, and ways to compute it, ours first."""
+    """Each operation: what it is, bytes that it reads, and ways to compute it: ours, what it replaces, more."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     source = torch.Generator(device).manual_seed(0)
 
@@ -49,10 +49,11 @@ def operations(device: torch.device) -> Iterator[tuple[str, int, Calls]]:
     yield f"confidence, {ROWS} rows of {VOCABULARY}", logits.nbytes, best
 
     key, value, block = drawn(1, HEADS, KEYS, WIDTH), drawn(1, HEADS, KEYS, WIDTH), drawn(1, HEADS, BLOCK, WIDTH)
-    sparse = torch.compile(lambda q, k, v: sparse_attention(q, k, v, None, KEYS))
+    sparse = torch.compile(lambda q, k, v: sparse_op.sparse_attention(q, k, v, None, KEYS))
     attended: Calls = {
         "operation": lambda: sparse(block, key, value),
         "dense": lambda: scaled_dot_product_attention(block, key, value),
+        "reference": lambda: sparse_op.reference(sparse_op.Arguments(block, key, value, None, KEYS)),
     }
     size = sum(x.nbytes for x in (block, key, value))
     yield f"sparse attention, {BLOCK} rows, {KEYS} keys", size, attended
@@ -60,10 +61,11 @@ def operations(device: torch.device) -> Iterator[tuple[str, int, Calls]]:
     query, context, change = (drawn(1, HEADS, RESPONSE, WIDTH) for _ in range(3))
     at = torch.arange(SALIENT, device=device).unsqueeze(0)
     given = (change[:, :, :SALIENT].transpose(1, 2), at + KEYS - RESPONSE, at, context)
-    delta = torch.compile(lambda q, k, v: delta_attention(q, k, v, *given))
+    delta = torch.compile(lambda q, k, v: delta_op.delta_attention(q, k, v, *given))
     corrected: Calls = {
         "operation": lambda: delta(query, key, value),
         "dense": lambda: scaled_dot_product_attention(query, key, value),
+        "reference": lambda: delta_op.reference(delta_op.Arguments(query, key, value, *given)),
     }
     size = sum(x.nbytes for x in (query, key, value, *given))
     yield f"delta attention, {RESPONSE} rows, {SALIENT} salient, {KEYS} keys", size, corrected
