@@ -1,4 +1,4 @@
-"""One call of a graph, as part of a step: which variant each unit runs, and on which rows its values are at hand."""
+"""One call of a graph, as part of a step: which variant each unit runs."""
 
 from __future__ import annotations
 

@@ -195,8 +195,8 @@ class Session:
         self.beside = [tensor.detach().clone() for tensor in beside]
         self.response = response_rows(ids, masked)
         self.schedule: Schedule = schedule(self.options, self.response)
-        rows = response_of(self.options, self.response)
-        self.fixed = {"response": positions(rows), "prompt": positions(~rows)}
+        self.answer = response_of(self.options, self.response)
+        self.fixed = {"response": positions(self.answer), "prompt": positions(~self.answer)}
         self.stats.sequences += 1
         return True
 
@@ -213,9 +213,8 @@ class Session:
         batch, tokens = call.masked.shape
         self.records = self.options.cuda_graphs and tapes.possible(device)
         plan = self.schedule.next(call)
-        response = response_of(self.options, self.response)
         every = call.number == 0 and not self.chooses  # whoever gets logits gets those of all rows once
-        rows = positions_of_call(call, plan, response, self.options.shift, every, MULTIPLE if self.records else 1)
+        rows = positions_of_call(call, plan, self.answer, self.options.shift, every, MULTIPLE if self.records else 1)
         if call.number == 0:
             self.room = max(self.room or 0, ROOM) if device.type != "cpu" else self.room
             self.fixed = {name: index.to(device) for name, index in self.fixed.items()}

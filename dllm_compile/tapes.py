@@ -136,7 +136,7 @@ class Tapes:
         owned = self.memory.get(program)
         if owned is None:
             with torch.inference_mode(False):
-                owned = self.memory[program] = {i: arg.clone() for i, arg in given.items()}
+                owned = self.memory[program] = {i: torch.empty_like(arg) for i, arg in given.items()}
         for i, arg in given.items():
             owned[i].copy_(arg)
         return owned
