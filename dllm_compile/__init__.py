@@ -1,10 +1,23 @@
 """``torch.compile(model, backend="dllm")``: training-free speed for masked-diffusion language models."""
 
 from .backend import dllm, reset, stats
+from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
 from .options import Options
 from .sampler.decode import Generated
 from .sampler.step import denoise_step
 
-__all__ = ["Explanation", "Generated", "Options", "denoise_step", "dllm", "explain", "generate", "reset", "stats"]
+__all__ = [
+    "Explanation",
+    "Generated",
+    "Options",
+    "denoise_step",
+    "dllm",
+    "exact_calls",
+    "explain",
+    "generate",
+    "loop",
+    "reset",
+    "stats",
+]

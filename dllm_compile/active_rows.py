@@ -38,9 +38,9 @@ class ActiveRows:
 
     def __init__(self, options: Options, response: torch.Tensor) -> None:
         self.options = options
-        wide = bool(options.shift) and options.cache == "none"
-        self.response = with_row_before(response) if wide else response
-        self.before = options.shift is not False and not wide and options.cache != "decoded"
+        self.wide = bool(options.shift) and options.cache == "none"
+        self.response = with_row_before(response) if self.wide else response
+        self.before = options.shift is not False and not self.wide and options.cache != "decoded"
         self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
         self.bound = options.saliency_threshold
         full, self.part = FULL, BLOCK
@@ -64,6 +64,13 @@ class ActiveRows:
         if self.evict is None:
             return self.full, *partial
         return self.full, self.evict, *(evicted(each, gaps=False) for each in partial)
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """New sequences compute every row as those do that begin a block; not where kept entries are of one step."""
+        self.response = with_row_before(response) if self.wide else response
+        self.blocks.begin_anew(rows, response)
+        self.refreshes.begin_anew(rows)
+        return self.options.keep_ratio is None
 
     def next(self, call: Call) -> Plan:
         """Rows of the call; a repeated one counts."""

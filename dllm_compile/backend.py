@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,15 +13,18 @@ import torch.fx
 from torch._dynamo.eval_frame import cached_backends
 from torch.utils._pytree import tree_leaves
 
+from .batch import Batch, Step, current, enter
 from .core.axes import attention
 from .core.errors import GraphRefused
+from .declared import ExactCalls, declared
 from .lower import Compiled, lower
 from .memory import process_peak_bytes
 from .options import Options
 from .program import Program
 from .run import run
-from .session import Session, Step, current, enter, sessions
+from .session import Session, sessions
 from .stats import Stats
+from .unchanged import Inputs
 from .unit_code import forget
 from .verify import compare
 
@@ -84,27 +88,31 @@ class Backend:
         if key not in self.programs:
             self.programs[key] = self._program(args)
         program = self.programs[key]
-        if program is None:
+        session = None if program is None else self._session_of(program, args)
+        if program is None or session is None:
             return self._run_plain(key, args)
-        session, step = self._step(program, args)
-        if session is None or step is None:
-            result = self._run_plain(key, args)
-        else:
-            result = self._run(program, args, session, step)
-        if session is not None:
-            session.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
-        if session is not None and step is not None and _verifies(session.options, step):
-            compare(self.module, program, args, result, session, step)
-        return result
+        with session.lock:
+            found = self._step(program, args, session)
+            if found is None:
+                return self._run_plain(key, args)
+            return self._run(program, args, session, *found)
 
-    def _run(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
+    def _run(self, program: Program, args: Sequence[Any], session: Session, batch: Batch, step: Step) -> Any:
+        begins = batch.last is not step
         done = False
         try:
-            result = run(program, args, session, step)
+            result = run(program, args, batch, step)
             done = True
         finally:
             if not done:
-                session.drop()  # an error or an interrupt in the middle leaves rows half written
+                batch.begin_anew()  # an error or an interrupt in the middle leaves rows half written
+        if begins:
+            session.commit(batch, step)
+        batch.layers_seen = max(batch.layers_seen, step.layer)
+        batch.expect(program)
+        step.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
+        if _verifies(session.options, step):
+            compare(self.module, program, args, result, batch, step)
         return result
 
     def _program(self, args: Sequence[Any]) -> Program | None:
@@ -125,45 +133,80 @@ class Backend:
         if any(node.target in _WORTH_SAYING for node in self.module.graph.nodes):
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
 
-    def _step(self, program: Program, args: Sequence[Any]) -> tuple[Session | None, Step | None]:
-        """The step that a call belongs to, and the session that keeps its rows."""
-        beside = [args[i] for i in program.beside]
-        at = program.index[program.seed]
+    def _session_of(self, program: Program, args: Sequence[Any]) -> Session | None:
+        """The session that a call belongs to: of all weights of the model, or of its first layer where layers are alone."""
+        if isinstance(declared(), ExactCalls):
+            return None
         if program.ids is not None:
             assert self.weights is not None
-            session = self._session([args[i] for i in self.weights], self.options)
-            session.vocabulary, session.chooses = program.vocabulary, program.chooses
-            others = [args[i] for i in program.read if i not in self.weights]
-            step = session.begin(args[at], beside, program, others)
-            enter(session)
-            return session, step
-        joined = current()
-        if joined is None or not joined.hands_on(args[at]):
-            if not program.layers:
-                return None, None
-            joined = self._session(program.first_weights(args), replace(self.options, mask_id=None))
-            joined.begin_hidden(args[at], beside, program)
-            enter(joined)
-        step = joined.step
-        if step is None and program.layers and not joined.idle:
-            self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
-        return joined, step if step is not None and step.shape == program.shape else None
+            return self._session([args[i] for i in self.weights], self.options)
+        stream = args[program.index[program.seed]]
+        under_way = current()
+        if under_way is not None and under_way[1].hands_on(stream):
+            return under_way[0].session
+        if not program.layers:
+            return None
+        return self._session(program.first_weights(args), replace(self.options, mask_id=None))
+
+    def _step(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
+        """The batch of sequences that a call belongs to, and the step of it."""
+        beside = [args[i] for i in program.beside]
+        stream = args[program.index[program.seed]]
+        if program.ids is None:
+            under_way = current()
+            if under_way is not None and under_way[1].hands_on(stream):
+                batch, step = under_way
+                self._join(program, args, batch, step, beside)
+                return under_way if step.shape == program.shape else None
+        if program.ids is not None:
+            session.vocabulary = program.vocabulary
+            found = session.begin(stream, beside, program)
+        else:
+            found = session.begin_hidden(stream, beside, program)
+            if found is None and session.unknown is not None:
+                self._refuse(
+                    "no graph of this model saw its token ids, and its hidden state does not show what is masked"
+                )
+        if found is None:
+            enter(None)
+            return None
+        batch, step = found
+        if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
+            batch.thread = threading.get_ident()  # further graphs of the step follow
+        step.inputs = {id(tensor): tensor for tensor in beside}
+        session.weights.include([args[i] for i in self.weights or ()])
+        enter(found)
+        return found
+
+    def _join(
+        self, program: Program, args: Sequence[Any], batch: Batch, step: Step, beside: list[torch.Tensor]
+    ) -> None:
+        """See that the weights and inputs of a graph behind the first are those of the step before."""
+        known = batch.session.weights.include([args[i] for i in self.weights or ()])
+        new = [tensor for tensor in beside if id(tensor) not in step.inputs]
+        step.inputs.update({id(tensor): tensor for tensor in new})
+        if new:
+            place = program.signature, step.layer
+            before = batch.part_inputs.get(place)
+            if before is None or not before.fit(new) or any(before.differ(new)):
+                batch.part_inputs[place] = Inputs(new)
+                known = False
+        if not known and step.number > 0:
+            step.anew = batch.stale = True
 
     def _session(self, weights: list[torch.Tensor], options: Options) -> Session:
-        """The session of a model: by all its weights, or by those of its first layer where layers are traced alone.
+        """The session of some weights. A graph that Dynamo traced anew goes on with the same session.
 
-        A graph that Dynamo traced anew, for another number among its arguments, goes on with the same session.
+        Weights that are no parameters are inputs of the sequences; the graph has a session of its own then.
         """
-        owner = tuple(map(id, weights))
-        for session in sessions():
-            if session.owner == owner and session.options == options:
-                break
-        else:
-            session = Session(options)
-        if session not in self.mine:
-            self.mine.append(session)
-        session.belongs_to(weights)
-        return session
+        known: list[Session] = [*self.mine, *(sessions() if weights else ())]
+        for session in known:
+            if session.owns(weights) and session.options == options:
+                if session not in self.mine:
+                    self.mine.append(session)
+                return session
+        self.mine = [*(session for session in self.mine if session.lives()), Session(options, weights)]
+        return self.mine[-1]
 
     def _run_plain(self, key: Any, args: Sequence[Any]) -> Any:
         if key not in self.plain:
@@ -186,10 +229,10 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
         layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
         :func:`dllm_compile.memory.process_peak_bytes`.
     """
-    mine = None if model is None else {id(parameter) for parameter in model.parameters()}
+    mine = None if model is None else list(model.parameters())
     total, kept, logits = Stats(), 0, 0
     for session in sessions():
-        if mine is None or mine & set(session.owner):
+        if mine is None or session.shares(mine):
             total.add(session.stats)
             kept += session.state_bytes()
             logits += session.logits_bytes()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .declared import loop
 from .options import Options
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
@@ -77,7 +78,8 @@ def generate(
         how = replace(how, remasking="entropy")
     inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
     step = stepper(model, x, kind, how, options, inputs, generator)
-    result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
+    with loop():
+        result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
     return result if return_dict or output_history else result.sequences
 
 

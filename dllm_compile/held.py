@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.fx
 
+from .batch import Batch, Step
 from .core.layout import Layout, position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from .core.state import allocate
 from .core.units import weights_key
 from .outbox import Outbox
 from .program import Program
-from .session import Session, Step
 
 
 class Held:
@@ -25,17 +25,20 @@ class Held:
         have: the rows that each is on; all of them where it is missing.
         stored: values whose every row is kept, up to date.
         head: the unit that makes logits, if the graph has one.
-        keys: of each layer, by its weights.
+        keys: of each layer: its number in a whole model, else its weights, since one graph may serve every layer.
     """
 
-    def __init__(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> None:
-        self.program, self.session, self.step = program, session, step
+    def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
+        self.program, self.batch, self.step = program, batch, step
         env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
         self.env = env
         self.have: dict[torch.fx.Node, RowSet] = {}
         self.stored: set[torch.fx.Node] = set()
-        self.head = program.head(session.vocabulary)
-        self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
+        self.head = program.head(batch.session.vocabulary)
+        if program.ids is not None:
+            self.keys: dict[int, Any] = {id(unit): i for i, unit in enumerate(program.layers)}
+        else:
+            self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
 
     def answer(self, results: dict[torch.fx.Node, Any], kept: set[torch.fx.Node]) -> Any:
         """The graph's outputs, which a caller may write into without spoiling what is kept.
@@ -55,7 +58,7 @@ class Held:
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 
     def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
-        return self.session.kept.get(self._slot_key(node))
+        return self.batch.kept.get(self._slot_key(node))
 
     def _slot_key(self, node: torch.fx.Node) -> Any:
         """Where all rows of a value are kept: by its unit, and by the weights where a graph is one layer of many."""
@@ -63,13 +66,16 @@ class Held:
         return self.program.origin.get(node, node), first
 
     def _outbox(self, node: torch.fx.Node) -> Outbox:
-        return self.session.outboxes.setdefault(self._slot_key(node), Outbox())
+        return self.batch.outboxes.setdefault(self._slot_key(node), Outbox())
 
     def _widens(self, node: torch.fx.Node) -> bool:
         """Whether a value may be computed for some rows only, and has rows."""
         layout = self.program.axes.layout.get(node, ())
         narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
-        return (narrowed or self.session.narrows()) and None not in (position(layout, "T"), position(layout, "B"))
+        return (narrowed or self.batch.narrows(self.step.past.schedule)) and None not in (
+            position(layout, "T"),
+            position(layout, "B"),
+        )
 
     def whole(self, node: torch.fx.Node) -> Any:
         """All rows of a value: those just computed, beside those kept of the others."""
@@ -79,9 +85,9 @@ class Held:
         layout = self.program.axes.layout[node]
         kept = self._slot(node)
         if kept is None:
-            self.session.tapes.clear()
+            self.batch.tapes.clear()
             (kept,) = allocate([node], self.program.axes, self.step.counts.device)
-            self.session.kept[self._slot_key(node)] = kept
+            self.batch.kept[self._slot_key(node)] = kept
         if node not in self.stored and rows == ALL:
             store_rows(kept, value, layout)
             self._outbox(node).changed(None)

@@ -35,6 +35,18 @@ def infer_mask_id(ids: torch.Tensor) -> int | None:
     return int(last[0]) if alike else None
 
 
+def infer_mask_from_changes(before: torch.Tensor, now: torch.Tensor) -> int | None:
+    """The id that all tokens which changed from one call to the next had before, if it stood there more than once.
+
+    Args:
+        before, now: ``[B, S]`` ids of the two calls.
+    """
+    changed = before[before != now]
+    if not len(changed) or bool((changed != changed[0]).any()) or int((before == changed[0]).sum()) < 2:
+        return None
+    return int(changed[0])
+
+
 def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
     """Rows a sampler can read, ``[B, S]`` bool: masked ones and, unless ``shift`` is False, the row before each."""
     return masked if shift is False else with_row_before(masked)

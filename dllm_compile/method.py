@@ -27,9 +27,8 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
         return ActiveRows(options, response)
     if options.prompt_interval is None and options.response_interval is None:
         return Exact()
-    rows = response_of(options, response)
     intervals = options.prompt_interval or 1, options.response_interval or 1
-    features = FeatureCache(rows, *intervals, options.share)
+    features = FeatureCache(response, *intervals, options.share, bool(options.shift))
     if options.keep_ratio is None:
         return features
-    return PromptEviction(features, rows, options.keep_ratio, options.kernel_size)
+    return PromptEviction(features, response_of(options, response), options.keep_ratio, options.kernel_size)

@@ -92,6 +92,10 @@ class Options:
         mask_id: token id of the mask; by default the id that ends the first call.
         shift: whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
+        readable: rows whose logits are current: ``"masked"``, the masked ones and, unless ``shift`` is ``False``, the row
+            before each; or ``"all"`` that a step computes, for samplers that read the logits of tokens they have filled.
+        max_state_bytes: bytes that the sequences under way in a model may keep together; beyond them those used longest
+            ago are dropped and begin anew at their next call. The one that is called always has its rows.
         verify: every so many steps the graph also runs without the method, in eager, and ``stats`` reports the
             difference; 0 never.
         cuda_graphs: whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on
@@ -115,6 +119,8 @@ class Options:
     response_only: bool = True
     mask_id: int | None = None
     shift: bool | None = None
+    readable: str = "masked"
+    max_state_bytes: int = 2**31
     verify: int = 0
     cuda_graphs: bool = False
     lowering: str = "inductor"
@@ -123,6 +129,7 @@ class Options:
         one_of("method", self.method, tuple(METHODS))
         one_of("lowering", self.lowering, LOWERINGS)
         one_of("cache", self.cache, CACHES)
+        one_of("readable", self.readable, ("masked", "all"))
         for name, (fits, wanted) in _VALUES.items():
             value = getattr(self, name)
             if not (fits(value) or (value is None and getattr(Options, name) is None)):
@@ -264,6 +271,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cuda_graphs": _FLAG,
     "mask_id": (lambda v: is_int(v) and v >= 0, "the token id of the mask, such as 126336 for LLaDA"),
     "shift": (lambda v: isinstance(v, bool), "True for samplers that read row i - 1 for token i, else False"),
+    "max_state_bytes": _count("2**31", 0),
     "verify": (lambda v: is_int(v) and v >= 0, "a number of steps between checks, or 0 for none"),
 }
 """What values of a field are, and how that is said; ``None`` is one too where it is the default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .core.axes import Axes, fake_like, follow
 from .core.errors import GraphRefused
-from .core.graph import fix_sizes, outline, output_node, placeholders
+from .core.graph import fingerprint, fix_sizes, outline, output_node, placeholders, target_name
 from .core.layout import position, size
 from .core.units import Unit, closure
 from .lower import Compiled
@@ -24,6 +25,21 @@ from .passes.unmask import unmask
 from .unit_code import shared
 
 
+@dataclass(frozen=True)
+class Signature:
+    """What tells the graphs of one model from those of others.
+
+    Attributes:
+        units: keys of stem, layers and head, which say all that they compute, and for which sizes.
+        constants: the same of what they read that does not depend on tokens.
+        family: names of all that is called, in order: equal for other sizes too.
+    """
+
+    units: tuple[str, ...]
+    constants: str
+    family: tuple[str, ...]
+
+
 class Program:
     """One graph at one set of input shapes.
 
@@ -31,9 +47,9 @@ class Program:
         units: stem, layers and head, whichever the graph has.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
-        read: arguments that the model reads, ids aside; not those that only the decision does.
-        beside: those of them that belong to the sequence.
-        origin: what a value is called in every graph that has the same units.
+        beside: tensors that the model reads, but its ids and parameters; not those that only the decision reads.
+        signature: equal for graphs of the same model, which may go on with each other's rows.
+        origin: what a value is called in every graph of the same signature, and of smaller batches.
     """
 
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
@@ -58,13 +74,15 @@ class Program:
         self.decision = self.units[-1] if len(self.units) > 1 and self.units[-1].stream is None else None
         read = closure([n for unit in self.units if unit is not self.decision for n in unit.nodes], set())
         tensors = [i for n, i in self.index.items() if isinstance(args[i], torch.Tensor) and n is not self.seed]
-        self.read = [i for i in tensors if names[i] in read or self.decision is None]
-        self.beside = [i for i in self.read if _belongs_to_sequence(args[i], self.shape)]
+        model = [i for i in tensors if names[i] in read or self.decision is None]
+        self.beside = [i for i in model if not isinstance(args[i], torch.nn.Parameter)]
         self.codes = [shared(unit, self.axes, options.lowering) for unit in self.units]
-        origin = [
-            (node, (unit.key, at, i)) for at, unit in enumerate(self.units) for i, node in enumerate(unit.outputs)
-        ]
-        self.origin = dict(origin)
+        whole = self.ids is not None
+        self.origin = {
+            node: (None if whole else unit.key, at, i)
+            for at, unit in enumerate(self.units)
+            for i, node in enumerate(unit.outputs)
+        }
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude_reads = [n for n in names if any(user in constants for user in n.users)]
         self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
@@ -74,6 +92,12 @@ class Program:
         self.dead = _dead(self.units, set(self.results))
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
+        parts = [unit.nodes for unit in self.units if unit is not self.decision]
+        self.signature = Signature(
+            tuple(unit.key for unit in self.units if unit is not self.decision),
+            fingerprint(constants, self.prelude_reads, self.constants, self.axes.fake),
+            tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
+        )
 
     def head(self, vocabulary: int | None) -> Unit | None:
         """The unit whose first output a sampler reads: it is as wide as the vocabulary.
@@ -105,6 +129,38 @@ class Program:
             return False
         return all(len(self.axes.layout[node]) == 2 for node in head.outputs[: head.leaving])
 
+    @cached_property
+    def fills(self) -> bool:
+        """Whether the graph is a whole denoising step: it returns token ids for each row."""
+        decided = [node for node in self.results if self.decision is not None and node in self.decision.outputs]
+        return any(self._has_rows(node) and not self.axes.fake[node].is_floating_point() for node in decided)
+
+    @cached_property
+    def reads_all(self) -> bool:
+        """Whether something other than logits and token ids is made of each row behind the layers, such as a quality.
+
+        What no sampler can read may be old. That is known of logits, and of ids in place of those that were given.
+        """
+        vocabulary = self.vocabulary or 0
+        behind = {
+            node
+            for unit in self.units
+            if unit in (self.head(vocabulary or None), self.decision)
+            for node in unit.outputs
+        }
+        for node in self.results:
+            if node in behind and self._has_rows(node):
+                value = self.axes.fake[node]
+                ids = (
+                    node in (self.decision.outputs if self.decision is not None else []) and value.dtype == torch.int64
+                )
+                if not ids and size(self.axes.layout[node][-1]) < vocabulary:
+                    return True
+        return False
+
+    def _has_rows(self, node: torch.fx.Node) -> bool:
+        return position(self.axes.layout.get(node, ()), "T") is not None
+
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""
         return self.ids is not None and unit is self.layers[0]
@@ -130,8 +186,3 @@ def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
     looked_up.sort(key=lambda user: user.args[0] is not seed)  # positions may be computed from ids and looked up too
     table = looked_up[0].args[1] if looked_up else None
     return int(axes.fake[table].shape[0]) if isinstance(table, torch.fx.Node) else None
-
-
-def _belongs_to_sequence(value: torch.Tensor, shape: tuple[int, int]) -> bool:
-    """Masks and positions of this sequence; not weights, not tables of the model."""
-    return not isinstance(value, torch.nn.Parameter) and value.dim() > 1 and value.shape[-1] == shape[1]

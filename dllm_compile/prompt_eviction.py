@@ -44,6 +44,10 @@ class PromptEviction:
             return replace(plan, assignment=self.evict, block=self.response, same=False)
         return replace(plan, assignment=evicted(plan.assignment, self.gaps))
 
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """The kept entries are of one step for all sequences."""
+        return False
+
 
 def _reads_prompt(assignment: Assignment) -> bool:
     """Whether the prompt is computed, too."""

@@ -54,5 +54,10 @@ class Refreshes:
             return full, ~full & response
         return torch.zeros_like(full), full | response  # the prompt is kept for longer
 
+    def begin_anew(self, rows: torch.Tensor) -> None:
+        """Some sequences, ``[B]`` bool, are new ones."""
+        if self.options.saliency_threshold is not None:
+            self._at_least(self.options.full_steps, rows.unsqueeze(1))
+
     def _at_least(self, steps: int, where: torch.Tensor) -> None:
         self.left = torch.where(where, self.left.clamp(min=steps), self.left)

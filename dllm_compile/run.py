@@ -11,6 +11,7 @@ import torch
 import torch.fx
 
 from . import tapes
+from .batch import Batch, Step
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, Assignment
 from .core.rows import ALL, NONE, RowSet, read_all
 from .core.state import allocate
@@ -20,7 +21,6 @@ from .lower import lower
 from .passes.feature_cache import KEEP
 from .passes.saliency import thorough
 from .program import Program
-from .session import Session, Step
 from .unit_code import UnitCode, Values
 
 HEAD = Assignment("head", leave=READABLE, keep=NOTHING)
@@ -29,35 +29,35 @@ TAIL = Assignment("tail", leave=ACTIVE, keep=NOTHING)
 MOST = 0.9  # with more of the rows readable than this, the head computes all: nothing to gather, one code
 
 
-def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> Any:
+def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
-    call = _Call(program, args, session, step)
-    if step.repeat and program in session.outputs and program.decision is None:
-        return call.answer(session.outputs[program], set(program.results))
+    call = _Call(program, args, batch, step)
+    if step.repeat and program in batch.outputs and program.decision is None:
+        return call.answer(batch.outputs[program], set(program.results))
     if step.repeat and (kept := call.kept_results()) is not None:
         return call.answer(kept, set(kept))
     layer, seen = step.layer, set(step.seen)
     if call.recordable(args):
         weights = tuple(arg.data_ptr() for arg in args if type(arg) is torch.nn.Parameter)
-        kind = step.assignment, tuple(step.sizes.items()), session.room, weights
-        record = partial(_made, program, session)
-        call = session.tapes.run(program, kind, record, args, step)
+        kind = step.assignment, tuple(step.sizes.items()), batch.session.room, weights
+        record = partial(_made, program, batch)
+        call = batch.tapes.run(program, kind, record, args, step)
     else:
         call.compute()
     if call.spilled():  # what it wrote is among the active rows, which now are all written anew
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
-        call = _made(program, session, args, step)
+        call = _made(program, batch, args, step)
     results = call.results
     if call.head is not None or program.ids is not None:
-        session.outputs[program] = results
+        batch.outputs[program] = results
     elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
         return torch.fx.map_arg(program.result, lambda n: results[n])
     return call.answer(results, call.stored)
 
 
-def _made(program: Program, session: Session, args: Sequence[Any], step: Step) -> _Call:
-    call = _Call(program, args, session, step)
+def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> _Call:
+    call = _Call(program, args, batch, step)
     call.compute()
     return call
 
@@ -71,22 +71,22 @@ def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
 class _Call(Held):
     """One call as it is made."""
 
-    def __init__(self, program: Program, args: Sequence[Any], session: Session, step: Step) -> None:
-        super().__init__(program, args, session, step)
+    def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
+        super().__init__(program, args, batch, step)
         self.results: dict[torch.fx.Node, Any] = {}
         self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
-        self.full = session.schedule.variants[0]
+        self.full = step.past.schedule.variants[0]
         self.rest = step.assignment
-        self.first = session.schedule.first or self.rest
-        if step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read())):
+        self.first = step.past.schedule.first or self.rest
+        if step.anew or (step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read()))):
             self.first = self.rest = self.full
         self.only_decides = step.repeat and program.decision is not None and self._kept_whole(self._read(), True)
 
     def _known(self) -> bool:
         """Whether each layer has rows kept and runs once, so that the others need not be computed."""
         keys = set(self.keys.values())
-        once = len(keys) == len(self.keys) and not keys & (self.step.seen | self.session.tied)
-        return once and keys <= self.session.layers.keys()
+        once = len(keys) == len(self.keys) and not keys & (self.step.seen | self.batch.session.tied)
+        return once and keys <= self.batch.layers.keys()
 
     def _read(self) -> list[torch.fx.Node]:
         """What the decision and the caller read of layers and head."""
@@ -114,7 +114,7 @@ class _Call(Held):
     def recordable(self, args: Sequence[Any]) -> bool:
         """Whether the call may be recorded: a partial step of a whole model."""
         step, whole = self.step, self.program.ids is not None and self.head is not None
-        if not (self.session.records and whole) or step.repeat or step.assignment.evict is not None:
+        if not (self.batch.session.records and whole) or step.repeat or step.assignment.evict is not None:
             return False
         return self.full not in (step.assignment, self.rest) and tapes.recordable(args, step.counts.device)
 
@@ -135,12 +135,12 @@ class _Call(Held):
 
     def spilled(self) -> bool:
         """Whether a layer had more salient rows than there was room for; then there is more from now on."""
-        session = self.session
+        session = self.batch.session
         most = int(torch.stack(self.turned).max()) if self.turned else 0  # the one read of a step
         if session.room is None or most <= session.room:
             return False
         session.room = 1 << (most - 1).bit_length()
-        session.tapes.clear()  # they have the old one
+        self.batch.tapes.clear()  # they have the old one
         session.stats.spills += 1
         return True
 
@@ -167,7 +167,7 @@ class _Call(Held):
         return ALL if unit.stream is None else self.have.get(unit.stream, ALL)
 
     def _layer(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
-        step, session = self.step, self.session
+        step, batch = self.step, self.batch
         number, step.layer = step.layer, step.layer + 1
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
@@ -175,10 +175,10 @@ class _Call(Held):
         variant = code.variant(assignment, step, values)
         outs = variant(values)
         if assignment.pick:
-            session.selected[number] = outs[-1]
+            batch.selected[number] = outs[-1]
         if variant.turns:
             self._turn(outs[-2], outs[-1])
-        if session.narrows() and (step.number == 0 or code.narrows is None):
+        if self.batch.narrows(step.past.schedule) and (step.number == 0 or code.narrows is None):
             self._check(code, values)
         return outs, variant.rows
 
@@ -186,11 +186,11 @@ class _Call(Held):
         """What a layer runs: what the schedule says, where rows are kept that allow it."""
         key = self.keys[id(unit)]
         if key in self.step.seen:
-            self.session.tied.add(key)  # what ran in this step already has no rows of its own
+            self.batch.session.tied.add(key)  # what ran in this step already has no rows of its own
         if key in self.step.seen or not wanted.keep:
             return EXACT
         self.step.seen.add(key)
-        if wanted.evict is None and key not in self.session.layers:
+        if wanted.evict is None and key not in self.batch.layers:
             wanted = self.full
         elif self.step.repeat and wanted != self.full and wanted.keep >= FEATURES:
             wanted = replace(KEEP, keys=wanted.keys)  # every row as it was: the same input gives the same output
@@ -203,31 +203,31 @@ class _Call(Held):
     def _check(self, code: UnitCode, values: Values) -> None:
         """See that the layer can run for fewer rows, and else compute all from the next call on."""
         if not code.narrow(values):
-            self.session.run_whole("the rows of a layer depend on one another in more than its attention")
-        elif not code.writable(self.session.schedule.variants):
-            self.session.run_whole("a layer cannot be written for fewer rows")
+            self.batch.run_whole("the rows of a layer depend on one another in more than its attention")
+        elif not code.writable(self.step.past.schedule.variants):
+            self.batch.run_whole("a layer cannot be written for fewer rows")
 
     def _state(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
         """Rows kept of the layer that these weights are; made where there are none, or not as many."""
         if not assignment.keep:
             return []
-        key, step, layers = self.keys[id(unit)], self.step, self.session.layers
+        key, step, layers = self.keys[id(unit)], self.step, self.batch.layers
         compact = unit.anchors(KEYS) if assignment.compact else []
         rows = step.sizes["kept"] + step.sizes.get("fresh", 0)
         if key in layers and (not compact or layers[key][-1].shape[1] == rows):
             return layers[key]
         layers.pop(key, None)  # free the old ones first
-        self.session.tapes.clear()
+        self.batch.tapes.clear()
         layers[key] = allocate(unit.anchors(assignment.keep), self.program.axes, step.counts.device, compact, rows)
         return layers[key]
 
     def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
         """Rows whose contexts turned: those that the MLP and the next layer's keys and values are computed for."""
-        room = self.session.room
+        room = self.batch.session.room
         if room is None:
             room = int(counts.max())
-            self.session.stats.salient += room
-            self.session.stats.salient_layers += 1
+            self.batch.session.stats.salient += room
+            self.batch.session.stats.salient_layers += 1
         else:
             self.turned.append(counts.max())
         self.step.indices["salient"] = places[:, : max(room, 2)].contiguous()

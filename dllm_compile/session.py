@@ -1,8 +1,8 @@
-"""What a denoising loop is doing, read off the ids it hands to the model.
+"""The sequences that are under way in one model, and which of them a call goes on with.
 
 The loop is the user's; nobody tells the backend where a sequence begins, which tokens are the prompt or what the mask
-is. A :class:`Session` keeps the ids of the last call and works it out; one copy of the ids to the host a step is all
-it reads.
+is. A :class:`Session` works it out from the ids of the calls. All that it reads of the device is one tensor a step: the
+ids, and behind them a few truth values and sums that were computed there.
 """
 
 from __future__ import annotations
@@ -11,228 +11,356 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from . import tapes
-from .ahead import told
-from .core.assignment import ACTIVE, Assignment
-from .core.plan import Call, Exact, Schedule
-from .ids import infer_mask_id, labels, positions, response_rows
-from .method import response_of, schedule
+from .batch import HISTORY, Batch, Past, Step, bytes_of
+from .core.assignment import EXACT
+from .core.plan import Call, Exact, Plan, with_tensors
+from .declared import Declared, ExactCalls, Loop, declared, to_be_filled
+from .evidence import SHORT, Evidence, begins_masked
+from .ids import infer_mask_from_changes, infer_mask_id, labels
 from .options import Options
-from .outbox import Outbox
 from .positions import positions_of_call
+from .program import Program
 from .stats import Stats
+from .unchanged import Inputs, Weights
+
+BATCHES = 8  # alive in one model at most
+MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls
+ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 
 
 @dataclass
-class Step:
-    """One forward call of a denoising loop.
+class _Read:
+    """What a call looks like from the host."""
 
-    Attributes:
-        number: calls since the sequence began, from 0.
-        repeat: the ids are those of the previous call, so its results are too.
-        assignment: rows that layers compute; the schedule may say otherwise of the first.
-        indices: positions ``[B, K]`` of each row set, on the device of the ids; ``S`` stands for "no row".
-        sizes: ``K`` of each row set.
-        counts: ``[B, 1]`` int64, rows each sequence may select.
-        bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
-        layer: how many layers have run in this step.
-        seen: the layers that have run.
-    """
-
-    number: int
-    repeat: bool
-    assignment: Assignment
-    indices: dict[str, torch.Tensor]
-    sizes: dict[str, int]
-    counts: torch.Tensor
-    bound: torch.Tensor | None
-    shape: tuple[int, int]
-    layer: int = 0
-    seen: set[Any] = field(default_factory=set)
-
-    @property
-    def signature(self) -> tuple[int, ...]:
-        """What a layer's compiled code depends on."""
-        return tuple(self.sizes.get(name, 0) for name in ("response", "prompt", "selected"))
+    ids: torch.Tensor
+    on_device: torch.Tensor
+    same_inputs: dict[Batch, bool]
+    found: dict[Batch, list[float]]
+    weights_written: bool
 
 
 class Session:
-    """State of one compiled model: the ids it saw, the cached rows of its layers, its last outputs."""
+    """One compiled model: its weights, and the sequences that are under way in it.
 
-    def __init__(self, options: Options) -> None:
+    Args:
+        options: what the user chose.
+        weights: its parameters, or those of its first layer where layers are traced alone; may be empty.
+    """
+
+    def __init__(self, options: Options, weights: Sequence[torch.Tensor]) -> None:
         self.options = options
         self.mask_id = options.mask_id
         self.stats = Stats()
-        self.owner: tuple[int, ...] = ()
-        self.versions: tuple[int, ...] = ()
         self.vocabulary: int | None = None
-        self.idle = False
         self.tied: set[Any] = set()  # layers that run more than once in a step
         self.room: int | None = None  # salient rows that a layer may have; on a CPU they are counted instead
         self.records = False  # whether partial steps become CUDA graphs
-        self.chooses = False  # whether the graph that is called chooses tokens itself, by a few numbers a row
-        self.drop()
+        self.lock = threading.RLock()
+        self.batches: list[Batch] = []  # the one used last comes last
+        self.scores = False  # whether a run on a prompt was begun anew before it used up its masks
+        self.unknown: torch.Tensor | None = None  # rows of the last call, while nobody knows which of them are masked
+        self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
+        this = weakref.ref(self)
+        self.owners = [weakref.ref(weight) for weight in weights]
+        self.weights = Weights(weights, lambda: _forget(this))
         _SESSIONS.add(self)
 
+    def owns(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether this is the session of these very weights."""
+        return len(weights) == len(self.owners) and all(
+            [ref() is weight for ref, weight in zip(self.owners, weights, strict=True)]
+        )
+
+    def lives(self) -> bool:
+        """Whether all weights that it was made for are alive."""
+        return all([ref() is not None for ref in self.owners])
+
+    def shares(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether it belongs to a model that has some of these weights."""
+        mine = {id(ref()) for ref in self.owners} - {id(None)}
+        return any(id(weight) in mine for weight in weights)
+
     def drop(self) -> None:
-        """Forget the sequence and free all cached rows."""
-        self.ids: torch.Tensor | None = None
-        self.caller: object = None
-        self.first: torch.Tensor | None = None
-        self.beside: list[torch.Tensor] = []
-        self.number = -1
-        self.layers: dict[Any, list[torch.Tensor]] = {}
-        self.outputs: dict[Any, Any] = {}
-        self.kept: dict[Any, torch.Tensor] = {}
-        self.outboxes: dict[Any, Outbox] = {}
-        self.selected: dict[int, torch.Tensor] = {}
-        self.step: Step | None = None
-        self.others: list[tuple[torch.Tensor, int]] = []
-        self.passed: list[torch.Tensor] = []
-        self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.tapes = tapes.Tapes()  # they hold addresses of rows
+        """Forget all sequences and free their rows."""
+        self.batches = []
+        self.unknown = None
 
     def state_bytes(self) -> int:
         """Bytes of the rows kept of layers between steps."""
-        return sum(t.nbytes for tensors in self.layers.values() for t in tensors)
+        return sum(each.state_bytes() for each in self.batches)
 
     def logits_bytes(self) -> int:
         """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
-        return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.outboxes.values())
+        return sum(each.logits_bytes() for each in self.batches)
 
-    def belongs_to(self, weights: list[torch.Tensor]) -> None:
-        """Tie the session to the parameters of a model: it forgets when they are written to, or when they die."""
-        versions = tuple(w._version for w in weights if not w.is_inference())
-        if not self.owner and weights:
-            weakref.finalize(weights[0], _forget, weakref.ref(self))
-        if versions != self.versions:
-            self.drop()
-        self.owner, self.versions = tuple(map(id, weights)), versions
+    # -- one call ----------------------------------------------------------------------------------------------------
 
-    def hands_on(self, stream: torch.Tensor) -> bool:
-        """Whether ``stream`` is what the last graph of this session returned; it is kept so that no other can be."""
-        return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
-
-    def begin(
-        self, ids: torch.Tensor, beside: list[torch.Tensor], caller: object, others: Sequence[torch.Tensor] = ()
-    ) -> Step | None:
-        """Read one call.
-
-        Args:
-            ids: ``[B, S]`` integer token ids.
-            beside: the other inputs that belong to the sequence (padding masks, position ids).
-            caller: the graph that is called; a call of another one is no repetition.
-            others: further inputs; a call with other values there is none either.
-
-        Returns:
-            The step, or ``None`` when these ids are no denoising step (nothing is masked, or nobody knows the mask).
-        """
-        host = ids.detach().to("cpu", copy=True).long()
-        self.idle = self.ids is not None and self.mask_id is not None and not (host == self.mask_id).any()
-        if self.idle:
-            self.drop()
-            return None
-        same_beside = len(beside) == len(self.beside) and all(map(_equal, beside, self.beside))
-        if self._is_new(host) or not same_beside:
-            if not self._start(host, beside):
-                return None
-            repeat = False
-        else:
-            assert self.ids is not None
-            same = torch.equal(host, self.ids) and _unchanged(others, self.others)
-            repeat = same and caller is self.caller
-        assert self.mask_id is not None
-        masked = host.eq(self.mask_id)
-        before = host if self.ids is None else self.ids
-        changed = before.ne(host)
-        filled = changed & ~masked & before.eq(self.mask_id)
-        if not repeat:
-            self.outputs.clear()
-        self.ids, self.caller = host, caller
-        self.others = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in others]
-        self.number += 1
-        self.step = self._step(Call(self.number, repeat, masked, filled, changed, told(masked.shape)), ids.device)
-        self.stats.count(self.step)
-        return self.step
-
-    def begin_hidden(self, hidden: torch.Tensor, beside: list[torch.Tensor], caller: object) -> Step | None:
+    def begin_hidden(
+        self, hidden: torch.Tensor, beside: Sequence[torch.Tensor], program: Program
+    ) -> tuple[Batch, Step] | None:
         """Read one call off the hidden state ``[B, S, d]`` that enters the first layer: equal rows, equal tokens.
 
         A model that breaks its graph before the first layer looks its ids up outside of any graph. What is masked is
         then inferred in any case, since a user's mask id says nothing about rows.
         """
-        return self.begin(labels(hidden), beside, caller)
+        return self.begin(labels(hidden), beside, program)
 
-    def _is_new(self, ids: torch.Tensor) -> bool:
-        if self.ids is None or self.first is None or ids.shape != self.ids.shape:
-            return True
-        changed = ids != self.ids
-        if not changed.any():
-            return False
-        if (changed & ~self.response).any() or torch.equal(ids, self.first):
-            return True
-        remasked = (changed & (ids == self.mask_id)).sum(1)
-        return bool((remasked * 4 > self.response.sum(1)).any())
+    def begin(self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program) -> tuple[Batch, Step] | None:
+        """Read one call.
 
-    def _start(self, ids: torch.Tensor, beside: list[torch.Tensor]) -> bool:
+        Args:
+            ids: ``[B, S]`` integer token ids.
+            beside: the other tensors that the model reads, but its parameters.
+            program: the graph that is called.
+
+        Returns:
+            The sequence that the call belongs to and the step that it is, to be committed once it has run; ``None``
+            where these ids are no denoising step: nothing is masked, nobody knows the mask, or the caller said so.
+        """
+        word = declared()
+        if isinstance(word, ExactCalls):
+            return None
+        moved = self.weights.moved()
+        if moved:
+            self._weights_changed()
+        candidates = [each for each in self.batches if self._could_be(each, ids, beside, program, word)]
+        read = self._read(ids, beside, candidates, moved)
+        if read.weights_written:
+            self._weights_changed()
+            candidates = []
+        candidates = [each for each in candidates if read.same_inputs[each]]
+        for each in candidates:
+            if each.interrupted:
+                each.begin_anew()
+        batch = self._found(read.ids, candidates) or self._smaller(read.ids, beside, program, word)
+        if batch is None:
+            batch = self._start(read.ids, beside, program, word)
+            if batch is None:
+                return None
+        return batch, self._step(batch, read, program)
+
+    def commit(self, batch: Batch, step: Step) -> None:
+        """A step has run: it is now the last one of its sequence."""
+        batch.past = step.past
+        if batch not in self.batches:
+            self.stats.sequences += 1
+        self.batches = [*(each for each in self.batches if each is not batch), batch]
+        self.stats.count(step)
+
+    def _could_be(
+        self, each: Batch, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+    ) -> bool:
+        past = each.past
+        alike = past is not None and past.ids.shape == ids.shape and each.model == program.signature
+        mine = each.word is (word if isinstance(word, Loop) else None)
+        free = each.thread in (None, threading.get_ident())
+        return alike and mine and free and each.inputs.fit(beside)
+
+    def _read(self, ids: torch.Tensor, beside: Sequence[torch.Tensor], candidates: list[Batch], looked: bool) -> _Read:
+        """The ids, and what was computed on the device about them, in one transfer."""
+        parts = [ids.detach().reshape(-1).long()]
+        device = ids.device
+
+        def put(values: torch.Tensor) -> None:
+            flat = values.reshape(-1)
+            parts.append((flat.view(torch.int64) if flat.dtype == torch.float64 else flat.long()).to(device))
+
+        written = [] if looked else self.weights.written()
+        for flag in written:
+            put(flag)
+        differ = [each.inputs.differ(beside) for each in candidates]
+        for flags in differ:
+            for flag in flags:
+                put(flag)
+        doubted = [each for each in candidates if each.expected is not None]
+        for each in doubted:
+            assert each.past is not None
+            assert each.expected is not None
+            put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
+        packed = torch.cat(parts)
+        host, at = packed.cpu(), ids.numel()
+        bits = iter(host[at : at + len(written) + sum(map(len, differ))].tolist())
+        numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
+        return _Read(
+            host[:at].view(ids.shape),
+            packed[:at].view(ids.shape),
+            weights_written=any([next(bits) for _ in written]),
+            same_inputs={
+                each: not any([next(bits) for _ in mine]) for each, mine in zip(candidates, differ, strict=True)
+            },
+            found=dict(zip(doubted, numbers, strict=True)),
+        )
+
+    def _weights_changed(self) -> None:
+        """Nothing that was computed by the old weights is of use."""
         self.drop()
-        if self.options.mask_id is None and (self.mask_id is None or not (ids == self.mask_id).any()):
-            self.mask_id = infer_mask_id(ids)
-        if self.mask_id is None:
-            return False
-        masked = ids == self.mask_id
-        if not masked.any():
-            return False
-        for other in list(_SESSIONS):
-            if other is not self and other.owner and other.owner == self.owner:
-                other.drop()
-        self.first = ids
-        self.beside = [tensor.detach().clone() for tensor in beside]
-        self.response = response_rows(ids, masked)
-        self.schedule: Schedule = schedule(self.options, self.response)
-        self.answer = response_of(self.options, self.response)
-        self.fixed = {"response": positions(self.answer), "prompt": positions(~self.answer)}
-        self.stats.sequences += 1
-        return True
+        self.weights.look()
 
-    def narrows(self) -> bool:
-        """Whether the residual stream of this sequence may be carried for fewer rows."""
-        return any(variant.enter == ACTIVE for variant in self.schedule.variants)
+    # -- which sequence ----------------------------------------------------------------------------------------------
 
-    def run_whole(self, reason: str) -> None:
-        """From the next call on compute every row: some part of the model cannot run for fewer."""
-        warnings.warn(f"dllm: {self.options.method} computes every row at every step: {reason}", stacklevel=2)
-        self.schedule = Exact()
+    def _found(self, ids: torch.Tensor, candidates: list[Batch]) -> Batch | None:
+        """The sequence that a call goes on with; for some of its batch it may begin anew."""
+        fitting = [each for each in candidates if bool(each.goes_on(ids).all())]
+        fitting.sort(key=lambda each: each.distance(ids))
+        best = fitting[0] if fitting else None
+        if best is not None and best.distance(ids)[0] and best.branches(ids):
+            return None
+        if best is not None:
+            return best
+        for each in reversed(candidates):
+            rows = each.replaces(ids)
+            if rows is not None:
+                each.replace(rows, ids)
+                return each
+        return None
 
-    def _step(self, call: Call, device: torch.device) -> Step:
-        batch, tokens = call.masked.shape
+    def _smaller(
+        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+    ) -> Batch | None:
+        """A sequence of a larger batch, of which these are the ones that are left."""
+        for each in reversed(self.batches):
+            past = each.past
+            if past is None or past.ids.shape[1] != ids.shape[1] or each.model.family != program.signature.family:
+                continue
+            if each.word is not (word if isinstance(word, Loop) else None) or each.thread is not None:
+                continue
+            index = each.rows_of(ids)
+            inputs = each.inputs.of_sequences(index, len(past.ids)) if index is not None else None
+            if index is not None and inputs is not None and inputs.fit(beside) and not any(inputs.differ(beside)):
+                each.keep_sequences(index, inputs, program.signature)
+                return each
+        return None
+
+    def _start(
+        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+    ) -> Batch | None:
+        """A sequence that begins with these ids; ``None`` where nothing is masked."""
+        mask_id, fills, begins_with = self.mask_id, 0, ids
+        if self.options.mask_id is None and (mask_id is None or not bool((ids == mask_id).any())):
+            mask_id = self.mask_id = infer_mask_id(ids)
+            before, self.unknown = self.unknown, ids if mask_id is None else None
+            if mask_id is None and before is not None and before.shape == ids.shape:
+                mask_id, fills, begins_with = infer_mask_from_changes(before, ids), 1, before
+        if mask_id is None or not bool((ids == mask_id).any()):
+            return None
+        for each in self.batches:  # of the same prompt, and given up: whoever does that may be scoring texts
+            if each.past is not None and each.past.ids.shape == ids.shape and self._gives_up(each, ids):
+                self.scores = True
+        self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
+        if self.batches:
+            self._make_room(max(bytes_of([each]) for each in self.batches))
+        batch = Batch(self, ids, mask_id, Inputs(beside), program.signature, word if isinstance(word, Loop) else None)
+        begins = begins_masked(begins_with == mask_id, begins_with) and not self.scores
+        short = int(batch.response.sum(1).max()) < SHORT
+        plans = batch.new_schedule()
+        declared_so = isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
+        evidence = Evidence(declared_so, begins, self.options.shift, short, fills)
+        batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
+        if begins or evidence.declared:
+            self.weights.sum()
+        return batch
+
+    def _gives_up(self, each: Batch, ids: torch.Tensor) -> bool:
+        assert each.past is not None
+        same_prompt = bool(((ids == each.first) | each.response).all())
+        return same_prompt and not each.past.evidence.is_loop and not each.finished and each.past.evidence.fills > 0
+
+    def _make_room(self, needed: int) -> None:
+        """Drop the sequences used longest ago, until so many bytes more are within what the options allow."""
+        while self.batches and bytes_of(self.batches) + needed > self.options.max_state_bytes:
+            self.batches = self.batches[1:]
+
+    # -- what a step computes ----------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch, read: _Read, program: Program) -> Step:
+        past = batch.past
+        assert past is not None
+        device = read.on_device.device
+        call = batch.call(read.ids, program, to_be_filled(read.ids.shape))
+        if call.repeat and past.number == 0 and self.weights.written_anywhere():
+            self.weights.sum()  # a few numbers differ of which the sample has none
+            batch.begin_anew()
+            past = batch.past
+            assert past is not None
+            call = batch.call(read.ids, program, call.filling)
+        evidence = past.evidence
+        if call.number and bool(call.filled.any()) and not evidence.is_loop:
+            found = read.found.get(batch)
+            evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)
+        lossy = not isinstance(past.schedule, Exact)
+        missed = False
+        if past.missed and evidence.is_loop:  # the schedule begins here
+            plans = batch.new_schedule()
+            call = Call(0, False, call.masked, call.filled, call.changed, call.filling)
+        else:
+            plans = with_tensors(past.schedule, torch.clone)
+        if batch.whole and lossy:
+            plans = Exact()
+        plan = plans.next(call)
+        if lossy and not evidence.is_loop and not (call.repeat and plan.same) and not plan.assignment.computes_all:
+            missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
+        history = (
+            past.history if past.history and torch.equal(past.history[-1], read.ids) else (*past.history, read.ids)
+        )
+        new = Past(
+            read.ids,
+            read.on_device,
+            call.number,
+            plans,
+            program,
+            evidence,
+            missed or (past.missed and not evidence.is_loop),
+            history[-HISTORY:],
+        )
+        return self._planned(batch, new, call, plan, program, device)
+
+    def _planned(
+        self, batch: Batch, past: Past, call: Call, plan: Plan, program: Program, device: torch.device
+    ) -> Step:
+        size, tokens = call.masked.shape
         self.records = self.options.cuda_graphs and tapes.possible(device)
-        plan = self.schedule.next(call)
-        every = call.number == 0 and not self.chooses  # whoever gets logits gets those of all rows once
-        rows = positions_of_call(call, plan, self.answer, self.options.shift, every, MULTIPLE if self.records else 1)
+        if bool((call.changed & call.masked).any()) and past.number > 0 and not self.reads_filled:
+            self._tell_of_remasking(program)
+        every = self.options.readable == "all" or self.reads_filled or program.reads_all
+        every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
+        multiple = MULTIPLE if self.records else 1
+        rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
         if call.number == 0:
             self.room = max(self.room or 0, ROOM) if device.type != "cpu" else self.room
-            self.fixed = {name: index.to(device) for name, index in self.fixed.items()}
-        indices = {**self.fixed, **{name: index.to(device) for name, index in rows.items()}}
-        selected = plan.selected if plan.selected is not None else torch.zeros(batch, dtype=torch.int64)
+        batch.fixed = {name: index.to(device) for name, index in batch.fixed.items()}
+        indices = {**batch.fixed, **{name: index.to(device) for name, index in rows.items()}}
+        selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
         sizes = {name: index.shape[1] for name, index in indices.items()}
         sizes["selected"] = int(selected.max())
         sizes["kept"] = plan.kept
         counts = selected.unsqueeze(1).to(device)
         bound = plan.bound.unsqueeze(1).to(device) if plan.bound is not None else None
         repeat = call.repeat and plan.same
-        return Step(call.number, repeat, plan.assignment, indices, sizes, counts, bound, (batch, tokens))
+        return Step(past, repeat, plan.assignment, indices, sizes, counts, bound, (size, tokens))
+
+    def _tell_of_remasking(self, program: Program) -> None:
+        self.reads_filled = True
+        if self.options.readable != "all" and not program.chooses:
+            warnings.warn(
+                "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which so "
+                "far were those of an earlier step; from here on they are computed at every step. Give readable='all' to "
+                "have them from the first call on",
+                stacklevel=2,
+            )
 
 
-MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls
-ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
+def _again(call: Call, number: int) -> Call:
+    """The same call, of which the schedule is not told."""
+    return replace(call, number=number, repeat=False)
+
+
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
-_CURRENT = threading.local()
 
 
 def sessions() -> list[Session]:
@@ -240,33 +368,8 @@ def sessions() -> list[Session]:
     return list(_SESSIONS)
 
 
-def enter(session: Session | None) -> None:
-    """Make ``session`` the one that layers and heads compiled apart from the embedding belong to."""
-    _CURRENT.session = session
-
-
-def current() -> Session | None:
-    """The session whose ids were seen last on this thread."""
-    return getattr(_CURRENT, "session", None)
-
-
-def _unchanged(now: Sequence[torch.Tensor], before: list[tuple[torch.Tensor, int]]) -> bool:
-    """Whether inputs hold what they held at the last call."""
-    if len(now) != len(before):
-        return False
-    for tensor, (old, version) in zip(now, before, strict=True):
-        written = not old.is_inference() and old._version != version
-        if written or not (tensor is old or _equal(tensor, old)):
-            return False
-    return True
-
-
 def _forget(session: weakref.ref[Session]) -> None:
-    """The weights died: free the rows kept for them."""
+    """A weight died: free the rows kept for it."""
     alive = session()
     if alive is not None:
         alive.drop()
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from .session import Step
+    from .batch import Step
 
 Made = TypeVar("Made")
 Record = Callable[[Sequence[Any], "Step"], Made]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .batch import Step
 from .core.assignment import ACTIVE, KEYS, Assignment
 from .core.axes import Axes
 from .core.emit import Emitted, emit
@@ -20,7 +21,6 @@ from .kernels.row_change import pick_rows
 from .kernels.salient_rows import salient_rows
 from .kernels.sparse_attention import sparse_attention
 from .lower import Compiled, lower
-from .session import Step
 from .trial import rows_are_independent
 
 

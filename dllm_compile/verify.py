@@ -9,35 +9,36 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_leaves
 
+from .batch import Batch, Step
 from .program import Program
-from .session import Session, Step
+from .session import Session
 
 
 def compare(
-    module: torch.fx.GraphModule, program: Program, args: Sequence[Any], result: Any, session: Session, step: Step
+    module: torch.fx.GraphModule, program: Program, args: Sequence[Any], result: Any, batch: Batch, step: Step
 ) -> None:
-    """Compare ``result`` with ``module(*args)`` and note it in the session's stats.
+    """Compare ``result`` with ``module(*args)`` and note it in the stats of the model.
 
     A model that arrives as several graphs is followed from one to the next by the memory of the hidden state it passes
     on, so that the last graph is compared with what an uncached step would have given. Logits are compared on the rows
     a sampler can read.
     """
     if program.ids is not None:
-        session.shadow.clear()
+        batch.shadow.clear()
     given = list(args)
     at = program.index[program.seed]
-    given[at] = session.shadow.get(given[at].data_ptr(), (None, given[at]))[1]
+    given[at] = batch.shadow.get(given[at].data_ptr(), (None, given[at]))[1]
     with torch.no_grad():
         want = module(*given)
     for got, exact in zip(tree_leaves(result), tree_leaves(want), strict=True):
         if not isinstance(got, torch.Tensor):
             continue
         if program.decision is not None and got.dim() == 2 and got.dtype == torch.int64:
-            _note_tokens(got, exact, session, step)
-        elif session.vocabulary is not None and got.dim() == 3 and got.shape[-1] >= session.vocabulary:
-            _note(got, exact, session, step)
+            _note_tokens(got, exact, batch.session, step)
+        elif batch.session.vocabulary is not None and got.dim() == 3 and got.shape[-1] >= batch.session.vocabulary:
+            _note(got, exact, batch.session, step)
         else:
-            session.shadow[got.data_ptr()] = (got, exact)
+            batch.shadow[got.data_ptr()] = (got, exact)
 
 
 def _note(got: torch.Tensor, exact: torch.Tensor, session: Session, step: Step) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from dllm_compile.core.assignment import NOTHING, PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
-from dllm_compile.core.plan import Call, Plan
+from dllm_compile.core.plan import Call, Plan, with_row_before
 from dllm_compile.core.rows import NONE
 
 FULL = Assignment("full")
@@ -64,23 +64,43 @@ class FeatureCache:
     Args:
         response: ``[B, S]`` bool, the rows of the response.
         prompt_interval, response_interval, transfer_ratio: see :class:`dllm_compile.Options`.
+        shift: whether the row before the response counts as part of it.
     """
 
     first: Assignment | None = FIRST
 
     def __init__(
-        self, response: torch.Tensor, prompt_interval: int, response_interval: int, transfer_ratio: float
+        self,
+        response: torch.Tensor,
+        prompt_interval: int,
+        response_interval: int,
+        transfer_ratio: float,
+        shift: bool = False,
     ) -> None:
-        lengths = response.sum(1)
-        self.selected = (lengths.double() * transfer_ratio).long()
-        self.most = int(self.selected.max()) if transfer_ratio > 0 else None
-        self.prompt_interval = prompt_interval if bool((~response).any()) else 0
-        self.response_interval = response_interval
+        self.intervals, self.transfer_ratio, self.shift = (prompt_interval, response_interval), transfer_ratio, shift
+        self._follow(response)
+        self.anew = False  # whether a sequence of the batch begins
         partial = ("select", "prompt+select") if transfer_ratio > 0 else ("keep", "prompt")
         self.variants = tuple(VARIANTS[name] for name in ("full", "response", *partial))
 
+    def _follow(self, response: torch.Tensor) -> None:
+        rows = with_row_before(response) if self.shift else response
+        self.selected = (rows.sum(1).double() * self.transfer_ratio).long()
+        self.most = int(self.selected.max()) if self.transfer_ratio > 0 else None
+        self.prompt_interval = self.intervals[0] if bool((~rows).any()) else 0
+        self.response_interval = self.intervals[1]
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """The next call computes every row of all; the others keep their intervals."""
+        self._follow(response)
+        self.anew = True
+        return True
+
     def next(self, call: Call) -> Plan:
         """Rows of the call; a repeated one counts."""
+        if self.anew:
+            self.anew = False
+            return Plan(FULL, self.selected)
         if self.prompt_interval:
             assignment = variant(call.number, self.prompt_interval, self.response_interval, self.most)
         elif due(self.response_interval, call.number):

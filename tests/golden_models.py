@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from dllm_compile.session import Step
+from dllm_compile.batch import Step
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "Qwen2ForCausalLM": "Qwen2Config"}

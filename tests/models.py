@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+import dllm_compile
+
 VOCABULARY = 61
 MASK = VOCABULARY - 1
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -71,8 +73,27 @@ def build(name: str, dtype: torch.dtype | None = None, seed: int = 0, **more: An
 
 
 def compiled(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
-    """The model behind the backend, uncompiled graphs unless told otherwise."""
+    """The model behind the backend, uncompiled graphs unless told otherwise.
+
+    All calls are declared to be one loop: the tests fill tokens that have nothing to do with the model.
+    """
+    return in_a_loop(undeclared(model, **options))
+
+
+def undeclared(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+    """The same without a word on what the calls are."""
     return torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": MASK, **options})
+
+
+def in_a_loop(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` declared to be part of one loop, whichever ids it gets."""
+    declared = dllm_compile.loop()
+
+    def inside(*args: Any, **more: Any) -> Any:
+        with declared:
+            return call(*args, **more)
+
+    return inside
 
 
 def start(prompt: int, response: int, batch: int = 2, seed: int = 1) -> torch.Tensor:

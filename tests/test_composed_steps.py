@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dllm_compile.ids import readable_rows
-from dllm_compile.session import Session, sessions
 
 from .composed import ByHand
 from .models import MASK, start
 from .test_block_cache import Further, filled
 from .test_properties import Model, Shape, fresh
+from .under_way import UnderWay, under_way
 
 PROMPT, RESPONSE, BLOCK, RATIO = 7, 8, 4, 0.5
 TOKENS = PROMPT + RESPONSE
@@ -34,9 +34,9 @@ def _no_gradients_no_warnings() -> Iterator[None]:
         yield
 
 
-def session() -> Session:
+def session() -> UnderWay:
     """The one that has just been called."""
-    return next(s for s in sessions() if s.number >= 0)
+    return under_way()
 
 
 def block_of(ids: torch.Tensor) -> list[int]:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 import dllm_compile
 from dllm_compile import Options
 from dllm_compile.ids import readable_rows
-from dllm_compile.session import Session, sessions
 
 from . import loops, models
 from .models import MASK
 from .test_block_cache import filled
 from .test_properties import EXAMPLES, SHAPES, Batch, Model, Shape, batches, fresh
+from .under_way import UnderWay, under_way
 
 STEPS, BLOCK = 6, 3
 SHAPE = Shape(layers=2, heads=4, groups=2, head_dim=4, seed=2)
@@ -54,9 +54,9 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def session() -> Session:
+def session() -> UnderWay:
     """The one that has just been called."""
-    return next(s for s in sessions() if s.number >= 0)
+    return under_way()
 
 
 def possible(names: tuple[str, ...]) -> bool:

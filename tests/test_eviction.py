@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 import dllm_compile
 from dllm_compile.kernels.kept_entries import kept_entries
 from dllm_compile.passes.eviction import entries, has_gaps
-from dllm_compile.session import Session, sessions
 
 from . import models
 from .rounding import roundings
+from .under_way import UnderWay, under_way
 
 PROMPT, RESPONSE, BLOCK = 9, 8, 4
 SINGLE = torch.float32  # transformers takes norms and rotary tables in it: another order of operations shows there
 EVICT: dict[str, Any] = {"method": "sparse-dllm", "block_length": BLOCK}
 
 
-def session() -> Session:
-    return next(s for s in sessions() if s.number >= 0)
+def session() -> UnderWay:
+    return under_way()
 
 
 def logits_of(model: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:

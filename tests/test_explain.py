@@ -16,10 +16,10 @@ from dllm_compile import Options
 from dllm_compile.backend import Backend
 from dllm_compile.memory import peak_bytes
 from dllm_compile.options import METHODS
-from dllm_compile.session import Session, sessions
 
 from . import models
 from .test_properties import Model, Shape
+from .under_way import UnderWay, under_way
 
 OPTIONS = {"prompt_interval": 3, "response_interval": 4, "transfer_ratio": 0.5}
 PROMPT, RESPONSE = 21, 16
@@ -46,9 +46,9 @@ COMBINED: tuple[dict[str, Any], ...] = (
 )
 
 
-def session() -> Session:
+def session() -> UnderWay:
     """The one that has just been called."""
-    return next(s for s in sessions() if s.number >= 0)
+    return under_way()
 
 
 def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str, int]]]:
@@ -63,7 +63,7 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
             with FlopCounterMode(display=False) as counter:  # around the graph: outside, Dynamo would not compile
                 result = backend(*args)
             (session,) = backend.mine
-            step = session.step
+            step = session.batches[-1].last
             assert step is not None
             if step.number:
                 out[step.assignment.name] = counter.get_total_flops(), step.sizes

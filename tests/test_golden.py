@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.session import Session, sessions
 
 from . import golden_models, loops
+from .under_way import under_way
 
 
 def run(trace: golden_models.Trace, logits: loops.Logits) -> Iterator[torch.Tensor]:
@@ -67,12 +67,12 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
     if "update_index" not in trace.tensors:
         return
     chosen, gap = trace.tensors["update_index"][step], trace.tensors["update_gap"][step]
-    session: Session = next(s for s in sessions() if s.number == step)
+    running = under_way(step)
     prompt = trace.tensors["prompt"].shape[1]
     for layer in range(chosen.shape[0]):
         if not chosen[layer].numel() or chosen[layer].min() < 0 or gap[layer] <= 1e-8:
             continue
-        got = session.selected[layer].sort(1).values - prompt
+        got = running.selected[layer].sort(1).values - prompt
         assert torch.equal(got, chosen[layer].long()), f"rows chosen at step {step} in layer {layer}"
 
 
@@ -80,13 +80,12 @@ def check_kept(trace: golden_models.Trace, step: int) -> None:
     """Positions that each layer keeps, from the second step of a block on; ties are broken as the authors' were."""
     per_block = trace.settings["steps"] // (trace.settings["gen_length"] // trace.settings["block_length"])
     block, at = divmod(step, per_block)
-    session: Session = next(s for s in sessions() if s.number == step)
+    running = under_way(step)
     if at == 0 or per_block <= 2:
         return
     want, tied = trace.tensors["kept_index"][block], trace.tensors["kept_tie"][block]
-    assert session.step is not None
-    count = session.step.sizes["kept"]  # the rows of the block are behind them
-    got = [state[-1][:, :count].sort(1).values[0] for state in session.layers.values()]
+    count = running.step.sizes["kept"]  # the rows of the block are behind them
+    got = [state[-1][:, :count].sort(1).values[0] for state in running.layers.values()]
     assert len(got) == len(want)
     for layer, positions in enumerate(got):
         assert tied[layer] or torch.equal(positions, want[layer].long()), f"kept at step {step} in layer {layer}"
@@ -94,10 +93,9 @@ def check_kept(trace: golden_models.Trace, step: int) -> None:
 
 def check_computed(trace: golden_models.Trace, step: int) -> None:
     """Rows that a step computes."""
-    session: Session = next(s for s in sessions() if s.number == step)
-    assert session.step is not None
+    running = under_way(step)
     want = trace.tensors["rows"][step].bool()
-    got = golden_models.computed(session.step, want.shape[0])
+    got = golden_models.computed(running.step, want.shape[0])
     assert torch.equal(got, want), f"rows computed at step {step}"
 
 

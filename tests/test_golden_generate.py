@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.session import Session, Step
+from dllm_compile.batch import Batch, Step
+from dllm_compile.session import Session
 
 from . import golden_models
 
@@ -79,11 +80,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     seen: list[Step] = []
     begin = Session.begin
 
-    def noted(*given: Any) -> Step | None:
-        step = begin(*given)
-        if step is not None:
-            seen.append(step)
-        return step
+    def noted(*given: Any) -> tuple[Batch, Step] | None:
+        found = begin(*given)
+        if found is not None:
+            seen.append(found[1])
+        return found
 
     monkeypatch.setattr(Session, "begin", noted)
     return seen

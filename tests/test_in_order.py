@@ -11,14 +11,14 @@ import torch
 
 import dllm_compile
 from dllm_compile import generate
-from dllm_compile.ahead import filling, told
+from dllm_compile.declared import filling, to_be_filled
 from dllm_compile.passes.block_cache import around
 from dllm_compile.sampler.in_order import InOrder
 from dllm_compile.sampler.progress import Turn
-from dllm_compile.session import sessions
 
 from . import dkv_model, golden_models, loops
 from .sampling_loops import MASK, ids, run, toy
+from .under_way import under_way
 
 MODEL = "llada_b"
 
@@ -44,11 +44,11 @@ def test_what_is_told_is_told_inside_alone_and_for_its_shape() -> None:
     outer, inner = rows("x."), rows(".x")
     with filling(outer):
         with contextlib.suppress(KeyError), filling(inner):
-            assert torch.equal(told(inner.shape), inner)  # type: ignore[arg-type]
+            assert torch.equal(to_be_filled(inner.shape), inner)  # type: ignore[arg-type]
             raise KeyError
-        assert torch.equal(told(outer.shape), outer)  # type: ignore[arg-type]
-        assert told(torch.Size([2, 2])) is None
-    assert told(outer.shape) is None
+        assert torch.equal(to_be_filled(outer.shape), outer)  # type: ignore[arg-type]
+        assert to_be_filled(torch.Size([2, 2])) is None
+    assert to_be_filled(outer.shape) is None
 
 
 def test_each_sequence_draws_when_its_block_begins() -> None:
@@ -57,7 +57,7 @@ def test_each_sequence_draws_when_its_block_begins() -> None:
 
     def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
         seen.append(turn.candidates)
-        assert torch.equal(told(x.shape), turn.candidates)  # type: ignore[arg-type]
+        assert torch.equal(to_be_filled(x.shape), turn.candidates)  # type: ignore[arg-type]
         return x
 
     in_order, x, one = InOrder(step, lambda shape: next(draws)), torch.zeros(2, 4), torch.ones(2, dtype=torch.int64)
@@ -107,8 +107,6 @@ def test_a_loop_that_tells_nothing_gets_all_masked_rows() -> None:
         with torch.no_grad():
             for number, tokens in enumerate(trace.tensors["tokens"][:7].long()):
                 compiled(input_ids=tokens)
-                step = next(s.step for s in sessions() if s.number == number)
-                assert step is not None
-                computed.append(golden_models.computed(step, tokens.shape[1]))
+                computed.append(golden_models.computed(under_way(number).step, tokens.shape[1]))
     assert all(map(torch.equal, seen["greedy"], seen["decoded"]))
     assert not bool(seen["greedy"][2].all())

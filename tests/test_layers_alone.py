@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_compile.session import Session, sessions
+from dllm_compile.session import sessions
 
 from .models import MASK, VOCABULARY, compiled, start
+from .under_way import UnderWay, all_under_way
 
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 CACHED: dict[str, Any] = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
@@ -129,14 +130,14 @@ def run(call: Callable[..., torch.Tensor], form: str, seed: int = 1) -> list[tor
     return [call(x, mask_of(form, ids))[x == MASK].clone() for x in denoise(ids, seed)]
 
 
-def stepping() -> Session:
-    (session,) = [s for s in sessions() if s.number > 0]
-    return session
+def stepping() -> UnderWay:
+    (running,) = [each for each in all_under_way() if each.number > 0]
+    return running
 
 
 def sequences() -> int:
     """Sequences begun by the sessions that are in the middle of one."""
-    return sum(s.stats.sequences for s in sessions() if s.ids is not None)
+    return sum(s.stats.sequences for s in sessions() if s.batches)
 
 
 def worst(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:

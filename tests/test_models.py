@@ -7,9 +7,8 @@ import warnings
 import pytest
 import torch
 
-from dllm_compile.session import sessions
-
 from . import loops, models
+from .under_way import under_way
 
 NEUTRAL = {"prompt_interval": 1, "response_interval": 1}
 PARTIAL = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
@@ -44,8 +43,7 @@ def test_neutral_equals_eager(name: str, options: dict[str, object], padded: boo
         for _ in loops.llada(logits, ids, 9, steps=8, block_length=4, mask_id=models.MASK):
             pass
     assert worst < (1e-9 if models.dtype_of(name) == torch.float64 else 1e-4)
-    stepped = [s for s in sessions() if s.number == 7]
-    assert stepped, "no session saw the eight steps"
+    assert under_way().number == 7, "no session saw the eight steps"
 
 
 @pytest.mark.parametrize("name", models.BUILD)
@@ -62,7 +60,7 @@ def test_partial_steps_run_and_stay_close(name: str) -> None:
         warnings.simplefilter("error", UserWarning)
         for _ in loops.llada(logits, ids, 9, steps=8, block_length=8, mask_id=models.MASK):
             pass
-    session = next(s for s in sessions() if s.number == 7)
+    session = under_way(7)
     assert session.stats.steps == {"full": 1, "select": 6, "response": 1}
     assert len(session.layers) == 2  # of three: the first is computed at every step
     assert set(session.selected) == {1, 2}

@@ -12,10 +12,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import dllm_compile
-from dllm_compile.session import sessions
 
 from . import loops
 from .models import MASK, VOCABULARY, compiled
+from .under_way import all_under_way
 
 QUICK = (Phase.explicit, Phase.generate)  # an example takes a compilation: shrinking would take minutes
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=QUICK)
@@ -180,7 +180,7 @@ def fresh(model: torch.nn.Module, **options: Any) -> Callable[..., torch.Tensor]
 
 
 def stepping() -> set[int]:
-    return {s.number for s in sessions() if s.ids is not None}
+    return {each.number for each in all_under_way()}
 
 
 def scattered(x: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]:

@@ -19,6 +19,7 @@ from dllm_compile.passes.feature_cache import variant
 from dllm_compile.session import Session, sessions
 
 from . import loops, models
+from .under_way import UnderWay, all_under_way
 
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 CACHED: dict[str, Any] = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
@@ -59,10 +60,10 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def started() -> Session:
-    """The only session that is in the middle of a sequence."""
-    (session,) = [s for s in set(sessions()) - EARLIER if s.ids is not None]
-    return session
+def started() -> UnderWay:
+    """The batch of sequences that was called last, in the only session that has any."""
+    (session,) = [s for s in set(sessions()) - EARLIER if s.batches]
+    return UnderWay(session, session.batches[-1])
 
 
 def sequences() -> int:
@@ -243,7 +244,7 @@ def test_nothing_masked_equals_eager_on_all_rows() -> None:
     pair.check(x, everywhere=True)
     x[0, 1] += 1
     pair.check(x, everywhere=True)
-    assert all(not s.layers for s in sessions())
+    assert all(not s.layers for s in all_under_way())
 
 
 @pytest.mark.parametrize("options", [CACHED, NEUTRAL], ids=["cached", "neutral"])
@@ -265,7 +266,7 @@ def test_the_mask_is_inferred_from_the_first_call() -> None:
 def test_a_call_that_shows_no_mask_runs_exactly() -> None:
     pair, x = Pair(**CACHED, mask_id=None), begin()
     pair.check(unmask(x, *range(RESPONSE)), everywhere=True)
-    assert not [s for s in sessions() if s.ids is not None]
+    assert not all_under_way(EARLIER)
     pair.check(x, everywhere=True)
     assert started().mask_id == models.MASK
 
@@ -497,7 +498,7 @@ def test_a_causal_model_runs_plain_with_one_warning() -> None:
             pair.check(unmask(x, *range(step)), everywhere=True)
     (said,) = plain_warnings(caught)
     assert "causal" in said
-    assert not [s for s in sessions() if s.layers]
+    assert not [s for s in all_under_way() if s.layers]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

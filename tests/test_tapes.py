@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm_compile
 from dllm_compile import session, tapes
+from dllm_compile.batch import Step
 from dllm_compile.ids import positions
 from dllm_compile.outbox import Outbox
 
 from . import loops, models, test_layers_alone
 from .rounding import roundings
+from .under_way import all_under_way
 
 Logits = list[torch.Tensor]
 
@@ -37,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def rows() -> list[torch.Tensor]:
     """All that sessions keep between steps."""
-    return [t for s in session.sessions() for group in (*s.layers.values(), s.kept.values()) for t in group]
+    return [t for s in all_under_way() for group in (*s.layers.values(), s.kept.values()) for t in group]
 
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
@@ -85,7 +87,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> None:
 
     begin = session.Session._step
 
-    def with_room(self: session.Session, *args: Any) -> session.Step:
+    def with_room(self: session.Session, *args: Any) -> Step:
         step = begin(self, *args)
         self.room = max(self.room or 0, ROOM["rows"])
         return step
@@ -213,7 +215,7 @@ def test_tapes_do_not_keep_the_model(recording: None, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tapes, "capture", capture)
     model = models.build("llama")
     denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
-    (mine,) = [each for each in session.sessions() if each.tapes.kinds]
+    (mine,) = [each for each in all_under_way() if each.tapes.kinds]
     held = list(mine.tapes.kinds.values())
     assert any(isinstance(tape, tapes.Tape) for tape in held)
     gone = weakref.ref(model.lm_head.weight)
@@ -226,7 +228,7 @@ def test_tapes_do_not_keep_the_model(recording: None, monkeypatch: pytest.Monkey
 def test_nothing_is_recorded_on_a_cpu() -> None:
     model = models.build("llama")
     got = denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
-    assert all(not each.tapes.kinds for each in session.sessions())
+    assert all(not each.tapes.kinds for each in all_under_way())
     assert all(map(torch.equal, got, denoised(model, 1, **METHODS["dual"])))
 
 
@@ -247,5 +249,5 @@ def test_graphs_of_cuda_equal_launches(options: dict[str, Any], lowering: str) -
     model = models.build("llama").cuda()
     want = denoised(model, 2, lowering=lowering, **options)
     assert same(denoised(model, 2, lowering=lowering, cuda_graphs=True, **options), want)
-    recorded = [tape for each in session.sessions() for tape in each.tapes.kinds.values()]
+    recorded = [tape for each in all_under_way() for tape in each.tapes.kinds.values()]
     assert any(isinstance(tape, tapes.Tape) for tape in recorded)

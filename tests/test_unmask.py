@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import dllm_compile
 from dllm_compile.options import Options
 from dllm_compile.program import Program
-from dllm_compile.session import Session, sessions
 
 from . import models
 from .rounding import roundings
+from .under_way import UnderWay, under_way
 
 PROMPT, RESPONSE = 9, 8
 MASK, VOCABULARY = models.MASK, models.VOCABULARY
@@ -85,8 +85,8 @@ NARROW: dict[str, Step] = {"llada": llada, "dream": dream, "margin": margin, "ab
 SHIFTED = ("dream", "margin")
 
 
-def session() -> Session:
-    return next(s for s in sessions() if s.number >= 0)
+def session() -> UnderWay:
+    return under_way()
 
 
 def play(

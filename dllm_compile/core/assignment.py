@@ -68,6 +68,12 @@ class Assignment:
         return self.evict is not None or self.keys == KEYED
 
     @cached_property
+    def computes_all(self) -> bool:
+        """Whether every row is computed from the ids of this call alone, so that the result is exact."""
+        rows = {self.query, self.key, self.value, self.enter, self.keys, *([self.mlp] if self.mlp is not None else [])}
+        return rows == {ALL} and not self.pick
+
+    @cached_property
     def stored(self) -> frozenset[str]:
         """The roles whose rows enter the state as they are computed; eviction writes keys and values itself."""
         return self.keep if self.evict is None else self.keep - KEYS

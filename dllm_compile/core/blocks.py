@@ -27,13 +27,22 @@ class Blocks:
 
     def __init__(self, response: torch.Tensor, length: int | None) -> None:
         self.response, self.length = response, length
-        rank = response.cumsum(1) - 1
-        self.block = torch.where(response, rank // (length or response.shape[1]), -1)
         self.at = torch.full((response.shape[0], 1), -1)
+        self._number()
+
+    def _number(self) -> None:
+        rank = self.response.cumsum(1) - 1
+        self.block = torch.where(self.response, rank // (self.length or rank.shape[1]), -1)
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> None:
+        """Some sequences, ``[B]`` bool, are new ones; the responses are of all."""
+        self.response = response
+        self._number()
+        self.at = self.at.masked_fill(rows.unsqueeze(1), -1)
 
     def next(self, call: Call) -> None:
         """Follow one call."""
-        if call.number and bool((call.filled & self.response & (self.block != self.at)).any()):
+        if call.number and bool((call.filled & self.response & (self.block != self.at) & (self.at >= 0)).any()):
             self._give_up()
         beyond = self.block.max() + 1
         ahead = torch.where(call.masked & self.response, self.block, beyond).amin(1, keepdim=True)
@@ -51,5 +60,5 @@ class Blocks:
             stacklevel=2,
         )
         self.length = None
-        self.block = torch.where(self.response, 0, -1)
+        self._number()
         self.at = torch.full_like(self.at, -1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -82,6 +84,31 @@ class Schedule(Protocol):
     def next(self, call: Call) -> Plan:
         """Rows of a call; every call of the sequence is shown in order, repeated ones too."""
 
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """Some sequences of the batch were replaced by new ones, which the next call computes whole.
+
+        Args:
+            rows: ``[B]`` bool, which ones.
+            response: ``[B, S]`` bool, the responses of all of them.
+
+        Returns:
+            Whether the others go on; else all begin anew.
+        """
+
+
+def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a schedule, or of something in it, with ``change`` made to each tensor.
+
+    All tensors of a schedule are ``[B, ...]``, an entry a sequence; what is frozen and without tensors is shared.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Plan) or (hasattr(value, "__dict__") and not is_dataclass(value)):
+        new = copy(value)
+        vars(new).update({name: with_tensors(each, change) for name, each in vars(value).items()})
+        return new
+    return value
+
 
 class Exact:
     """Every row at every call: nothing is kept."""
@@ -92,3 +119,7 @@ class Exact:
     def next(self, call: Call) -> Plan:
         """Always the same."""
         return Plan(EXACT)
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """Nothing is kept of anybody."""
+        return True

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.ahead import filling
+from dllm_compile.declared import filling
 from dllm_compile.options import Options
 
 from .progress import Step, Turn

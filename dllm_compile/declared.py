@@ -1,0 +1,89 @@
+"""What a caller says of the calls it makes: that they are one denoising loop, that they are none, what they fill."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+
+_NOW = threading.local()
+
+
+class Declared:
+    """A word that holds for the calls made inside its ``with`` block on this thread; the innermost block counts.
+
+    It may be entered any number of times, one after another.
+    """
+
+    def __enter__(self) -> Declared:
+        _NOW.words = (*_words(), self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _NOW.words = _words()[:-1]
+
+
+class Loop(Declared):
+    """What :func:`loop` returns."""
+
+
+class ExactCalls(Declared):
+    """What :func:`exact_calls` returns."""
+
+
+def loop() -> Loop:
+    """Say that the calls made inside belong to one denoising loop, whatever their ids look like.
+
+    Needed where the ids do not show it: infilling, a start that is partly filled, or two loops on the same prompt whose
+    calls take turns. Each object has sequences of its own, so that the second of two loops never goes on with rows of
+    the first::
+
+        first, second = dllm_compile.loop(), dllm_compile.loop()
+        while ...:
+            with first:
+                x = step(model(x), x)
+            with second:
+                y = step(model(y), y)
+    """
+    return Loop()
+
+
+def exact_calls() -> ExactCalls:
+    """Say that the calls made inside are no denoising loop: likelihood, scoring, encoding.
+
+    They run without any cache, and sequences that are under way go on behind them as if nothing had been called.
+    """
+    return ExactCalls()
+
+
+def declared() -> Declared | None:
+    """The word that holds for a call made now on this thread; ``None`` where nobody said any."""
+    words = _words()
+    return words[-1] if words else None
+
+
+def _words() -> tuple[Declared, ...]:
+    words: tuple[Declared, ...] = getattr(_NOW, "words", ())
+    return words
+
+
+@contextmanager
+def filling(rows: torch.Tensor) -> Iterator[None]:
+    """Say that the positions ``rows`` ``[B, S]`` bool are filled from the calls made inside, on this thread."""
+    before = getattr(_NOW, "rows", None)
+    _NOW.rows = rows.cpu()
+    try:
+        yield
+    finally:
+        _NOW.rows = before
+
+
+def to_be_filled(shape: torch.Size) -> torch.Tensor | None:
+    """The positions ``[B, S]`` bool that are filled from a call made now; ``None`` where nobody says."""
+    rows: torch.Tensor | None = getattr(_NOW, "rows", None)
+    return rows if rows is not None and rows.shape == shape else None

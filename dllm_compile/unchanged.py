@@ -1,0 +1,248 @@
+"""Whether tensors hold what they held before, however they were written.
+
+PyTorch counts the writes that autograd sees. ``w.data.add_()``, numpy views and ``vector_to_parameters`` go around that
+count, ``w.data = t`` puts other memory behind the same object, and a Python ``id`` is used again once its owner is dead.
+So a tensor is known by a weak reference to it, by its address, its count of writes, and by what it holds:
+
+- *a sample*: up to ``SAMPLE`` numbers at even distances, compared at every call (two launches for all weights together).
+  It sees what merging, averaging, loading and noise do, for these write everywhere. It does not see a write that leaves
+  all of these numbers as they were, such as one to a single entry of a matrix;
+- *a checksum*: reads all of a tensor once, and sees any write but by a chance of about 2^-60.
+
+Everything here stays on the device and is compared there, as one truth value.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from copy import copy as copy_object
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+SAMPLE = 64
+"""Numbers of a tensor that a sample has. 110 matrices take 0.15 ms on a CPU."""
+
+SMALL = 1 << 16
+"""Numbers of an input up to which it is compared as a whole."""
+
+_PERIOD = 65521  # a prime, so that two rows that change places are not summed into the same columns
+
+
+def leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The plain tensors that tensors are made of: quantized weights and shards wrap several."""
+    out: list[torch.Tensor] = []
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            out += leaves([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+        else:
+            out.append(tensor)
+    return out
+
+
+class Weights:
+    """The weights of a model, as one object that cannot be taken for another's.
+
+    Args:
+        tensors: the weights.
+        lost: called when one of them dies.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], lost: Callable[[], object]) -> None:
+        self.lost = lost
+        self.refs: list[weakref.ref[torch.Tensor]] = []
+        self.whole: list[torch.Tensor] | None = None
+        self._add(tensors)
+
+    def are(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the very tensors, in this order."""
+        return len(tensors) == len(self.refs) and all(
+            [ref() is tensor for ref, tensor in zip(self.refs, tensors, strict=True)]
+        )
+
+    def include(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Watch these too; whether all of them were watched already."""
+        new = [tensor for tensor in tensors if id(tensor) not in self.known]  # one that dies takes its number along
+        if new:
+            self._add(new)
+        return not new
+
+    def _add(self, tensors: Sequence[torch.Tensor]) -> None:
+        lost, sums = self.lost, self.whole
+        self.refs += [weakref.ref(tensor, lambda _: lost()) for tensor in tensors]
+        self.look()
+        self.whole = None if sums is None else [*sums, *map(checksum, leaves(tensors))]
+
+    def alive(self) -> list[torch.Tensor] | None:
+        """The tensors; ``None`` if one has died."""
+        found = [ref() for ref in self.refs]
+        return None if any(each is None for each in found) else found  # type: ignore[return-value]
+
+    def look(self) -> None:
+        """From now on compare with what the weights that are alive hold now."""
+        self.refs = [ref for ref in self.refs if ref() is not None]
+        self.known = {id(ref()) for ref in self.refs}
+        parts = leaves(self.alive() or [])
+        self.marks = _marks(parts)
+        self.views = _sample_views(parts)
+        self.sample = _joined(self.views)
+        self.whole = None
+
+    def moved(self) -> bool:
+        """Whether a weight is elsewhere in memory, or was written to where PyTorch counts it; reads no values."""
+        tensors = self.alive()
+        return tensors is None or _marks(leaves(tensors)) != self.marks
+
+    def written(self) -> list[torch.Tensor]:
+        """Truth values on the devices of the weights: whether a sample of them differs."""
+        return [_differ(a, b) for a, b in zip(_joined(self.views), self.sample, strict=True)]
+
+    def sum(self) -> None:
+        """Keep a checksum of all weights, to be compared by :meth:`written_anywhere`."""
+        self.whole = [checksum(part) for part in leaves(self.alive() or [])]
+
+    def written_anywhere(self) -> bool:
+        """Whether anything differs from what was summed; reads all weights once."""
+        if self.whole is None:
+            return True
+        now = [checksum(part) for part in leaves(self.alive() or [])]
+        return len(now) != len(self.whole) or any([bool(a != b) for a, b in zip(now, self.whole, strict=True)])
+
+
+class Inputs:
+    """The inputs of a sequence beside its ids: masks, positions, conditions, tables, weights that are no parameters.
+
+    Args:
+        tensors: what the first call was given.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        parts = leaves(tensors)
+        self.kinds = [_kind(part) for part in parts]
+        self.refs = [weakref.ref(part) for part in parts]
+        self.marks = _marks(parts)
+        self.copies = [_bits(part).clone() if part.numel() <= SMALL else None for part in parts]
+        self.samples = [
+            _bits(_sample_view(part)).clone() if copy is None else None
+            for part, copy in zip(parts, self.copies, strict=True)
+        ]
+        self.sums = [checksum(part) if copy is None else None for part, copy in zip(parts, self.copies, strict=True)]
+
+    def fit(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether others have the same shapes, dtypes and devices."""
+        return [_kind(part) for part in leaves(tensors)] == self.kinds
+
+    def differ(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Truth values on their devices: whether others hold other values. They must :meth:`fit`.
+
+        The same large tensor, not written to where PyTorch counts it, is compared by its sample, another one whole.
+        """
+        out: list[torch.Tensor] = []
+        for i, part in enumerate(leaves(tensors)):
+            copy, sample, known = self.copies[i], self.samples[i], self.sums[i]
+            if copy is not None:
+                out.append(_differ(_bits(part), copy))
+            elif self.refs[i]() is part and _mark(part) == self.marks[i] and sample is not None:
+                out.append(_differ(_bits(_sample_view(part)), sample))
+            else:
+                assert known is not None
+                out.append(checksum(part) != known)
+        return out
+
+    def of_sequences(self, index: torch.Tensor, batch: int) -> Inputs | None:
+        """Those of some sequences of a batch.
+
+        Args:
+            index: ``[b]`` int64, which ones.
+            batch: sequences there were; a tensor whose first dimension is as large has an entry for each.
+
+        Returns:
+            ``None`` where one is too large to have been copied.
+        """
+        if any(copy is None and kind[0][:1] == (batch,) for copy, kind in zip(self.copies, self.kinds, strict=True)):
+            return None
+        new = copy_object(self)
+        new.kinds, new.copies = list(self.kinds), list(self.copies)
+        for i, (kind, copy) in enumerate(zip(self.kinds, self.copies, strict=True)):
+            if copy is not None and kind[0][:1] == (batch,):
+                new.kinds[i] = (torch.Size([len(index), *kind[0][1:]]), *kind[1:])
+                new.copies[i] = copy.view(batch, -1)[index.to(copy.device)].flatten()
+        return new
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit sum of all bits of a tensor, by place, on its device: a tensor ``[]`` int64."""
+    data = _flat(tensor).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # 64-bit words begin at a multiple of 8 bytes
+    row = 8 * _PERIOD
+    whole = data.numel() // row * row
+    rest = torch.nn.functional.pad(data[whole:], (0, row - data.numel() + whole)).view(1, row).view(torch.int64)
+    words = data[:whole].view(-1, row).view(torch.int64)
+    return ((words.sum(0) + rest[0]) * _multipliers(data.device)).sum()
+
+
+_MULTIPLIERS: dict[torch.device, torch.Tensor] = {}
+
+
+def _multipliers(device: torch.device) -> torch.Tensor:
+    """Random odd numbers ``[_PERIOD]`` int64, the same in every run."""
+    if device not in _MULTIPLIERS:
+        drawn = torch.randint(2**62, (_PERIOD,), generator=torch.Generator().manual_seed(0))
+        _MULTIPLIERS[device] = (drawn * 2 + 1).to(device)
+    return _MULTIPLIERS[device]
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _marks(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    return [_mark(tensor) for tensor in tensors]
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All numbers of a tensor, ``[N]`` and contiguous; without a copy where they lie densely in any order.
+
+    It keeps the memory alive, not the tensor.
+    """
+    data = tensor.data
+    if data.is_contiguous():
+        return data.view(-1)
+    order = sorted(range(data.dim()), key=data.stride, reverse=True)
+    return data.permute(order).reshape(-1)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor as whole numbers ``[N]``, so that equal means equal bits: NaN too."""
+    flat = _flat(tensor).contiguous()
+    return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
+
+
+def _sample_view(tensor: torch.Tensor) -> torch.Tensor:
+    flat = _flat(tensor)
+    step = max(flat.numel() // SAMPLE, 1)
+    return flat[:: step + (step % 2 == 0 and step > 1)]  # an odd distance meets every column of a matrix in turn
+
+
+def _sample_views(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Views of a few numbers of each tensor, by dtype and device."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(_sample_view(tensor))
+    return list(groups.values())
+
+
+def _joined(groups: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    return [_bits(torch.cat(views)) for views in groups]
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a != b).any()
