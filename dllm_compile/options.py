@@ -57,9 +57,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values the paper's authors recommend by model and task (arXiv 2506.06295), and ``tiny``, found on the embedded model,
 whose running sums need the token just before. The transfer ratio is 0.25 in all of them. Fast-dLLM's block length is
-that of its authors' scripts (arXiv 2505.22618), DyLLM's thresholds are of its paper (arXiv 2603.08026), ``dyllm/tpu``
-is what its authors' port to TPUs does. ``fastest`` is the best combination found on the embedded model within a point of accuracy, by ``bench --plot``; :func:`generate` adds
-a threshold of 0.9 to it."""
+that of its authors' scripts (arXiv 2505.22618), DyLLM's thresholds are of its paper (arXiv 2603.08026); ``dyllm/tpu``
+is as its authors' port to TPUs. ``fastest`` is the best combination found on the embedded model within a point of
+accuracy, by ``bench --plot``; :func:`generate` adds a threshold of 0.9 to it."""
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,10 @@ def run(trace: golden_models.Trace, logits: loops.Logits) -> Iterator[torch.Tens
 
 
 def shifted(trace: golden_models.Trace, logits: loops.Logits) -> loops.Logits:
-    """Logits whose row ``i`` predicts token ``i``; DyLLM's authors have no row before the response to read in steps that
-    leave out the prompt, and take the first row of the response twice."""
+    """Logits whose row ``i`` predicts token ``i``.
+
+    In steps that leave out the prompt DyLLM's authors have no row before the response, and read its first row twice.
+    """
     rows, prompt, step = trace.tensors["rows"], trace.tensors["prompt"].shape[1], itertools.count()
 
     def moved(x: torch.Tensor) -> torch.Tensor:
@@ -239,3 +241,8 @@ def test_dyllm_on_dream_repeats_its_authors_code(
         pytest.skip("shift=True counts the row before the response as part of it, which the authors do not")
     salient = golden_models.noted_salient(monkeypatch)
     replay(name, {**saliency_options(name), "shift": shift, "lowering": "eager"}, salient)
+
+
+@pytest.mark.parametrize("name", ["llada_dyllm__llada_b__p37_g32_b16_s16_t0.99_f2"])
+def test_dyllm_compiled_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay(name, saliency_options(name), golden_models.noted_salient(monkeypatch))

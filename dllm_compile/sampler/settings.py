@@ -128,7 +128,7 @@ class Settings:
             raise ValueError(f"alg_temp draws a fixed number of positions, {rule} takes all that are sure; give one")
         if self.schedule == "equal" and self.remasking == "origin":
             raise ValueError(
-                "remasking='origin' writes by chance, as time goes on, and in no equal parts; leave out one"
+                "remasking='origin' writes each token by chance, not in equal parts; leave out one of them"
             )
         if self.as_published and self.temperature:
             raise ValueError("as_published repeats traces at temperature 0; leave out one of them")
