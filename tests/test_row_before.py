@@ -85,18 +85,18 @@ def test_a_sampler_that_does_not_read_the_row_before_sees_nothing_of_it(method: 
     prompts = [draw.randint(2, 6) for _ in range(count)]
     padding = [draw.choice([0, 1]) for _ in prompts]
     length = max(prompts)
-    batch = Batch([length] * count, [length - own + pad for own, pad in zip(prompts, padding, strict=True)], 8, seed)
-    block = 4 if METHODS[method].get("cache") in ("dual", "prefix") else 8
+    batch = Batch([length] * count, [length - own + pad for own, pad in zip(prompts, padding, strict=True)], 12, seed)
+    block = 4 if METHODS[method].get("cache") in ("dual", "prefix") else 12
     model = Model(shape)
 
     def played(shift: bool | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        own = {"block_length": block} if block < 8 else {}
+        own = {"block_length": block} if block < 12 else {}
         return generation(fresh(model, **METHODS[method], **own, shift=shift), batch, block, edits=seed % 3 == 0)
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         (ids, read), (want_ids, want_read) = played(None), played(False)
-    assert len(ids) == len(want_ids) > 4
+    assert len(ids) == len(want_ids) >= 8  # a step on all rows behind some on the response alone
     for step, (got, want) in enumerate(zip(ids, want_ids, strict=True)):
         assert torch.equal(got, want), f"tokens after step {step}"
     for got, want in zip(read, want_read, strict=True):
