@@ -22,7 +22,7 @@ from .passes.eviction import entries, evicted, evicting, has_gaps, unkept
 from .passes.saliency import salient, with_contexts
 from .refreshes import Refreshes
 
-WHOLE = 4  # DyLLM's authors compute every row in the first steps, and every so many steps
+FIRST_WHOLE = 4  # so many steps of a sequence with saliency compute every row, whatever the interval is
 
 
 class ActiveRows:
@@ -40,7 +40,7 @@ class ActiveRows:
         self.options = options
         self.wide = bool(options.shift) and options.cache == "none"
         self.response = with_row_before(response) if self.wide else response
-        self.before = options.shift is not False and not self.wide and options.cache != "decoded"
+        self.before = options.shift is not False and not self.wide and not (options.shift and options.cache == "decoded")
         self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
         self.bound = options.saliency_threshold
         full, self.part = FULL, BLOCK
@@ -87,7 +87,8 @@ class ActiveRows:
         plan = Plan(self.part, active=active, written=written, same=same)
         if self.bound is not None and self.follows and not bool(exact.all()):
             bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
-            plan = replace(plan, assignment=salient(self.part), salient=active & (exact | call.changed), bound=bound)
+            first = active & (exact | call.changed | ~written)
+            plan = replace(plan, assignment=salient(self.part), salient=first, bound=bound)
         self.follows = True
         if self.chosen is None:
             return plan
@@ -97,9 +98,10 @@ class ActiveRows:
     def _partial(self, call: Call) -> torch.Tensor:
         """Rows of a partial step."""
         options = self.options
-        whole = options.cache == "none" and self.evict is None and self.bound is not None
-        if whole and (not options.response_only or call.number < WHOLE or (call.number + 1) % WHOLE == 0):
-            return torch.ones_like(self.response)
+        if options.cache == "none" and self.evict is None and self.bound is not None:
+            due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
+            if due or not options.response_only:
+                return torch.ones_like(self.response)
         return recomputed(options.cache, self.blocks, self.response, call, options.shift, options.window_size)
 
     def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:

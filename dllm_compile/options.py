@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dyllm/llada-safe": {"method": "dyllm", "saliency_threshold": 0.995},
     "dyllm/dream": {"method": "dyllm", "saliency_threshold": 0.995},
     "dyllm/dream-safe": {"method": "dyllm", "saliency_threshold": 0.9975},
+    "dyllm/tpu": {"method": "dyllm", "whole_interval": 8},
     "fastest": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
     "dllm-cache/llada-instruct-gsm8k": {"prompt_interval": 50, "response_interval": 7},
     "dllm-cache/llada-instruct-gpqa": {"prompt_interval": 50, "response_interval": 6},
@@ -56,9 +57,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values the paper's authors recommend by model and task (arXiv 2506.06295), and ``tiny``, found on the embedded model,
 whose running sums need the token just before. The transfer ratio is 0.25 in all of them. Fast-dLLM's block length is
-that of its authors' scripts (arXiv 2505.22618), DyLLM's thresholds are of its paper (arXiv 2603.08026). ``fastest`` is
-the best combination found on the embedded model within a point of accuracy, by ``bench --plot``; :func:`generate` adds
-a threshold of 0.9 to it."""
+that of its authors' scripts (arXiv 2505.22618), DyLLM's thresholds are of its paper (arXiv 2603.08026); ``dyllm/tpu``
+is as its authors' port to TPUs. ``fastest`` is the best combination found on the embedded model within a point of
+accuracy, by ``bench --plot``; :func:`generate` adds a threshold of 0.9 to it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Options:
         kernel_size: window that their scores are pooled over, odd; ``None`` for none.
         saliency_threshold: cosine of a context with its former self below which a row is computed again (tau).
         full_steps: full steps that a sequence begins with where saliency is on, at least 1.
-        response_only: whether three of four steps with saliency leave the prompt alone; else none does.
+        response_only: whether steps with saliency leave the prompt alone, but for some; else none does.
+        whole_interval: those some are the first four steps and every so many, from 1 counted. DyLLM's CUDA code has 4,
+            its port to TPUs 8.
         mask_id: token id of the mask; by default the id that ends the first call.
         shift: whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
@@ -117,6 +120,7 @@ class Options:
     saliency_threshold: float | None = None
     full_steps: int = 4
     response_only: bool = True
+    whole_interval: int = 4
     mask_id: int | None = None
     shift: bool | None = None
     readable: str = "masked"
@@ -268,6 +272,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "saliency_threshold": (is_number, "a cosine, such as 0.99"),
     "full_steps": _count("4"),
     "response_only": _FLAG,
+    "whole_interval": _count("4"),
     "cuda_graphs": _FLAG,
     "mask_id": (lambda v: is_int(v) and v >= 0, "the token id of the mask, such as 126336 for LLaDA"),
     "shift": (lambda v: isinstance(v, bool), "True for samplers that read row i - 1 for token i, else False"),
@@ -290,6 +295,7 @@ _READ: dict[str, tuple[Callable[[Options], bool], str]] = {
     "refresh_interval": (_has_refreshes, "cache or saliency_threshold"),
     "delay": (_has_refreshes, "cache or saliency_threshold"),
     "window_size": (lambda options: options.cache == "greedy", "cache='greedy'"),
+    "whole_interval": (lambda options: options.saliency_threshold is not None, "saliency_threshold"),
 }
 """Options that only some mechanisms read."""
 

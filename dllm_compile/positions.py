@@ -40,9 +40,10 @@ def positions_of_call(
     if plan.active is None or plan.written is None:
         return {**rows, "readable": varying(readable)}
     active, readable = varying(plan.active, empty=False), varying(readable & plan.active)
-    written = torch.where(_at(plan.written, active, False), _at(slots, active, none), none)
+    kept = _at(plan.written, active, False)  # the others are there for samplers alone, and leave nothing behind
+    written = torch.where(kept, _at(slots, active, none), none)
     rank = plan.active.long().cumsum(1) - 1
-    rows |= {"active": active, "written": written, "readable": readable}
+    rows |= {"active": active, "written": written, "stored": torch.where(kept, active, tokens), "readable": readable}
     rows["readable@active"] = _at(rank, readable, active.shape[1])
     if plan.salient is not None:
         rows["salient"] = varying(_at(plan.salient, active, False), empty=False)

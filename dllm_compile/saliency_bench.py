@@ -24,9 +24,7 @@ def main() -> None:
     model, job = random_model(setting), job_of(setting)
     count = round(SHARE * setting.response)
 
-    def turned(
-        similarity: torch.Tensor, threshold: torch.Tensor, active: torch.Tensor, tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def turned(similarity: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         """So many of the rows that turned most, whatever the threshold."""
         rows = similarity.shape[1]
         found = similarity.topk(count, 1, largest=False).indices.sort(1).values

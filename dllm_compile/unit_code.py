@@ -42,7 +42,7 @@ class Variant:
 class Values:
     """All that one unit can be called with in one step, in a flat list."""
 
-    FREE = ("readable", "active", "written", "salient", "readable@active", "block", "outside", "fresh")
+    FREE = ("readable", "active", "written", "stored", "salient", "readable@active", "block", "outside", "fresh")
     SETS = ("response", "prompt", "response@keyed", *FREE)
     FIXED = ("stream", "counts", "bound", *[f"index:{name}" for name in SETS])
 

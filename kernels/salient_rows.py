@@ -9,7 +9,7 @@ import torch
 
 
 def salient_rows(
-    similarity: torch.Tensor, threshold: torch.Tensor, active: torch.Tensor, tokens: int
+    similarity: torch.Tensor, threshold: torch.Tensor, active: torch.Tensor, stored: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Places of the salient ones among the active rows, and how many they are.
 
@@ -17,13 +17,15 @@ def salient_rows(
         similarity: ``[B, Q]`` floating; NaN is below nothing.
         threshold: ``[B, 1]`` floating; strictly below it is salient.
         active: ``[B, Q]`` int64 positions of the active rows; ``tokens`` for no row.
+        stored: the same with ``tokens`` also for rows that leave nothing behind. They are always salient: what was kept
+            of them is old.
         tokens: the token count ``S``.
 
     Returns:
         ``[B, Q]`` int64 places, in order, then ``Q``; and ``[B]`` int64.
     """
     count = active.shape[1]
-    salient = (similarity < threshold) & (active < tokens)
+    salient = ((similarity < threshold) | (stored >= tokens)) & (active < tokens)
     target = torch.where(salient, salient.cumsum(1) - 1, count)
     places = torch.arange(count, device=active.device).expand_as(active)
     listed = active.new_full((active.shape[0], count + 1), count).scatter(1, target, places)

@@ -8,8 +8,8 @@
     none        the response                        fresh for it, kept for the prompt
 
 and, where the two differ, the code of their authors. The steps between two refreshes carry the residual stream of the
-active rows alone. The row before a block, which predicts its first token where logits are shifted, is computed but not
-written: the keys and values that others see stay those of the full step.
+active rows alone. Unless samplers are known to read the row of a token itself, the row before one of these is computed
+too. It leaves nothing behind: what others see of it is as old as if it had not been computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from dllm_compile.core.assignment import ACTIVE, KEYS, Assignment
 from dllm_compile.core.blocks import Blocks
-from dllm_compile.core.plan import Call, rows_before, with_row_before
+from dllm_compile.core.plan import Call, rows_before
 
 FULL = Assignment("full", keep=KEYS)
 BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, keep=KEYS)
@@ -35,7 +35,7 @@ def recomputed(
         response: ``[B, S]`` bool, the rows of the response.
         call: what happened.
         shift: of ``"decoded"``: whether a row is done with when the token behind it is known, as its logits are of that
-            one; ``None`` for both that and its own.
+            one; else when its own is.
         window: of ``"greedy"``: masked rows around each that is filled next.
     """
     if cache == "dual":
@@ -49,7 +49,7 @@ def recomputed(
         return call.filled | (call.masked if told is None else told | around(told, call.masked, window))
     unknown = call.masked | (call.filled & (call.number > 0))  # what was filled since the call before: once more
     if not shift:
-        return unknown if shift is False else with_row_before(unknown)
+        return unknown
     last = torch.arange(unknown.shape[1]) == unknown.shape[1] - 1  # predicts no token; computed twice by its authors
     return rows_before(unknown) | (last & (call.number == 1))
 

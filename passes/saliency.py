@@ -9,7 +9,8 @@ the next:
     key, value                   salient in the layer before
     MLP branch                   salient in this layer
 
-A layer is cut behind its attention, since that decides how many rows the MLP computes.
+Rows that are computed for samplers alone are salient throughout, as nothing is kept of them that is current, and enter
+no state. A layer is cut behind its attention, since that decides how many rows the MLP computes.
 """
 
 from __future__ import annotations

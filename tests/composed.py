@@ -56,7 +56,7 @@ class ByHand:
         Args:
             ids: ``[S]``.
             active: rows of the residual stream.
-            unwritten: those of them whose keys and values nobody sees.
+            unwritten: those of them that are computed exactly and leave nothing behind.
             changed: rows that are salient in the first layer; ``None`` computes every active row exactly.
             bound: cosine with the former context below which a row is salient in the next layer.
             first_full: whether the first layer computes every row over every key.
@@ -65,7 +65,7 @@ class ByHand:
         x = self.model.embed(ids[at])
         fresh = torch.ones(len(at), dtype=torch.bool)
         if changed is not None:
-            fresh = torch.isin(at, torch.tensor(list(changed), dtype=torch.int64))
+            fresh = torch.isin(at, torch.tensor([*changed, *unwritten], dtype=torch.int64))
         self.salient = [at[fresh].tolist()]
         for number, layer in enumerate(self.layers):
             if first_full and number == 1:
@@ -91,7 +91,8 @@ class ByHand:
         q, k, v = (to(a).unflatten(-1, (-1, self.size)) for to in (layer.q, layer.k, layer.v))
         q, k = turned(q, cos, sin), turned(k, cos, sin)
         self.queries[number][at] = q
-        writes = fresh & ~torch.isin(at, torch.tensor(list(unwritten), dtype=torch.int64))
+        lasts = ~torch.isin(at, torch.tensor(list(unwritten), dtype=torch.int64))
+        writes = fresh & lasts
         before = self.values[number].clone()
         self.keys[number][at[writes]] = k[writes]
         self.values[number][at[writes]] = v[writes]
@@ -105,15 +106,15 @@ class ByHand:
         old = self.contexts[number][at]
         added = old + torch.einsum("hrl,lhd->rhd", weights, moved).flatten(1)
         context = torch.where(fresh[:, None], exact, added)
-        self.contexts[number][at] = context
+        self.contexts[number][at[lasts]] = context[lasts]
         turns = torch.ones_like(fresh)
         if bound is not None:
-            turns = F.cosine_similarity(context, old, dim=-1) < bound
+            turns = (F.cosine_similarity(context, old, dim=-1) < bound) | ~lasts
         x = x + layer.o(context)
         m = layer.norm_m(x)
         mlp = layer.down(F.silu(layer.gate(m)) * layer.up(m))
-        self.mlp[number][at[turns]] = mlp[turns]
-        return x + self.mlp[number][at], turns
+        self.mlp[number][at[turns & lasts]] = mlp[turns & lasts]
+        return x + torch.where(turns[:, None], mlp, self.mlp[number][at]), turns
 
     def evict(self, asking: Sequence[int], fresh: Sequence[int], ratio: float, window: int | None = None) -> None:
         """Hide all keys but the ``ratio`` of those beside ``fresh`` that the rows ``asking`` look at most."""

@@ -10,6 +10,7 @@ import torch
 from .plain_layers import PlainLayers
 
 SQUARED_NORM_AT_LEAST = 1e-8
+FIRST_WHOLE = 4  # in all published versions, also where the interval is 8
 
 
 @dataclass
@@ -80,7 +81,7 @@ class DyLLM:
     def _plan(self, t: int) -> Step:
         if t <= self.full_steps:
             return Step("full", self.all_rows)
-        if not self.response_only or t <= self.whole_interval or t % self.whole_interval == 0:
+        if not self.response_only or t <= FIRST_WHOLE or t % self.whole_interval == 0:
             return Step("whole", self.all_rows)
         return Step("response", self.response_rows)
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors import safe_open
 
+from dllm_compile import run
 from dllm_compile.batch import Step
 
 FOLDER = Path(__file__).parent / "golden"
@@ -41,6 +43,40 @@ def computed(step: Step, tokens: int) -> torch.Tensor:
         return torch.ones(tokens, dtype=torch.bool)
     index = step.indices[rows][0]
     return torch.zeros(tokens, dtype=torch.bool).index_fill(0, index[index < tokens], True)
+
+
+Salient = dict[int, list[torch.Tensor]]
+"""Rows ``[S]`` bool of the first sequence that each layer found salient, by the number of the step."""
+
+
+def noted_salient(monkeypatch: pytest.MonkeyPatch) -> Salient:
+    """Filled by the steps that run from now on; rows that are computed for samplers alone are left out."""
+    seen: Salient = {}
+    turn = run._Call._turn
+
+    def noted(call: Any, *given: Any) -> None:
+        turn(call, *given)
+        step = call.step
+        places, stored = step.indices["salient"][0], step.indices["stored"][0]
+        at = stored[places[places < len(stored)]]
+        tokens = step.shape[1]
+        found = torch.zeros(tokens, dtype=torch.bool).index_fill(0, at[at < tokens], True)
+        seen.setdefault(step.number, []).append(found)
+
+    monkeypatch.setattr(run._Call, "_turn", noted)
+    return seen
+
+
+def check_salient(trace: Trace, salient: Salient, step: int) -> None:
+    """The salient rows of a step, of which a full one has none."""
+    want = trace.tensors["salient"][step]
+    got = salient.get(step, [])
+    if (want == 255).all():
+        assert not got, f"step {step} is a full one"
+        return
+    assert len(got) == len(want)
+    for layer, rows in enumerate(got):
+        assert torch.equal(rows, want[layer].bool()), f"salient rows at step {step} in layer {layer}"
 
 
 def names(prefix: str) -> list[str]:

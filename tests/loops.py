@@ -23,9 +23,17 @@ def free(x: torch.Tensor, candidates: torch.Tensor, confidence: torch.Tensor, be
 
 
 def llada(
-    logits: Logits, x: torch.Tensor, prompt: int, *, steps: int, block_length: int, mask_id: int, cfg_scale: float = 0.0
+    logits: Logits,
+    x: torch.Tensor,
+    prompt: int,
+    *,
+    steps: int,
+    block_length: int,
+    mask_id: int,
+    cfg_scale: float = 0.0,
+    alg: str = "low_confidence",
 ) -> Iterator[torch.Tensor]:
-    """LLaDA's loop at temperature 0, low-confidence remasking. Yields ``x`` after each step."""
+    """LLaDA's loop at temperature 0, by confidence or ``alg="entropy"``. Yields ``x`` after each step."""
     blocks = (x.shape[1] - prompt) // block_length
     prompt_index = x != mask_id
     for block in range(blocks):
@@ -40,7 +48,10 @@ def llada(
             else:
                 out = logits(x)
             best = out.argmax(-1)
-            confidence = out.softmax(-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
+            probs = out.softmax(-1)
+            confidence = probs.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+            if alg == "entropy":
+                confidence = (probs * torch.log(probs + 1e-10)).sum(-1)
             mask[:, end:] = False
             free(x, mask, confidence, best, count)
             yield x.clone()

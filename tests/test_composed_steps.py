@@ -158,13 +158,14 @@ def test_decoded_rows_beside_kept_entries(delay: int, shift: bool | None) -> Non
     calls = freed(3)
 
     def rows(ids: torch.Tensor, number: int) -> list[int]:
-        unknown = {i for i in RESPONDING if ids[i] == MASK} | set(changed(calls, number) if number else [])
-        return sorted(unknown | ({i - 1 for i in unknown} if shift is None else set()))
+        return sorted({i for i in RESPONDING if ids[i] == MASK} | set(changed(calls, number) if number else []))
 
     def step(by_hand: ByHand, number: int, ids: torch.Tensor) -> None:
         since = number % 5  # steps since a refresh began
         if since > delay:
-            by_hand.compute(ids, rows(ids, number))
+            unknown = rows(ids, number)
+            before = {i - 1 for i in unknown} - {*unknown} if shift is None else set[int]()
+            by_hand.compute(ids, sorted({*unknown, *before}), sorted(before))
             return
         by_hand.full(ids)
         if since == delay:
@@ -207,6 +208,7 @@ def test_salient_rows_of_a_block(cache: str, bound: float, shift: bool | None) -
         old = [keys[outside].clone() for keys in by_hand.keys]
         by_hand.compute(ids, [*before, *written], before, changed(calls, number), bound)
         assert all(torch.equal(a, b[outside]) for a, b in zip(old, by_hand.keys, strict=True))
+        assert all(before == [i for i in layer if i not in written] for layer in by_hand.salient)
         assert all(set(layer) <= {*before, *written} for layer in by_hand.salient)
         sizes.append(sum(map(len, by_hand.salient[1:])))
 
@@ -214,7 +216,7 @@ def test_salient_rows_of_a_block(cache: str, bound: float, shift: bool | None) -
     assert follows(calls, step, **options) == {"full": 2, "salient": 6}
     most = {"dual": 6 * 4, "prefix": 3 * 8 + 3 * 4}[cache] + 6 * (shift is None)
     assert (sum(sizes) == SHAPE.layers * most) == (bound == 2.0)
-    assert (sum(sizes) == 0) == (bound == -2.0)
+    assert (sum(sizes) == (6 * SHAPE.layers if shift is None else 0)) == (bound == -2.0)
 
 
 def test_with_every_token_new_and_every_row_salient_a_block_is_computed_as_without() -> None:

@@ -63,6 +63,10 @@ def test_kinds_of_steps(model: torch.nn.Module) -> None:
         method.step(ids)
         always.step(ids)
     assert [s.kind for s in method.steps] == ["full", *["whole"] * 3, *["response"] * 3, "whole", "response"]
+    rare = DyLLM(model, RESPONSE, 0.99, 0, whole_interval=9)
+    for ids in tokens(9, freed=1):
+        rare.step(ids)
+    assert [s.kind for s in rare.steps] == ["full", *["whole"] * 3, *["response"] * 4, "whole"]
     assert [s.kind for s in always.steps] == ["full"] * 5 + ["whole"] * 4
 
 

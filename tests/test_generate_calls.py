@@ -101,6 +101,8 @@ def test_transformers_settings_fill_gaps() -> None:
         ({"gen_lenght": 8}, "there is no argument 'gen_lenght'; did you mean 'gen_length'?"),
         ({"treshold": 0.9}, "did you mean 'threshold'?"),
         ({"prompt_intervall": 0.9}, "did you mean 'prompt_interval'?"),
+        ({"schedule": "equals"}, "schedule is 'equals'; did you mean 'equal'? Valid: equal, time"),
+        ({"schedule": "equal", "remasking": "origin"}, "remasking='origin' writes each token by chance"),
         ({"remasking": "low_confidenc"}, "remasking is 'low_confidenc'; did you mean 'low_confidence'? Valid: "),
         ({"alg": "entropi"}, "did you mean 'entropy'?"),
         ({"gen_length": 0}, "gen_length is 0; give a whole number of at least 1"),

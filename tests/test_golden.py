@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -17,8 +18,18 @@ def run(trace: golden_models.Trace, logits: loops.Logits) -> Iterator[torch.Tens
     """The loop that a trace was recorded with."""
     settings = trace.settings
     x = trace.tensors["tokens"][0].clone().long()
+    prompt = trace.tensors["prompt"].shape[1]
+    if trace.name.startswith("dream_dyllm"):
+        return loops.llada(
+            shifted(trace, logits),
+            x,
+            prompt,
+            steps=settings["steps"],
+            block_length=settings["block_size"],
+            mask_id=trace.mask_id,
+            alg="entropy",
+        )
     if trace.name.startswith("llada"):
-        prompt = trace.tensors["prompt"].shape[1]
         return loops.llada(
             logits,
             x,
@@ -31,7 +42,24 @@ def run(trace: golden_models.Trace, logits: loops.Logits) -> Iterator[torch.Tens
     return loops.dream(logits, x, steps=settings["steps"], alg=settings["alg"], mask_id=trace.mask_id)
 
 
-def replay(name: str, options: dict[str, object]) -> None:
+def shifted(trace: golden_models.Trace, logits: loops.Logits) -> loops.Logits:
+    """Logits whose row ``i`` predicts token ``i``.
+
+    In steps that leave out the prompt DyLLM's authors have no row before the response, and read its first row twice.
+    """
+    rows, prompt, step = trace.tensors["rows"], trace.tensors["prompt"].shape[1], itertools.count()
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        given, out = rows[next(step)], logits(x)
+        before = torch.cat([out[:, :1], out[:, :-1]], 1)
+        if not given[prompt - 1]:
+            before[:, prompt] = out[:, prompt]
+        return before
+
+    return moved
+
+
+def replay(name: str, options: dict[str, object], salient: golden_models.Salient | None = None) -> None:
     trace = golden_models.trace(name)
     model = golden_models.model(trace.meta["model"])
     compiled = torch.compile(model, backend="dllm", options=options)
@@ -41,6 +69,8 @@ def replay(name: str, options: dict[str, object]) -> None:
     def logits(x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = compiled(input_ids=x).logits
         check_step(trace, len(seen), x, out)
+        if salient is not None:
+            golden_models.check_salient(trace, salient, len(seen))
         return out
 
     with torch.no_grad():
@@ -181,3 +211,36 @@ def test_dkv_cache_repeats_its_authors_code(name: str) -> None:
 @pytest.mark.parametrize("name", ["llada_dkv__llada_a__decode_p13_g32_b16_s32_c2"])
 def test_dkv_cache_compiled_by_inductor(name: str) -> None:
     replay(name, decoded_options(name))
+
+
+def saliency_options(name: str) -> dict[str, object]:
+    settings = golden_models.trace(name).settings
+    kept = ("num_full_steps", "response_only", "whole_interval")
+    return {
+        "method": "dyllm",
+        "saliency_threshold": settings["threshold"],
+        **{name: settings[name] for name in kept},
+    }
+
+
+@pytest.mark.parametrize("shift", [None, False])
+@pytest.mark.parametrize("name", golden_models.names("llada_dyllm"))
+def test_dyllm_repeats_its_authors_code(name: str, shift: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    salient = golden_models.noted_salient(monkeypatch)
+    replay(name, {**saliency_options(name), "shift": shift, "lowering": "eager"}, salient)
+
+
+@pytest.mark.parametrize("shift", [None, True])
+@pytest.mark.parametrize("name", golden_models.names("dream_dyllm"))
+def test_dyllm_on_dream_repeats_its_authors_code(
+    name: str, shift: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shift and not name.endswith("_whole"):
+        pytest.skip("shift=True counts the row before the response as part of it, which the authors do not")
+    salient = golden_models.noted_salient(monkeypatch)
+    replay(name, {**saliency_options(name), "shift": shift, "lowering": "eager"}, salient)
+
+
+@pytest.mark.parametrize("name", ["llada_dyllm__llada_b__p37_g32_b16_s16_t0.99_f2"])
+def test_dyllm_compiled_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay(name, saliency_options(name), golden_models.noted_salient(monkeypatch))

@@ -39,6 +39,7 @@ OFF: dict[str, Any] = {
     "saliency_threshold": None,
     "full_steps": 4,
     "response_only": True,
+    "whole_interval": 4,
     "mask_id": None,
     "shift": None,
     "verify": 0,
@@ -185,6 +186,7 @@ READ: dict[str, dict[str, Any]] = {
     "refresh_interval": {"cache": "dual"},
     "delay": {"saliency_threshold": 0.9},
     "window_size": {"cache": "greedy"},
+    "whole_interval": {"saliency_threshold": 0.9},
 }
 """Something that reads an option which not every mechanism does."""
 
@@ -233,6 +235,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "kernel_size": (1, 3, 7, None),
     "full_steps": (1, 4, 1000),
     "response_only": (True, False),
+    "whole_interval": (1, 4, 8),
     "cuda_graphs": (True, False),
     "mask_id": (0, 126336, None),
     "shift": (True, False, None),
@@ -307,6 +310,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "saliency_threshold": ("give a cosine, such as 0.99", ("0.99", True, math.nan, [0.9])),
     "full_steps": ("give a whole number of at least 1, such as 4", (0, -1, 4.0, "4", True, None)),
     "response_only": ("give True or False", (0, 1, "yes", None)),
+    "whole_interval": ("give a whole number of at least 1, such as 4", (0, -1, 8.0, "8", True, None)),
     "cuda_graphs": ("give True or False", (0, 1, "yes", None)),
     "mask_id": ("give the token id of the mask", (-1, 1.0, "[MASK]", True)),
     "shift": ("give True for samplers that read row i - 1 for token i, else False", ("yes", 2, 0, 1, 0.0)),

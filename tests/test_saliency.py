@@ -36,11 +36,13 @@ def steps_of(prompt: int, response: int, mask_id: int, calls: int, each: int = 1
 @pytest.mark.parametrize("name", ["llada_a", "llada_g", "dream_a"])
 @pytest.mark.parametrize("threshold", [0.99, 0.9, 2.0, -2.0])
 @pytest.mark.parametrize("response_only", [True, False])
-@pytest.mark.parametrize("shift", [False, True])
-def test_every_step_equals_the_plain_model(name: str, threshold: float, response_only: bool, shift: bool) -> None:
+@pytest.mark.parametrize("shift", [None, True])
+def test_every_step_equals_the_plain_model(
+    name: str, threshold: float, response_only: bool, shift: bool | None
+) -> None:
     model, mask_id = golden_models.model(name), MASK_IDS[name]
     calls = steps_of(11, 14, mask_id, 13)
-    plain = DyLLM(model, calls[0][0] == mask_id, threshold, 3, response_only, before=shift)
+    plain = DyLLM(model, calls[0][0] == mask_id, threshold, 3, response_only, before=bool(shift))
     options: dict[str, Any] = {"saliency_threshold": threshold, "full_steps": 3, "response_only": response_only}
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -51,9 +53,31 @@ def test_every_step_equals_the_plain_model(name: str, threshold: float, response
     with torch.no_grad():
         for i, ids in enumerate(calls):
             want, got = plain.step(ids), compiled(ids).logits[0]
-            rows = (ids[0] == mask_id).nonzero()[:, 0] - int(shift)
+            rows = (ids[0] == mask_id).nonzero()[:, 0] - int(bool(shift))
             assert roundings(got[rows], want[rows]) <= 8, f"step {i}"
     assert dllm_compile.stats(model)["steps"]["salient"] == len(calls) - 3
+
+
+@pytest.mark.parametrize("whole_interval", [1, 3, 8])
+def test_the_prompt_is_computed_in_the_first_four_steps_and_every_so_many(whole_interval: int) -> None:
+    model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
+    calls = steps_of(11, 14, mask_id, 10)
+    plain = DyLLM(model, calls[0][0] == mask_id, 0.99, 1, whole_interval=whole_interval)
+    options: dict[str, Any] = {"full_steps": 1, "whole_interval": whole_interval, "mask_id": mask_id}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="dllm", options={"method": "dyllm", **options, "lowering": "eager"})
+    before = set(sessions())
+    with torch.no_grad():
+        for ids in calls:
+            want, got = plain.step(ids), compiled(ids).logits[0]
+            rows = (ids[0] == mask_id).nonzero()[:, 0]
+            assert roundings(got[rows], want[rows]) <= 8
+            (session,) = set(sessions()) - before
+            assert session.step is not None
+            if plain.steps[-1].kind != "full":  # the response is behind the row before it
+                assert session.step.sizes["active"] == len(plain.steps[-1].rows) + (plain.steps[-1].kind == "response")
+    wholes = {i + 1 for i, step in enumerate(plain.steps) if step.kind == "whole"}
+    assert wholes == {2, 3, 4, *(t for t in range(5, 11) if t % whole_interval == 0)}
 
 
 def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypatch: pytest.MonkeyPatch) -> None:

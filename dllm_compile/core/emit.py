@@ -19,7 +19,7 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
-from .assignment import KEYED, Assignment
+from .assignment import ACTIVE, KEYED, SALIENT, Assignment
 from .attention_forms import AttentionForms
 from .axes import Axes, attention
 from .demand import at_hand, rows_read
@@ -39,7 +39,8 @@ class Emitted:
         module: called with ``(stream, *inputs, *state, *indices)`` in the order of ``takes``; returns the outputs of
             the unit, then the picked rows ``[B, n]`` if there are any, or the salient ones and their number.
         takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``,
-            ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"``, ``"counts"``,
+            ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"`` and
+            ``"index:stored"`` (where the active rows are in the state of keys and of other roles), ``"counts"``,
             ``"bound"``. Where entries are evicted, the last state has the positions of those kept.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
         leaves: the row set of each output.
@@ -80,9 +81,8 @@ class _Writer(AttentionForms):
             outs.append(self._choose()[1])
         if self.turned is not None:
             assert self.choices.turn is not None
-            turned = self._call(
-                self.choices.turn, (self.turned, self.slot["bound"], self.slot["index:active"], self._tokens())
-            )
+            rows = self.slot["index:active"], self.slot["index:stored"], self._tokens()
+            turned = self._call(self.choices.turn, (self.turned, self.slot["bound"], *rows))
             outs += [self._call(operator.getitem, (turned, i)) for i in (0, 1)]
         if self.assignment.evict is not None and self.keys:
             self._evict()
@@ -99,6 +99,8 @@ class _Writer(AttentionForms):
         """``node`` on exactly ``rows``."""
         if node in self.anchors and rows not in (ALL, NONE) and rows == self.computed.get(node):
             return self._raw(node)  # the fresh rows alone
+        if node in self.anchors and (self.computed.get(node), rows) == (SALIENT, ACTIVE):
+            return self._beside(node)
         base = self._available(node)
         have = self._has(node)
         if rows == have or node not in self.axes.live or position(self.axes.layout.get(node, ()), "T") is None:
@@ -107,6 +109,14 @@ class _Writer(AttentionForms):
             index = self._index(rows, have)
             self.narrowed[node, rows] = self._call(row_ops.gather_rows, (base, index, self.axes.layout[node]))
         return self.narrowed[node, rows]
+
+    def _beside(self, node: torch.fx.Node) -> torch.fx.Node:
+        """``node`` on the active rows: the salient ones fresh, whether or not they enter the state, the others kept."""
+        if (node, ACTIVE) not in self.narrowed:
+            at = self.slot["index:active"], self._index(SALIENT, ACTIVE)
+            fresh, layout = self._raw(node), self.axes.layout[node]
+            self.narrowed[node, ACTIVE] = self._call(row_ops.replace_rows, (self.state[node], *at, fresh, layout))
+        return self.narrowed[node, ACTIVE]
 
     def _has(self, node: torch.fx.Node) -> RowSet:
         """Rows on which the value of ``node`` is at hand."""

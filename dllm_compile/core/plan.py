@@ -41,7 +41,8 @@ class Plan:
         assignment: row sets of the layers.
         selected: rows each sequence may select where ``SELECTED`` is picked, ``[B]`` int64.
         active: ``[B, S]`` bool, the rows of ``ACTIVE``.
-        written: ``[B, S]`` bool, those of them whose keys and values enter the state.
+        written: ``[B, S]`` bool, those of them that enter the state. The others are computed for samplers alone: all
+            of them exactly, with keys and values that nobody sees.
         salient: ``[B, S]`` bool, those that are salient in the first layer.
         bound: ``[B]`` float, rows whose context has a smaller cosine with its former self are salient behind it.
         block: ``[B, S]`` bool, the rows whose queries choose the entries to keep, where they are chosen.

@@ -149,6 +149,21 @@ def former_rows(state: torch.Tensor, index: torch.Tensor, layout: Layout) -> tor
     return rows_back(_take(state, index), layout)
 
 
+def replace_rows(
+    state: torch.Tensor, index: torch.Tensor, places: torch.Tensor, fresh: torch.Tensor, layout: Layout
+) -> torch.Tensor:
+    """Rows ``index`` ``[B, K]`` of ``state`` in ``layout``, those at ``places`` ``[B, n]`` replaced by ``fresh``.
+
+    The state stays as it is. A place of ``K`` or more is no row.
+    """
+    count = index.shape[1]
+    spare = state[:, -1:]
+    rows = torch.cat([_take(state, index), spare], 1)
+    batch = torch.arange(index.shape[0], device=state.device).unsqueeze(1)
+    rows.index_put_((batch, places.clamp(max=count)), rows_first(fresh, layout).to(rows.dtype))
+    return rows_back(rows[:, :count], layout)
+
+
 def pick_index(index: torch.Tensor, picked: torch.Tensor, none: int) -> torch.Tensor:
     """``index`` ``[B, K]`` at the places ``picked`` ``[B, n]``; ``none`` where the place is no row (``K`` or more)."""
     found = index.gather(1, picked.clamp(max=index.shape[1] - 1))

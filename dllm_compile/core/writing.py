@@ -75,7 +75,7 @@ class Writing(ABC):
         names += ["index:prompt"] if PROMPT_SELECTED in sets else []
         names += ["index:response", "counts"] if self.assignment.pick else []
         names += ["index:response@keyed"] if RESPONSE in sets and compact else []
-        names += ["index:written"] if ACTIVE in sets else []
+        names += ["index:written", "index:stored"] if ACTIVE in sets else []
         names += ["bound"] if self.assignment.salient else []
         names += ["index:block", "index:outside", "index:fresh"] if self.assignment.evict is not None else []
         names += [f"index:{s.name}@{parent.name}" for s, parent in COUNTED if s in sets and parent in sets]
@@ -115,14 +115,11 @@ class Writing(ABC):
         return self.places[key]
 
     def _written(self, node: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
-        """Where in the state of ``node`` its ``rows`` are."""
-        if node not in self.keys or rows not in (ACTIVE, SALIENT, RESPONSE, SELECTED):
-            return self._index(rows, ALL)
-        if rows == ACTIVE:
-            return self.slot["index:written"]
-        if rows == SALIENT:
-            return self._place(SALIENT, self.slot["index:written"], self._call(row_ops.spare, (self.state[node],)))
-        if self.entries is None:
+        """Where in the state of ``node`` its ``rows`` are; the spare row for those that leave nothing behind."""
+        if rows in (ACTIVE, SALIENT):
+            at = self.slot["index:written" if node in self.keys else "index:stored"]
+            return at if rows == ACTIVE else self._place(SALIENT, at, self._call(row_ops.spare, (self.state[node],)))
+        if node not in self.keys or rows not in (RESPONSE, SELECTED) or self.entries is None:
             return self._index(rows, ALL)
         slots = self.slot["index:response@keyed"]
         if rows == RESPONSE:

@@ -67,7 +67,7 @@ class Progress:
     Args:
         settings: of the generation.
         shape: ``(B, S)``, sequences and tokens of prompt and response.
-        shift: whether the model is shifted: Dream's schedule by time, else LLaDA's quota.
+        shift: whether the model is shifted: Dream's schedule by time, else LLaDA's quota, unless the settings say so.
         cached: whether later passes of a block run on its cache (matters to ``as_published`` alone).
 
     With ``as_published`` come the habits of Fast-dLLM's code: Dream's blocks begin with a pass that frees their first
@@ -84,6 +84,7 @@ class Progress:
         self.position = torch.arange(tokens)
         self.block, self.step, self.first = torch.zeros(3, batch, dtype=torch.int64)
         self.most = 1
+        self.timed = shift if settings.schedule is None else settings.schedule == "time"
         published, blocked = settings.as_published, settings.block_length is not None
         self.leads = published and shift and blocked
         self.least = 2 if self.leads or (published and cached and not shift) else 1
@@ -123,7 +124,7 @@ class Progress:
             count = capped(self.first, left, self.step, self.steps)
         elif settings.parallel:
             return Turn(candidates)
-        elif self.shift or settings.remasking == "origin":
+        elif self.timed or settings.remasking == "origin":
             share = fraction(self.step, self.steps, settings.eps)
             if settings.remasking == "origin":
                 return Turn(candidates, share=share)

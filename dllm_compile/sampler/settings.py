@@ -28,6 +28,7 @@ PRESET_SETTINGS: dict[str, dict[str, Any]] = {"fastest": {"threshold": 0.9}}
 RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": "topk_margin", "neg_entropy": "entropy"}
 
 
+SCHEDULES = ("equal", "time")
 _ID = (lambda v: is_int(v) and v >= 0, "a token id, such as 126336 for LLaDA")
 _COUNT = (lambda v: is_int(v) and v >= 1, "a whole number of at least 1")
 _SCALE = (lambda v: is_number(v) and v >= 0, "a number of at least 0")
@@ -62,13 +63,14 @@ class Settings:
         threshold: write all tokens of a block that are this sure, at least one (Fast-dLLM); ``steps`` is then unused.
         factor: the same, with a bound that grows with the number of tokens written at once (Fast-dLLM).
         shift: row ``i - 1`` of the logits predicts token ``i``, as Dream's does; ``None`` asks the model's config.
-            A shifted model follows Dream's schedule, any other LLaDA's.
         mask_id: token id of the mask; ``None`` asks the model's config.
         eos_id: id or ids that end a response. A sequence stops when all its masks lie behind one, and they become it.
         top_p: draw from the fewest tokens that hold more than this share (Dream).
         top_k: draw from so many of the likeliest tokens (Dream).
         alg_temp: draw positions by their confidence at this temperature (Dream); 0 or ``None`` takes the surest.
-        eps: where Dream's schedule ends.
+        schedule: tokens a step: ``"equal"`` parts of a block (LLaDA), or by ``"time"`` (Dream). ``None`` follows the
+            model: by time where it is shifted. DyLLM's authors fill equal parts on Dream, too.
+        eps: where the schedule by time ends.
         as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
             :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
 
@@ -90,11 +92,14 @@ class Settings:
     top_p: float | None = None
     top_k: int | None = None
     alg_temp: float | None = None
+    schedule: str | None = None
     eps: float = 1e-3
     as_published: bool = False
 
     def __post_init__(self) -> None:
         one_of("remasking", self.remasking, RULES)
+        if self.schedule is not None:
+            one_of("schedule", self.schedule, SCHEDULES)
         for name, (fits, wanted) in _VALUES.items():
             value = getattr(self, name)
             if not (fits(value) or (value is None and getattr(Settings, name) is None)):
@@ -121,6 +126,10 @@ class Settings:
             raise ValueError(f"remasking='origin' has no confidence to hold against a {rule}; leave out one of them")
         if self.parallel and self.alg_temp:
             raise ValueError(f"alg_temp draws a fixed number of positions, {rule} takes all that are sure; give one")
+        if self.schedule == "equal" and self.remasking == "origin":
+            raise ValueError(
+                "remasking='origin' writes each token by chance, not in equal parts; leave out one of them"
+            )
         if self.as_published and self.temperature:
             raise ValueError("as_published repeats traces at temperature 0; leave out one of them")
 
