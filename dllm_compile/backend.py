@@ -16,7 +16,7 @@ from .core.axes import attention
 from .core.errors import GraphRefused
 from .lower import Compiled, lower
 from .memory import process_peak_bytes
-from .options import Options
+from .options import Options, check_vocabulary
 from .program import Program
 from .run import run
 from .session import Session, Step, current, enter, sessions
@@ -131,6 +131,7 @@ class Backend:
         at = program.index[program.seed]
         if program.ids is not None:
             assert self.weights is not None
+            check_vocabulary(self.options.mask_id, program.vocabulary)
             session = self._session([args[i] for i in self.weights], self.options)
             session.vocabulary, session.chooses = program.vocabulary, program.chooses
             others = [args[i] for i in program.read if i not in self.weights]

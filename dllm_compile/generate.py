@@ -103,10 +103,12 @@ def _for_backend(
     options = {**options, "mask_id": kind.mask_id, "shift": kind.shift}
     if method is not None:
         options["method"] = method
-    if settings.block_length is not None:
-        options["block_length"] = settings.block_length
     backend = Options.of(options)
-    settings = replace(settings, block_length=backend.block_length)
+    if backend.reads("block_length"):
+        if settings.block_length is not None:
+            options["block_length"] = settings.block_length
+        backend = Options.of(options)
+        settings = replace(settings, block_length=backend.block_length)
     return settings, options, backend.cache in ("prefix", "dual") and backend.keep_ratio is None
 
 
