@@ -44,18 +44,29 @@ def dllm(
         mode: ``"reduce-overhead"`` for the option ``cuda_graphs``; Inductor's other modes are not for this backend.
 
     Returns:
-        A function of the same inputs.
-
-    Raises:
-        ValueError: ``mode`` is another one, or an option is unknown or out of range.
+        A function of the same inputs. Where ``mode`` is another one, or an option is unknown or out of range, it raises
+        the ``ValueError`` or ``TypeError`` that says so: raised here, Dynamo would wrap it in an error of its own.
     """
     cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
-    chosen = Options.of(options)
-    if mode not in (None, "reduce-overhead"):
-        raise ValueError(
-            f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say options={{'method': ...}} instead"
-        )
+    try:
+        chosen = Options.of(options)
+        if mode not in (None, "reduce-overhead"):
+            raise ValueError(
+                f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say "
+                "options={'method': ...} instead"
+            )
+    except (TypeError, ValueError) as error:
+        return _raising(error)
     return Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+
+
+def _raising(error: Exception) -> Compiled:
+    """A function that raises ``error``, whatever it is given."""
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    return refuse
 
 
 class Backend:
@@ -186,7 +197,12 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
         The fields of :class:`dllm_compile.stats.Stats` summed over its graphs; ``state_bytes``, of the rows kept of
         layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
         :func:`dllm_compile.memory.process_peak_bytes`.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the module that was compiled, or nothing for all")
     mine = None if model is None else {id(parameter) for parameter in model.parameters()}
     total, kept, logits = Stats(), 0, 0
     for session in sessions():

@@ -42,8 +42,8 @@ def generate(
         model: maps ids ``[B, S]`` to logits ``[B, S, V]``, bare or as ``.logits``; compiled or not.
         input_ids: ``[B, P]`` integer prompts, padded on the left; ``P`` may be 0. Masks in them are filled with the
             first block.
-        attention_mask: ``[B, P]`` of 0 and 1 in any dtype, 0 at padding, which is on the left. It has no columns for the
-            response, and is not given to the model where nothing is padding.
+        attention_mask: ``[B, P]`` of 0 and 1 in any dtype, 0 at padding, which is on the left. It has no columns for
+            the response, and is not given to the model where nothing is padding.
         method: a method of the backend to compile the model by; ``None`` runs it as it is, unless an option of the
             backend is given, such as ``preset``.
         streamer: ``put`` gets the prompt, then tokens in order as soon as no mask is before them; then ``end``. For one
@@ -62,6 +62,9 @@ def generate(
         ValueError: an unknown name, a value out of range, a mask token that nobody knows, or ids that the model does
             not embed.
     """
+    if generation_config is not None and not hasattr(generation_config, "return_dict_in_generate"):
+        of = type(generation_config).__name__
+        raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
     if generation_config is not None:  # transformers has checked the names, and added inputs of its own loops
         _warn_of_processors(settings.get("logits_processor") or ())
         settings = {name: value for name, value in settings.items() if name in NAMES}

@@ -153,7 +153,8 @@ class Options:
         """Refuse ``exact`` beside what reuses, and a method whose own mechanisms are all off."""
         for name in _NAMES if written.get("method") == "exact" else ():
             value = getattr(self, name)
-            if name in _MECHANISMS and value != getattr(Options, name) and not (name in _INTERVALS and value in (1, -1)):
+            neutral = name in _INTERVALS and value in (1, -1)
+            if name in _MECHANISMS and value != getattr(Options, name) and not neutral:
                 raise ValueError(
                     f"method is 'exact', which reuses nothing, and {name} is {value!r}; leave out one of them"
                 )

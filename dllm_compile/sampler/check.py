@@ -166,13 +166,14 @@ def check_mask(mask: Any, ids: torch.Tensor) -> None:
         )
 
 
-def check_logits(out: Any, logits: Any, ids: torch.Tensor) -> None:
-    """Refuse what a model returned where it holds no logits ``[B, S, V]``.
+def logits_in(out: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits ``[B, S, V]`` in what a model returned for ids: bare, or as ``.logits``.
 
     Raises:
         TypeError: it holds none.
         ValueError: they are of another shape, or no numbers of a floating dtype.
     """
+    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
     if not isinstance(logits, torch.Tensor):
         raise TypeError(
             f"the model returned {kind_of(out)}; give one that returns logits [batch, tokens, vocabulary], bare or as "
@@ -183,6 +184,7 @@ def check_logits(out: Any, logits: Any, ids: torch.Tensor) -> None:
             f"the model returned {kind_of(logits)} for ids {list(ids.shape)}; give one that returns logits "
             "[batch, tokens, vocabulary], a row for each token"
         )
+    return logits
 
 
 def check_step(model: Any, x: Any, candidates: Any, count: Any, most: Any, how: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .check import check_logits, check_step
+from .check import check_step, logits_in
 from .rules import chosen, confidence, gumbel
 
 Model = Callable[..., Any]
@@ -24,9 +24,7 @@ def read_logits(model: Model, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         TypeError, ValueError: it returns something else.
     """
     out = model(ids, **inputs)
-    logits: torch.Tensor = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
-    check_logits(out, logits, ids)
-    return logits
+    return logits_in(out, ids)
 
 
 def guided_logits(
@@ -109,9 +107,9 @@ def denoise_step(
         TypeError, ValueError: an argument is of another kind or shape, contradicts another, or holds what it cannot
             mean. Values (numbers, and what tensors hold) are not looked at where the step is compiled.
     """
-    how = {"mask_id": mask_id, "shift": shift, "remasking": remasking, "temperature": temperature}
+    how: dict[str, Any] = {"mask_id": mask_id, "shift": shift, "remasking": remasking, "temperature": temperature}
     how |= {"cfg_scale": cfg_scale, "threshold": threshold, "factor": factor}
-    tensors = {"given": given, "noise": noise, "draws": draws}
+    tensors: dict[str, Any] = {"given": given, "noise": noise, "draws": draws}
     check_step(model, x, candidates, count, most, {**how, **tensors, "inputs": inputs})
     return surest(model, x, candidates, count, most, **how, **tensors, **inputs)
 
