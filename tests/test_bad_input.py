@@ -233,7 +233,7 @@ def test_a_model_without_logits_is_answered_where_it_is_compiled_too(wrong: Call
         def forward(self, ids: torch.Tensor) -> Any:
             return wrong(self.inner(ids).logits)
 
-    with pytest.raises((TypeError, ValueError), match="the model returned .*; give one that returns logits"):
+    with pytest.raises((TypeError, ValueError), match=r"the model returned .*; give one that returns logits"):
         generate(Wrong(), ids(1, 3), gen_length=2, mask_id=models.MASK, method="exact", lowering="eager")
 
 

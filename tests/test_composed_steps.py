@@ -213,8 +213,8 @@ def test_salient_rows_of_a_block(cache: str, bound: float, shift: bool | None) -
     options = {"cache": cache, "block_length": BLOCK, "saliency_threshold": bound, "full_steps": 1, "shift": shift}
     assert follows(calls, step, **options) == {"full": 2, "salient": 6}
     most = {"dual": 6 * 4, "prefix": 3 * 8 + 3 * 4}[cache] + 6 * (shift is None)
-    assert (sum(sizes) == SHAPE.layers * most) == (bound == 2.0)
-    assert (sum(sizes) == 0) == (bound == -2.0)
+    assert (sum(sizes) == SHAPE.layers * most) == (bound == 1.0)
+    assert (sum(sizes) == 0) == (bound == -1.0)
 
 
 def test_with_every_token_new_and_every_row_salient_a_block_is_computed_as_without() -> None:
@@ -225,14 +225,14 @@ def test_with_every_token_new_and_every_row_salient_a_block_is_computed_as_witho
         calls[-1][0, PROMPT + number % BLOCK] = MASK
     calls.insert(0, start(PROMPT, RESPONSE, 1))  # what is masked here is the response
     options = {**DUAL, "shift": False, "delay": 1}
-    got = run(calls, **options, saliency_threshold=2.0, full_steps=2)
+    got = run(calls, **options, saliency_threshold=1.0, full_steps=2)
     want = run(calls, **options)
     for ids, a, b in zip(calls, got, want, strict=True):
         assert apart(a, b, readable(ids, False)) < 1e-9
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"cache": "prefix"}, {"saliency_threshold": 0.99}, {"saliency_threshold": 2.0}], ids=str
+    "more", [{}, {"cache": "prefix"}, {"saliency_threshold": 0.99}, {"saliency_threshold": 1.0}], ids=str
 )
 def test_the_same_tokens_right_after_a_full_step_give_the_same_logits(more: dict[str, Any]) -> None:
     """Although they are computed again: an input that belongs to no sequence has another value."""
