@@ -19,7 +19,7 @@ from .core.errors import GraphRefused
 from .declared import ExactCalls, declared
 from .lower import Compiled, lower
 from .memory import process_peak_bytes
-from .options import Options
+from .options import Options, check_vocabulary
 from .program import Program
 from .run import run
 from .session import Session, sessions
@@ -48,18 +48,29 @@ def dllm(
         mode: ``"reduce-overhead"`` for the option ``cuda_graphs``; Inductor's other modes are not for this backend.
 
     Returns:
-        A function of the same inputs.
-
-    Raises:
-        ValueError: ``mode`` is another one, or an option is unknown or out of range.
+        A function of the same inputs. Where ``mode`` is another one, or an option is unknown or out of range, it raises
+        the ``ValueError`` or ``TypeError`` that says so: raised here, Dynamo would wrap it in an error of its own.
     """
     cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
-    chosen = Options.of(options)
-    if mode not in (None, "reduce-overhead"):
-        raise ValueError(
-            f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say options={{'method': ...}} instead"
-        )
+    try:
+        chosen = Options.of(options)
+        if mode not in (None, "reduce-overhead"):
+            raise ValueError(
+                f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say "
+                "options={'method': ...} instead"
+            )
+    except (TypeError, ValueError) as error:
+        return _raising(error)
     return Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+
+
+def _raising(error: Exception) -> Compiled:
+    """A function that raises ``error``, whatever it is given."""
+
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    return refuse
 
 
 class Backend:
@@ -159,6 +170,7 @@ class Backend:
                 self._join(program, args, batch, step, beside)
                 return under_way if step.shape == program.shape else None
         if program.ids is not None:
+            check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
             found = session.begin(stream, beside, program)
         else:
@@ -228,7 +240,12 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
         The fields of :class:`dllm_compile.stats.Stats` summed over its graphs; ``state_bytes``, of the rows kept of
         layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
         :func:`dllm_compile.memory.process_peak_bytes`.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the module that was compiled, or nothing for all")
     mine = None if model is None else list(model.parameters())
     total, kept, logits = Stats(), 0, 0
     for session in sessions():

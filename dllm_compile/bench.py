@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 
 from . import eviction_bench, frontier, kernel_bench, saliency_bench, shape_bench
-from .bench_model import KINDS, SHAPES, Setting, contenders, job_of, random_model
+from .bench_model import KINDS, SHAPES, Setting, check_lengths, check_model, contenders, job_of, random_model
+from .command import Parser, interval, picture, require, target, whole
 from .contest import Row, finish, play, relative_flops
 from .table import print_rows
 
@@ -53,10 +53,10 @@ def _block_cost(setting: Setting, rows: list[Row]) -> str:
     return f"dual: a block step takes {block:.1f} ms, {part:.2f} of rows / S of a full step's {full:.1f} ms"
 
 
-def _write(target: str | None, argv: list[str], content: dict[str, Any]) -> None:
+def _write(file_name: str | None, argv: list[str], content: dict[str, Any]) -> None:
     """Write a report to a file, if one is named."""
-    if target:
-        with open(target, "w", encoding="utf-8") as file:
+    if file_name:
+        with open(file_name, "w", encoding="utf-8") as file:
             json.dump({"command": f"python -m dllm_compile bench {shlex.join(argv)}", **content}, file, indent=1)
 
 
@@ -70,14 +70,19 @@ def _shape(name: str, setting: Setting, grid: shape_bench.Grid, write: Callable[
         write({"shape": name, **report})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dllm_compile bench", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="dllm_compile bench", description=__doc__)
+    kinds: dict[str, Any] = {"kind": str, "kv_heads": whole(0), "vocabulary": whole(2)}
+    kinds |= dict.fromkeys(("prompt_interval", "response_interval"), interval)
     for name, value in asdict(Setting()).items():
         choices = KINDS if name == "kind" else None
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kinds.get(name, whole()), default=value, choices=choices)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on a CPU, bfloat16 on CUDA")
-    parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--plot", help="instead draw accuracy against speed on the embedded model to this PNG file")
+    parser.add_argument("--json", type=target, help="also write the rows to this file")
+    parser.add_argument(
+        "--plot", type=picture, help="instead draw accuracy against speed on the embedded model to this PNG file"
+    )
     parser.add_argument("--kernels", action="store_true", help="instead measure each operation alone")
     for name, (_, what) in ALONE.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
@@ -92,29 +97,45 @@ def main(argv: list[str]) -> None:
     if shape:
         parser.set_defaults(**asdict(SHAPES[shape]))
     given = vars(parser.parse_args(argv))
-    target, picture, device = given.pop("json"), given.pop("plot"), given.pop("device")
-    alone = [measure for name, (measure, _) in ALONE.items() if given.pop(name)]
+    report, drawn, device = given.pop("json"), given.pop("plot"), given.pop("device")
+    alone = {f"--{name}": measure for name, (measure, _) in ALONE.items() if given.pop(name)}
     kernels = given.pop("kernels")
     setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
     del given["shape"]
-    if (alone or kernels) and (target or picture or shape):
+    apart = [*alone, *(["--kernels"] if kernels else []), *(["--plot"] if drawn else [])]
+    if (alone or kernels) and (report or drawn or shape):
         parser.error("--json, --plot and --shape do not go with a measurement of one thing alone")
+    if len(apart) > 1:
+        parser.error(f"{' and '.join(apart)} are measurements of their own; give one of them")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device here")
-    if device == "cuda" and (alone or picture):
+    if device == "cuda" and (alone or drawn):
         parser.error("--device cuda is for the bench itself, for --kernels and for --shape")
     if not shape and any(value is not None for value in given.values()):
         parser.error(f"--{next(n for n, v in given.items() if v is not None).replace('_', '-')} goes with --shape")
+    if apart:
+        for name, value in asdict(setting).items():
+            if value != getattr(Setting(), name):
+                parser.error(f"--{name.replace('_', '-')} is not for {apart[0]}, whose model is fixed; leave it out")
+    try:
+        check_model(setting)
+        if not shape:
+            check_lengths(setting)
+    except ValueError as error:
+        parser.error(str(error))
+    require(parser, "demo", "transformers")
+    if drawn:
+        require(parser, "plot", "matplotlib")
 
     def write(content: dict[str, Any]) -> None:
-        _write(target, argv, content)
+        _write(report, argv, content)
 
     if alone:
-        alone[0]()
+        next(iter(alone.values()))()
     elif kernels:
         kernel_bench.main(device)
-    elif picture:
-        frontier.main(picture, target)
+    elif drawn:
+        frontier.main(drawn, report)
     elif shape:
         try:
             grid = shape_bench.grid_of({**given, "device": device}, setting, shape)

@@ -84,6 +84,37 @@ SHAPES = {
 """Models by name, as published (LLaDA arXiv 2502.09992, Dream arXiv 2508.15487), and one for a CPU."""
 
 
+def check_model(setting: Setting) -> None:
+    """Refuse a model that cannot be built.
+
+    Raises:
+        ValueError: its numbers do not go together.
+    """
+    keys = setting.kv_heads or setting.heads
+    if setting.width % (2 * setting.heads):
+        raise ValueError(
+            f"a width of {setting.width} cannot be divided among {setting.heads} heads of an even width, as rotary "
+            f"positions need; give a multiple of {2 * setting.heads}"
+        )
+    if setting.heads % keys:
+        raise ValueError(
+            f"{setting.heads} heads of queries cannot share {keys} of keys; give kv_heads that divide heads"
+        )
+
+
+def check_lengths(setting: Setting) -> None:
+    """Refuse a generation that no loop in blocks can make.
+
+    Raises:
+        ValueError: its lengths do not go together.
+    """
+    for block in (setting.block, setting.cache_block):
+        if setting.response % block:
+            raise ValueError(f"a response of {setting.response} tokens is no multiple of a block of {block}")
+    if setting.cache_block < 4:
+        raise ValueError(f"a cache block of {setting.cache_block} tokens cannot be freed 4 a call; give at least 4")
+
+
 def random_model(setting: Setting, seed: int = 0, device: torch.device | str = "cpu") -> Any:
     """The model of a setting, float32 on a CPU and else bfloat16.
 

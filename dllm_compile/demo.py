@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from . import tiny
+from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, Show, finish, play, relative_flops
 from .options import PRESETS
 from .table import print_rows
@@ -117,16 +117,17 @@ def _live(name: str, tokenizer: Any) -> Iterator[Show]:
 
 def main(argv: list[str]) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="dllm_compile demo", description=__doc__)
-    parser.add_argument("--problems", type=int, default=16, help="held-out problems, a multiple of the batch")
-    parser.add_argument("--batch", type=int, default=8, help="problems solved together")
-    parser.add_argument("--block", type=int, default=32, help="block length, a divisor of 96")
-    parser.add_argument("--json", help="also write the rows to this file")
+    parser = Parser(prog="dllm_compile demo", description=__doc__)
+    parser.add_argument("--problems", type=whole(), default=16, help="held-out problems, a multiple of the batch")
+    parser.add_argument("--batch", type=whole(), default=8, help="problems solved together")
+    parser.add_argument("--block", type=whole(), default=32, help="block length, a divisor of 96")
+    parser.add_argument("--json", type=target, help="also write the rows to this file")
     given = parser.parse_args(argv)
-    if given.problems % given.batch or given.problems < 1 or given.batch < 1:
+    if given.problems % given.batch:
         parser.error(f"--problems {given.problems} is not a multiple of --batch {given.batch}")
-    if given.block < 1 or tiny.RESPONSE_LENGTH % given.block:
+    if tiny.RESPONSE_LENGTH % given.block:
         parser.error(f"--block {given.block} does not divide the response of {tiny.RESPONSE_LENGTH} tokens")
+    require(parser, "demo", "transformers", "safetensors", "rich")
     rows = run(given.problems, given.batch, given.block, _live if sys.stdout.isatty() else None)
     print_rows(
         f"{given.problems} held-out problems, batch {given.batch}, block {given.block}, dLLM-Cache with "

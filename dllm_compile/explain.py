@@ -16,9 +16,10 @@ from .core.plan import Call
 from .core.units import Unit
 from .ids import infer_mask_id
 from .method import schedule
-from .options import Options
+from .options import Options, check_vocabulary
 from .program import Program
 from .run import HEAD
+from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
 
 
 @dataclass
@@ -74,11 +75,29 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
         model: any module that maps ids ``[B, S]`` to logits; it runs once, uncompiled.
         example_ids: ``[B, S]`` ids of a first denoising call, the response still masked.
         options: as for ``torch.compile``; keywords that are no option are passed to the model (``attention_mask``).
+
+    Raises:
+        TypeError: the model cannot be called, or the ids are no tensor.
+        ValueError: a bad option, ids that the model does not embed, an input that it does not take, or nothing masked.
     """
+    check_model(model)
+    check_ids("example_ids", example_ids)
     names = {"preset", *Options.__dataclass_fields__}
     given = {name: value for name, value in options.items() if name in names or not isinstance(value, torch.Tensor)}
     extra = {name: value for name, value in options.items() if name not in given}
     chosen = Options.of({**given, "lowering": "eager"})
+    check_inputs(model, extra)
+    host, tokens = example_ids.cpu(), embedded(model)
+    check_vocabulary(chosen.mask_id, tokens)
+    if host.numel():
+        check_range("example_ids", int(host.min()), int(host.max()), tokens)
+    mask_id = chosen.mask_id if chosen.mask_id is not None else infer_mask_id(host)
+    if mask_id is None or not bool((host == mask_id).any()):
+        which = "no id that ends every sequence twice" if mask_id is None else f"no mask {mask_id}"
+        raise ValueError(
+            f"example_ids hold {which}; give the ids of a first call, its response all masks, and mask_id where they "
+            "do not end with it"
+        )
     backends: list[Backend] = []
 
     def collect(module: torch.fx.GraphModule, inputs: list[Any]) -> Backend:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .declared import loop
-from .options import Options
+from .options import Options, check_vocabulary
+from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
 from .sampler.progress import Progress
@@ -40,8 +41,10 @@ def generate(
 
     Args:
         model: maps ids ``[B, S]`` to logits ``[B, S, V]``, bare or as ``.logits``; compiled or not.
-        input_ids: ``[B, P]`` integer prompts, padded on the left. Masks in them are filled with the first block.
-        attention_mask: ``[B, P]``, 0 at padding. Not given to the model where nothing is padding.
+        input_ids: ``[B, P]`` integer prompts, padded on the left; ``P`` may be 0. Masks in them are filled with the
+            first block.
+        attention_mask: ``[B, P]`` of 0 and 1 in any dtype, 0 at padding, which is on the left. It has no columns for
+            the response, and is not given to the model where nothing is padding.
         method: a method of the backend to compile the model by; ``None`` runs it as it is, unless an option of the
             backend is given, such as ``preset``.
         streamer: ``put`` gets the prompt, then tokens in order as soon as no mask is before them; then ``end``. For one
@@ -56,15 +59,25 @@ def generate(
         ``[B, P + gen_length]`` int64, or :class:`Generated`.
 
     Raises:
-        ValueError: an unknown name, a value out of range, or a mask token that nobody knows.
+        TypeError: an argument is of another kind, or the model returns no logits.
+        ValueError: an unknown name, a value out of range, a mask token that nobody knows, or ids that the model does
+            not embed.
     """
+    if generation_config is not None and not hasattr(generation_config, "return_dict_in_generate"):
+        of = type(generation_config).__name__
+        raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
     if generation_config is not None:  # transformers has checked the names, and added inputs of its own loops
         _warn_of_processors(settings.get("logits_processor") or ())
         settings = {name: value for name, value in settings.items() if name in NAMES}
         return_dict = return_dict or bool(generation_config.return_dict_in_generate)
-    _check(input_ids, streamer)
+    others = {"return_dict": return_dict, "output_history": output_history}
+    check_call(model, input_ids, attention_mask, {**others, "streamer": streamer, "generator": generator})
     how, options = settings_of(settings, generation_config, input_ids.shape[1])
     kind = family(model, how.mask_id, how.shift)
+    tokens = embedded(model)
+    check_vocabulary(kind.mask_id, tokens)
+    if how.eos:
+        check_range("eos_id", min(how.eos), max(how.eos), tokens)
     cached = False
     if method is not None or options:
         how, options, cached = _for_backend(how, options, method, kind)
@@ -83,13 +96,6 @@ def generate(
     return result if return_dict or output_history else result.sequences
 
 
-def _check(input_ids: torch.Tensor, streamer: Any) -> None:
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}; give integer ids [batch, tokens]")
-    if streamer is not None and input_ids.shape[0] > 1:
-        raise ValueError(f"a streamer follows one sequence, not {input_ids.shape[0]}; leave it out, or split the batch")
-
-
 def _refuse_masks(prompt: torch.Tensor, mask_id: int) -> None:
     if bool((prompt == mask_id).any()):
         raise ValueError(
@@ -105,10 +111,12 @@ def _for_backend(
     options = {**options, "mask_id": kind.mask_id, "shift": kind.shift}
     if method is not None:
         options["method"] = method
-    if settings.block_length is not None:
-        options["block_length"] = settings.block_length
     backend = Options.of(options)
-    settings = replace(settings, block_length=backend.block_length)
+    if backend.reads("block_length"):
+        if settings.block_length is not None:
+            options["block_length"] = settings.block_length
+        backend = Options.of(options)
+        settings = replace(settings, block_length=backend.block_length)
     return settings, options, backend.cache in ("prefix", "dual") and backend.keep_ratio is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 CACHES = ("prefix", "dual", "decoded", "greedy", "none")
@@ -62,15 +62,20 @@ is as its authors' port to TPUs. ``fastest`` is the best combination found on th
 accuracy, by ``bench --plot``; :func:`generate` adds a threshold of 0.9 to it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Options:
-    """Everything ``torch.compile(model, backend="dllm", options={...})`` understands.
+    """Everything ``torch.compile(model, backend="dllm", options=...)`` understands.
+
+    ``Options(method="dyllm", mask_id=3)`` is what the mapping ``{"method": "dyllm", "mask_id": 3}`` is: synonyms and
+    ``preset`` are names too, a method brings the values of its authors, and with nothing named it is dLLM-Cache. Either
+    can be given as ``options``. torch hands a mapping to the backend at the first call of the model, and a mistake in
+    it is told there; ``Options(...)`` tells it where it is written.
 
     Mechanisms are independent; where one is ``None`` (or ``cache="none"``) it is off, and a method is a preset of them.
 
     Attributes:
         method: the preset: ``"dllm-cache"``, ``"fast-dllm"``, ``"sparse-dllm"``, ``"dyllm"``, ``"dkv-cache"``, or
-            ``"exact"``, which reuses nothing but what is provably unchanged. Read by :meth:`of`.
+            ``"exact"``, which reuses nothing but what is provably unchanged.
         prompt_interval: steps between refreshes of the prompt (K_p), at least 1; -1 refreshes always.
         response_interval: steps between refreshes of the whole response (K_r), at least 1; -1 refreshes always.
         transfer_ratio: share of the response recomputed in the steps between (rho), 0 to 1; 0 recomputes none. ``None``
@@ -87,9 +92,10 @@ class Options:
             else 0.
         keep_ratio: share of the entries that no step computes between two refreshes that is kept, 0 to 1.
         kernel_size: window that their scores are pooled over, odd; ``None`` for none.
-        saliency_threshold: cosine of a context with its former self below which a row is computed again (tau).
+        saliency_threshold: cosine of a context with its former self below which a row is computed again (tau), -1 to 1.
+            No value is neutral: only ``full_steps`` of all steps are.
         full_steps: full steps that a sequence begins with where saliency is on, at least 1.
-        response_only: whether steps with saliency leave the prompt alone, but for some; else none does.
+        response_only: whether steps with saliency and no cache leave the prompt alone, but for some; else none does.
         whole_interval: those some are the first four steps and every so many, from 1 counted. DyLLM's CUDA code has 4,
             its port to TPUs 8.
         mask_id: token id of the mask; by default the id that ends the first call.
@@ -104,6 +110,10 @@ class Options:
         cuda_graphs: whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on
             CUDA; ``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 8.
         lowering: ``"inductor"``, or ``"eager"``, which runs the rewritten graphs uncompiled.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, one thing said twice, two mechanisms that would both decide
+            one thing, or an option that nothing reads beside the others.
     """
 
     method: str = "exact"
@@ -129,7 +139,16 @@ class Options:
     cuda_graphs: bool = False
     lowering: str = "inductor"
 
-    def __post_init__(self) -> None:
+    def __init__(self, **names: Any) -> None:
+        if names.keys() == set(_NAMES):  # all of them: a value made from another, as by ``dataclasses.replace``
+            self._set(names, {})
+        else:
+            self._set(*_resolved(None, names))
+
+    def _set(self, values: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+        """Take values of all fields; ``written`` are those that a user named."""
+        for name in _NAMES:
+            object.__setattr__(self, name, values[name])
         one_of("method", self.method, tuple(METHODS))
         one_of("lowering", self.lowering, LOWERINGS)
         one_of("cache", self.cache, CACHES)
@@ -138,10 +157,28 @@ class Options:
             value = getattr(self, name)
             if not (fits(value) or (value is None and getattr(Options, name) is None)):
                 raise ValueError(f"{name} is {value!r}; give {wanted}")
-        self._check_pairs()
+        self._check_method(written)
+        self._check_pairs(written)
 
-    def _check_pairs(self) -> None:
-        """Refuse what two mechanisms would both decide."""
+    def _check_method(self, written: Mapping[str, Any]) -> None:
+        """Refuse ``exact`` beside what reuses, and a method whose own mechanisms are all off."""
+        for name in _NAMES if written.get("method") == "exact" else ():
+            value = getattr(self, name)
+            neutral = name in _INTERVALS and value in (1, -1)
+            if name in _MECHANISMS and value != getattr(Options, name) and not neutral:
+                raise ValueError(
+                    f"method is 'exact', which reuses nothing, and {name} is {value!r}; leave out one of them"
+                )
+        own = [name for name in METHODS[self.method] if name in _MECHANISMS]
+        if own and all(getattr(self, name) == getattr(Options, name) for name in own):
+            off = " and ".join(f"{name} is {getattr(self, name)!r}" for name in own)
+            raise ValueError(
+                f"method is {self.method!r}, but {off}, so that nothing of it is left; "
+                f"leave out {' and '.join(own)}, or give another method"
+            )
+
+    def _check_pairs(self, written: Mapping[str, Any]) -> None:
+        """Refuse what two mechanisms would both decide, and what none reads."""
         chooses = "a cache of blocks" if self.cache != "none" else "saliency_threshold"
         if self.transfer_ratio is not None and (self.cache != "none" or self.saliency_threshold is not None):
             raise ValueError(f"transfer_ratio and {chooses} both choose the rows of a step; leave out one of them")
@@ -155,9 +192,15 @@ class Options:
                 f"keep_ratio is {self.keep_ratio!r}, a share of what a cache keeps; give cache='dual' or "
                 "prompt_interval too, or method='sparse-dllm'"
             )
-        for name, (reads, wanted) in _READ.items():
-            if getattr(self, name) != getattr(Options, name) and not reads(self):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but no mechanism reads it; give {wanted} too")
+        for name, (_, wanted) in _READ.items():
+            value = getattr(self, name)
+            said = value is not None and (name in written or value != getattr(Options, name))
+            if said and not self.reads(name):
+                raise ValueError(f"{name} is {value!r}, but no mechanism reads it; give {wanted} too")
+
+    def reads(self, name: str) -> bool:
+        """Whether anything reads an option beside the others, whatever it is set to."""
+        return name not in _READ or _READ[name][0](self)
 
     @property
     def full_steps_of_a_block(self) -> int:
@@ -182,43 +225,66 @@ class Options:
             ValueError: an unknown name, a value out of range, or one thing said twice.
         """
         if given is not None and not isinstance(given, (Options, Mapping)):
-            raise TypeError(f"options are {given!r}; give a mapping of names to values, or Options")
+            raise TypeError(f"options are {given!r}; give a mapping of names to values, or dllm_compile.Options(...)")
         base = given if isinstance(given, Options) else None
         for name in more.keys() & (given.keys() if isinstance(given, Mapping) else ()):
             raise ValueError(f"option {name!r} is given twice; give it once")
-        written = {**(given if isinstance(given, Mapping) else {}), **more}
-        preset = written.pop("preset", None)
-        chosen: dict[str, Any] = {}
-        if preset is not None:
-            one_of("preset", preset, tuple(PRESETS))
-            chosen.update(PRESETS[preset])
-            of = chosen.get("method", "dllm-cache")
-            if written.get("method", of) != of:
-                raise ValueError(
-                    f"preset {preset!r} is of the method {of!r}, not {written['method']!r}; give one of them"
-                )
-        named: dict[str, Any] = {}
-        for name, value in written.items():
-            meant = SYNONYMS.get(name, name)
-            if meant not in _NAMES:
-                near = nearest(name, [*_NAMES, *SYNONYMS, "preset"])
-                raise ValueError(
-                    f"there is no option {name!r}; did you mean {near!r}? Options: {', '.join(_NAMES)}, preset"
-                )
-            if meant in named:
-                raise ValueError(f"option {meant!r} is given twice, once as {name!r}; give it once")
-            named[meant] = value
-        chosen.update(named)
-        method = chosen.get("method")
-        if method is None and base is None and not _OWN & chosen.keys():
-            method = "dllm-cache"
-        if method is not None:
-            one_of("method", method, tuple(METHODS))
-            own = METHODS[method]
-            if chosen.get("cache", "none") != "none" or chosen.get("saliency_threshold") is not None:
-                own = {name: value for name, value in own.items() if name != "transfer_ratio"}  # they choose the rows
-            chosen = {**_OFF, "method": method, **own, **chosen}
-        return replace(base if base is not None else cls(), **chosen)
+        if base is not None and not more:
+            return base
+        made = cls.__new__(cls)
+        made._set(*_resolved(base, {**(given if isinstance(given, Mapping) else {}), **more}))
+        return made
+
+
+def _resolved(base: Options | None, names: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of all fields from what a user wrote beside ``base``, and what was written under the names of fields."""
+    written = dict(names)
+    preset = written.pop("preset", None)
+    chosen: dict[str, Any] = {}
+    if preset is not None:
+        one_of("preset", preset, tuple(PRESETS))
+        chosen.update(PRESETS[preset])
+        of = chosen.get("method", "dllm-cache")
+        if written.get("method", of) != of:
+            raise ValueError(f"preset {preset!r} is of the method {of!r}, not {written['method']!r}; give one of them")
+    named: dict[str, Any] = {}
+    for name, value in written.items():
+        meant = SYNONYMS.get(name, name)
+        if meant not in _NAMES:
+            near = nearest(name, [*_NAMES, *SYNONYMS, "preset"])
+            raise ValueError(
+                f"there is no option {name!r}; did you mean {near!r}? Options: {', '.join(_NAMES)}, preset"
+            )
+        if meant in named:
+            raise ValueError(f"option {meant!r} is given twice, once as {name!r}; give it once")
+        named[meant] = value
+    chosen.update(named)
+    if "method" in chosen:
+        named["method"] = chosen["method"]  # by name, or as a preset
+    method = chosen.get("method")
+    if method is None and "method" not in chosen and base is None and not _OWN & chosen.keys():
+        method = "dllm-cache"
+    if method is not None:
+        one_of("method", method, tuple(METHODS))
+        own = METHODS[method]
+        if chosen.get("cache", "none") != "none" or chosen.get("saliency_threshold") is not None:
+            own = {name: value for name, value in own.items() if name != "transfer_ratio"}  # they choose the rows
+        chosen = {**_OFF, "method": method, **own, **chosen}
+    before = {name: getattr(base if base is not None else Options, name) for name in _NAMES}
+    return {**before, **chosen}, named
+
+
+def check_vocabulary(mask_id: int | None, vocabulary: int | None) -> None:
+    """Refuse a mask past the ids that a model embeds, ``vocabulary`` of them; ``None`` where either is not known.
+
+    Raises:
+        ValueError: it is past them.
+    """
+    if mask_id is not None and vocabulary is not None and mask_id >= vocabulary:
+        raise ValueError(
+            f"mask_id is {mask_id}, but the model embeds {vocabulary} tokens, 0 to {vocabulary - 1}; "
+            "give the token id of its mask"
+        )
 
 
 def is_int(value: Any) -> bool:
@@ -242,7 +308,7 @@ def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
     Raises:
         ValueError: it is not.
     """
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         raise ValueError(f"{name} is {value!r}; did you mean {nearest(value, valid)!r}? Valid: {', '.join(valid)}")
 
 
@@ -269,7 +335,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "delay": _count("1", 0),
     "keep_ratio": _share_of("entries outside of a block", 0.5),
     "kernel_size": (lambda v: v is None or (is_int(v) and v % 2 == 1 and v > 0), "an odd number such as 3, or None"),
-    "saliency_threshold": (is_number, "a cosine, such as 0.99"),
+    "saliency_threshold": (lambda v: is_number(v) and -1 <= v <= 1, "a cosine, such as 0.99, from -1 to 1"),
     "full_steps": _count("4"),
     "response_only": _FLAG,
     "whole_interval": _count("4"),
@@ -282,23 +348,41 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What values of a field are, and how that is said; ``None`` is one too where it is the default."""
 
 
+def _has_cache(options: Options) -> bool:
+    return options.cache != "none"
+
+
+def _has_saliency(options: Options) -> bool:
+    return options.saliency_threshold is not None
+
+
 def _has_refreshes(options: Options) -> bool:
-    return options.cache != "none" or options.saliency_threshold is not None
+    return _has_cache(options) or _has_saliency(options)
 
 
 def _has_intervals(options: Options) -> bool:
     return (options.prompt_interval, options.response_interval) != (None, None)
 
 
+def _keeps_all_of_no_blocks(options: Options) -> bool:
+    return _has_saliency(options) and not _has_cache(options) and options.keep_ratio is None
+
+
 _READ: dict[str, tuple[Callable[[Options], bool], str]] = {
     "transfer_ratio": (_has_intervals, "prompt_interval or response_interval"),
+    "block_length": (_has_cache, "cache, such as cache='dual',"),
     "refresh_interval": (_has_refreshes, "cache or saliency_threshold"),
     "delay": (_has_refreshes, "cache or saliency_threshold"),
     "window_size": (lambda options: options.cache == "greedy", "cache='greedy'"),
-    "whole_interval": (lambda options: options.saliency_threshold is not None, "saliency_threshold"),
+    "whole_interval": (_keeps_all_of_no_blocks, "saliency_threshold without cache and keep_ratio"),
+    "kernel_size": (lambda options: options.keep_ratio is not None, "keep_ratio"),
+    "full_steps": (_has_saliency, "saliency_threshold"),
+    "response_only": (_keeps_all_of_no_blocks, "saliency_threshold without cache and keep_ratio"),
 }
-"""Options that only some mechanisms read."""
+"""Options that only some mechanisms read: whether one does, and what to give so that one does."""
 
 _NAMES = tuple(each.name for each in fields(Options))
 _OFF = {name: getattr(Options, name) for name in {*_READ, *(own for row in METHODS.values() for own in row)}}
+_INTERVALS = {"prompt_interval", "response_interval"}
 _OWN = {"cache", "keep_ratio", "saliency_threshold"}  # one of these named without a method: that mechanism alone
+_MECHANISMS = _INTERVALS | _OWN

@@ -25,6 +25,7 @@ import torch
 from torch._inductor.utils import clear_caches, fresh_cache
 
 from .bench_model import SHAPES, Setting, contenders, job_of, random_model
+from .command import whole
 from .contest import Contender, Job, play, wait
 from .options import PRESETS, Options
 
@@ -208,27 +209,23 @@ def line(row: dict[str, Any]) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the command, ``None`` where not given."""
-
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-        return int(text)
+    some = whole()
 
     def pair(text: str) -> tuple[int, int]:
         prompt, comma, response = text.partition(",")
         if not comma:
             raise argparse.ArgumentTypeError(f"{text!r} is no pair such as 256,256")
-        return count(prompt), count(response)
+        return some(prompt), some(response)
 
     flags = parser.add_argument_group("published sizes", "any number above overrides the shape's own")
     flags.add_argument("--shape", choices=SHAPES, help="measure every method on a random model of this size")
     flags.add_argument("--lengths", nargs="+", type=pair, metavar="P,G", help="tokens of prompt and response")
-    flags.add_argument("--batches", nargs="+", type=count, help="sequences run together")
-    flags.add_argument("--per-call", nargs="+", type=count, help="tokens that a call frees: 1 2 4")
+    flags.add_argument("--batches", nargs="+", type=some, help="sequences run together")
+    flags.add_argument("--per-call", nargs="+", type=some, help="tokens that a call frees: 1 2 4")
     flags.add_argument("--methods", nargs="+", choices=[*entrants(Setting())], help="all of them by default")
     graphs = argparse.BooleanOptionalAction
     flags.add_argument("--cuda-graphs", action=graphs, help="record partial steps on CUDA; as if given by default")
-    flags.add_argument("--steps", type=count, help="forwards timed in the plain loop of a method, all by default")
+    flags.add_argument("--steps", type=some, help="forwards timed in the plain loop of a method, all by default")
 
 
 def grid_of(given: dict[str, Any], setting: Setting, shape: str) -> Grid:

@@ -65,14 +65,33 @@ def possible(names: tuple[str, ...]) -> bool:
 
 
 def joined(*parts: dict[str, Any]) -> dict[str, Any]:
-    """All of these options, in blocks; without a method, nothing else."""
-    options = {k: v for part in parts for k, v in part.items()}
-    if not {"cache", "saliency_threshold"} & options.keys():
-        options.pop("delay", None)  # nothing reads it
-    return {"method": "exact", "block_length": BLOCK, **options}
+    """All of these options and nothing else, in blocks."""
+    return alone({"block_length": BLOCK, **{k: v for part in parts for k, v in part.items()}})
 
 
-def drift(model: Model, batch: Batch, options: dict[str, Any], dream: bool = False) -> float:
+def alone(options: dict[str, Any]) -> dict[str, Any]:
+    """These mechanisms and no other, without what none of them reads."""
+    options = {name: value for name, value in options.items() if name not in unread(options)}
+    if {"cache", "keep_ratio", "saliency_threshold"} & options.keys():
+        return options
+    intervals = {"prompt_interval": None, "response_interval": None}
+    return {**intervals, **options} if intervals.keys() & options.keys() else {"method": "exact", **options}
+
+
+def unread(options: dict[str, Any]) -> set[str]:
+    """Options that nothing reads beside the others, as documented."""
+    caches, salient = options.get("cache", "none") != "none", "saliency_threshold" in options
+    intervals = bool({"prompt_interval", "response_interval"} & options.keys())
+    out = {"transfer_ratio"} if caches or salient or not intervals else set()
+    out |= set() if caches else {"block_length"}
+    out |= set() if caches or salient else {"refresh_interval", "delay"}
+    keeps = "keep_ratio" in options and (caches or salient or intervals)
+    out |= set() if keeps else {"keep_ratio", "kernel_size"}
+    out |= set() if salient else {"full_steps"}
+    return out | (set() if salient and not caches and not keeps else {"response_only"})
+
+
+def drift(model: Model, batch: Batch, options: dict[str, Any], dream: bool = False, block: int = BLOCK) -> float:
     """The largest difference of a readable logit in an unmodified loop, from the model as it is."""
     call, extra, worst = fresh(model, **options), batch.extra(), 0.0
 
@@ -88,7 +107,7 @@ def drift(model: Model, batch: Batch, options: dict[str, Any], dream: bool = Fal
     loop = (
         loops.dream(logits, x, alg="entropy", **how)
         if dream
-        else loops.llada(logits, x, batch.prompts[0], block_length=options["block_length"] or steps, **how)
+        else loops.llada(logits, x, batch.prompts[0], block_length=block, **how)
     )
     assert sum(1 for _ in loop) == steps
     assert session().number == steps - 1
@@ -141,16 +160,18 @@ def test_neutral_values_equal_eager_in_any_number_and_loop(shape: Shape, batch: 
     options |= {name: value for name, value in late.items() if name in options}
     dream = data.draw(st.booleans(), "dream")
     lengths = [n for n in range(1, batch.response + 1) if batch.response % n == 0]
-    options["block_length"] = None if dream else data.draw(st.sampled_from(lengths), "block length")
+    block = data.draw(st.sampled_from(lengths), "block length")
+    if "block_length" in options:
+        options["block_length"] = None if dream else block
     options["shift"] = data.draw(st.sampled_from([None, True] if dream else [None, False]), "shift")
-    assert drift(Model(shape), batch, options, dream) < 1e-9
+    assert drift(Model(shape), batch, options, dream, block) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["llama", "modernbert", "esm", "roberta"])
 def test_with_every_token_new_and_every_row_salient_any_model_is_as_eager(name: str) -> None:
     """Fused projections, windows and heads with a bias too; the response is the whole sequence."""
     model, ids = models.build(name, num_hidden_layers=2), torch.full((1, 12), MASK)
-    neutral = {"saliency_threshold": 2.0, "full_steps": 2, "response_only": False, "shift": False}
+    neutral = {"saliency_threshold": 1.0, "full_steps": 2, "response_only": False, "shift": False}
     call = models.compiled(model, **neutral)
     for number in range(6):
         assert (call(input_ids=ids).logits - model(input_ids=ids).logits)[ids == MASK].abs().max() < 1e-9
@@ -163,7 +184,7 @@ def test_with_every_token_new_and_every_row_salient_any_model_is_as_eager(name: 
 def test_the_one_new_row_of_an_only_layer_is_as_eager(name: str) -> None:
     """Its context is exact, whatever the others lack; a mask in place of a token is a row that a sampler reads."""
     model, ids = models.build(name, num_hidden_layers=1), torch.full((1, 12), MASK)
-    call = models.compiled(model, saliency_threshold=2.0, full_steps=2)
+    call = models.compiled(model, saliency_threshold=1.0, full_steps=2)
     for number in range(4):
         got, want = call(input_ids=ids).logits, model(input_ids=ids).logits
         assert (got - want)[:, 4 + number if number > 1 else 0].abs().max() < 1e-9
@@ -227,7 +248,7 @@ ANY = st.fixed_dictionaries(
         "delay": st.integers(0, 2),
         "keep_ratio": st.sampled_from([0.0, 0.2, 0.5, 1.0]),
         "kernel_size": st.sampled_from([None, 1, 5]),
-        "saliency_threshold": st.sampled_from([-2.0, 0.0, 0.9, 0.999, 2.0]),
+        "saliency_threshold": st.sampled_from([-1.0, 0.0, 0.9, 0.999, 1.0]),
         "full_steps": st.integers(1, 4),
         "response_only": st.booleans(),
         "shift": st.booleans(),
@@ -237,16 +258,12 @@ ANY = st.fixed_dictionaries(
 
 def taken(given: dict[str, Any]) -> dict[str, Any]:
     """The options without those that are refused beside the others, as documented."""
-    chooses = given.get("cache", "none") != "none" or "saliency_threshold" in given
-    intervals = bool({"prompt_interval", "response_interval"} & given.keys())
-    refused = {"transfer_ratio"} if chooses or not intervals else set()
-    refused |= set() if chooses else {"refresh_interval", "delay"}
-    refused |= set() if chooses or intervals else {"keep_ratio"}
-    for name in refused & given.keys():
+    refused = {name for name in unread(given) & given.keys() if given[name] is not None}
+    for name in refused:
         others = {other: value for other, value in given.items() if other not in refused}
         with pytest.raises(ValueError, match=rf"^{name} "):
-            Options.of({**others, name: given[name]}, method="exact")
-    return {name: value for name, value in given.items() if name not in refused}
+            Options.of({**alone(others), name: given[name]})
+    return alone(given)
 
 
 @settings(EXAMPLES, max_examples=10)
@@ -255,7 +272,7 @@ def test_any_combination_runs(shape: Shape, batch: Batch, options: dict[str, Any
     """The first call is eager's, a repeated one gives the same unless it refreshes, and all of them are finite."""
     options = taken(options)
     model, extra = Model(shape), batch.extra()
-    call, served = fresh(model, method="exact", **options), 0
+    call, served = fresh(model, **options), 0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=UserWarning)
         for number, x in enumerate(filled(batch.ids(), options.get("block_length"), [count] * len(batch.prompts))):
@@ -289,8 +306,8 @@ def is_whole() -> bool:
 def test_any_combination_keeps_as_many_bytes_as_explained(shape: Shape, batch: Batch, options: dict[str, Any]) -> None:
     options = taken(options)
     model, ids = Model(shape), batch.ids()
-    found = dllm_compile.explain(model, ids, method="exact", mask_id=MASK, **options, **batch.extra())
-    call = fresh(model, method="exact", **options)
+    found = dllm_compile.explain(model, ids, mask_id=MASK, **options, **batch.extra())
+    call = fresh(model, **options)
     for _ in range(1 + max(options.get("delay", 1), options.get("full_steps", 4)) + 1):
         call(ids, **batch.extra())
         kept = sum(t.numel() * t.element_size() for layer in session().layers.values() for t in layer)

@@ -60,8 +60,25 @@ PUBLISHED = {
 }
 
 
-def test_every_mechanism_is_off_by_default() -> None:
-    assert dataclasses.asdict(Options()) == OFF
+def test_every_mechanism_is_off_where_nothing_is_reused() -> None:
+    assert dataclasses.asdict(Options(method="exact")) == OFF
+
+
+def test_the_constructor_means_what_a_mapping_means() -> None:
+    for written in (*({"method": method} for method in METHODS), *({"preset": preset} for preset in PRESETS)):
+        assert Options(**written) == Options.of(written)
+    assert Options() == Options.of() == Options(method="dllm-cache")
+    assert Options(gen_interval=3, mask_id=5) == Options.of({"response_interval": 3, "mask_id": 5})
+    assert failure(lambda: Options(gen_intervall=3)) == failure(lambda: Options.of({"gen_intervall": 3}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_value_of_options_already_made_is_replaced_alone(method: str) -> None:
+    made = Options(method=method)
+    assert dataclasses.replace(made) == made
+    assert dataclasses.asdict(dataclasses.replace(made, verify=3)) == {**dataclasses.asdict(made), "verify": 3}
+    assert Options(**dataclasses.asdict(made)) == made
+    assert failure(lambda: dataclasses.replace(made, verify=-1)).startswith("verify is -1; ")
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
@@ -91,7 +108,7 @@ def test_without_a_method_it_is_dllm_cache() -> None:
         *({"cache": cache} for cache in CACHES),
         *({"cache": "dual", "keep_ratio": ratio} for ratio in (0.0, 0.5, 1.0)),
         *({"prompt_interval": 4, "keep_ratio": ratio} for ratio in (0.0, 0.5, 1.0)),
-        *({"saliency_threshold": bound} for bound in (-1.0, 0, 0.0, 0.99, 2.0)),
+        *({"saliency_threshold": bound} for bound in (-1.0, 0, 0.0, 0.99, 1.0)),
         {"cache": "decoded", "saliency_threshold": 0.0, "keep_ratio": 0.0, "response_interval": -1},
     ],
     ids=str,
@@ -159,7 +176,7 @@ def test_beside_what_chooses_rows_dllm_cache_is_its_intervals(other: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "given", [{"keep_ratio": 0.5}, {"method": "exact", "keep_ratio": 0.0}, {"method": "sparse-dllm", "cache": "none"}]
+    "given", [{"keep_ratio": 0.5}, {"keep_ratio": 0.0}, {"method": "sparse-dllm", "cache": "none"}]
 )
 def test_a_share_of_nothing_is_refused(given: dict[str, Any]) -> None:
     said = failure(lambda: Options.of(given))
@@ -183,17 +200,22 @@ def test_a_preset_yields_to_a_synonym_beside_it() -> None:
 
 READ: dict[str, dict[str, Any]] = {
     "transfer_ratio": {"prompt_interval": 4},
+    "block_length": {"cache": "prefix"},
     "refresh_interval": {"cache": "dual"},
     "delay": {"saliency_threshold": 0.9},
     "window_size": {"cache": "greedy"},
     "whole_interval": {"saliency_threshold": 0.9},
+    "kernel_size": {"keep_ratio": 0.5, "prompt_interval": 4},
+    "full_steps": {"saliency_threshold": 0.9},
+    "response_only": {"saliency_threshold": 0.9},
 }
 """Something that reads an option which not every mechanism does."""
 
 ELSEWHERE = (
     ({"prompt_interval_steps": 25, "gen_interval_steps": 5}, {"prompt_interval": 25, "response_interval": 5}),
-    ({"gen_interval": 3, "num_full_steps": 2}, {"response_interval": 3, "full_steps": 2}),
+    ({"num_full_steps": 2}, {"full_steps": 2}),
     ({"response_interval_steps": 4, "block_size": 16}, {"response_interval": 4, "block_length": 16}),
+    ({"gen_interval": 3}, {"response_interval": 3}),
     ({"cache_reloading_step": 8}, {"refresh_interval": 8}),
     ({"cache_steps": 8}, {"refresh_interval": 8}),
 )
@@ -218,9 +240,9 @@ def test_names_as_arguments_and_as_a_mapping_are_the_same() -> None:
 
 
 def test_options_already_made_pass_through_and_can_be_changed() -> None:
-    made = Options(mask_id=3)
+    made = Options(method="exact", mask_id=3)
     assert Options.of(made) == made
-    assert Options.of(made, verify=2) == Options(mask_id=3, verify=2)
+    assert Options.of(made, verify=2) == Options(method="exact", mask_id=3, verify=2)
     assert Options.of(made, keep_ratio=0.5, cache="dual") == Options(mask_id=3, keep_ratio=0.5, cache="dual")
     assert made.verify == 0
 
@@ -307,7 +329,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "delay": ("give a whole number of at least 0, such as 1", (-1, 1.0, "1", True)),
     "keep_ratio": ("give a share of the entries outside of a block from 0 to 1", NO_SHARE),
     "kernel_size": ("give an odd number such as 3, or None", (0, 2, -1, 3.0, "3", True)),
-    "saliency_threshold": ("give a cosine, such as 0.99", ("0.99", True, math.nan, [0.9])),
+    "saliency_threshold": ("give a cosine, such as 0.99, from -1 to 1", ("0.99", True, math.nan, [0.9], 2, -5, 1.001)),
     "full_steps": ("give a whole number of at least 1, such as 4", (0, -1, 4.0, "4", True, None)),
     "response_only": ("give True or False", (0, 1, "yes", None)),
     "whole_interval": ("give a whole number of at least 1, such as 4", (0, -1, 8.0, "8", True, None)),
@@ -334,10 +356,40 @@ def test_a_bad_value_is_answered_with_what_was_given_and_what_was_wanted(name: s
 
 @pytest.mark.parametrize("name", READ)
 def test_an_option_that_nothing_reads_is_refused(name: str) -> None:
-    said = failure(lambda: Options.of({"method": "exact", name: 1}))
-    assert said.startswith(f"{name} is 1, but no mechanism reads it; give ")
+    value = name == "response_only" or 1  # its default, too, where it is written
+    said = failure(lambda: Options.of({"method": "exact", name: value}))
+    assert said.startswith(f"{name} is {value}, but no mechanism reads it; give ")
     assert next(iter(READ[name])) in said
-    Options.of({"method": "exact", name: 1, **READ[name]})
+    assert getattr(Options.of({name: value, **READ[name]}), name) is value
+    assert READ.keys() == dllm_compile.options._READ.keys()
+
+
+@pytest.mark.parametrize("beside", [{"cache": "dual"}, {"keep_ratio": 0.5}, {"saliency_threshold": 0.9}], ids=str)
+def test_nothing_that_reuses_goes_with_exact(beside: dict[str, Any]) -> None:
+    (name, value), *_ = beside.items()
+    for how in ({"method": "exact"}, {"preset": "exact"}):
+        said = failure(lambda how=how: Options.of({**how, **beside}))  # type: ignore[misc]
+        assert said == f"method is 'exact', which reuses nothing, and {name} is {value!r}; leave out one of them"
+    assert Options.of(method="exact", prompt_interval=1, response_interval=-1).prompt_interval == 1  # nothing either
+    assert "response_interval is 2" in failure(lambda: Options.of(method="exact", response_interval=2))
+
+
+@pytest.mark.parametrize(
+    ("method", "off"),
+    [
+        ("fast-dllm", {"cache": "none"}),
+        ("dkv-cache", {"cache": "none"}),
+        ("dyllm", {"saliency_threshold": None}),
+        ("dllm-cache", {"prompt_interval": None, "response_interval": None}),
+        ("sparse-dllm", {"cache": "none", "keep_ratio": None}),
+        ("fast-dllm", {"cache": "none", "saliency_threshold": 0.9}),
+    ],
+)
+def test_a_method_of_which_nothing_is_left_is_refused(method: str, off: dict[str, Any]) -> None:
+    said = failure(lambda: Options.of({"method": method, **off}))
+    (name, value), *_ = off.items()
+    assert said.startswith(f"method is {method!r}, but {name} is {value!r}")
+    assert "nothing of it is left; leave out" in said
 
 
 def test_a_preset_of_another_method_is_refused() -> None:
@@ -376,9 +428,9 @@ def test_options_cannot_be_changed() -> None:
 
 
 def test_what_a_user_wrote_is_left_as_it_was() -> None:
-    written = {"preset": "exact", "gen_interval": 3}
+    written = {"preset": "dllm-cache/tiny", "gen_interval": 3}
     Options.of(written)
-    assert written == {"preset": "exact", "gen_interval": 3}
+    assert written == {"preset": "dllm-cache/tiny", "gen_interval": 3}
 
 
 # -- through torch.compile ---------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def steps_of(prompt: int, response: int, mask_id: int, calls: int, each: int = 1
 
 
 @pytest.mark.parametrize("name", ["llada_a", "llada_g", "dream_a"])
-@pytest.mark.parametrize("threshold", [0.99, 0.9, 2.0, -2.0])
+@pytest.mark.parametrize("threshold", [0.99, 0.9, 1.0, -1.0])
 @pytest.mark.parametrize("response_only", [True, False])
 @pytest.mark.parametrize("shift", [None, True])
 def test_every_step_equals_the_plain_model(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .check import check_inputs, takes
 from .step import Model
 
 
@@ -64,23 +64,27 @@ def model_inputs(model: Model, attention_mask: torch.Tensor | None, length: int,
 
     Args:
         model: asked whether it takes ``use_cache``, which is then turned off.
-        attention_mask: ``[B, P]`` or ``[B, S]``, 0 at padding; the response is never padding. ``None`` for none.
+        attention_mask: ``[B, P]``, 0 at padding; the response is never padding. ``None`` for none.
         length: ``S``, tokens of prompt and response.
         shift: whether the model is shifted.
 
     Returns:
         ``attention_mask`` ``[B, S]`` int64, or ``[B, 1, S, S]`` bool with ``position_ids`` ``[B, S]`` int64.
+
+    Raises:
+        ValueError: there is padding, and the model has no input for it.
     """
-    inputs: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
+    inputs: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
     if attention_mask is None or bool((attention_mask != 0).all()):
         return inputs
     present = torch.nn.functional.pad(attention_mask.long(), (0, length - attention_mask.shape[1]), value=1)
-    if not shift:
-        return {**inputs, "attention_mask": present}
-    there = present.bool()
-    pairs = (there.unsqueeze(1) & there.unsqueeze(2)).unsqueeze(1)
-    positions = (present.cumsum(1) - 1).masked_fill(~there, 1)
-    return {**inputs, "attention_mask": pairs, "position_ids": positions}
+    inputs["attention_mask"] = present
+    if shift:
+        there = present.bool()
+        inputs["attention_mask"] = (there.unsqueeze(1) & there.unsqueeze(2)).unsqueeze(1)
+        inputs["position_ids"] = (present.cumsum(1) - 1).masked_fill(~there, 1)
+    check_inputs(model, inputs)
+    return inputs
 
 
 def vocabulary(model: Model) -> int | None:
@@ -88,11 +92,3 @@ def vocabulary(model: Model) -> int | None:
     ask = getattr(model, "get_output_embeddings", None)
     weight = getattr(ask() if ask is not None else None, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) else None
-
-
-def _takes(model: Model, name: str) -> bool:
-    plain = getattr(model, "_orig_mod", model)
-    try:
-        return name in inspect.signature(getattr(plain, "forward", plain)).parameters
-    except (TypeError, ValueError):  # a callable written in C
-        return False

@@ -104,7 +104,7 @@ class Settings:
             value = getattr(self, name)
             if not (fits(value) or (value is None and getattr(Settings, name) is None)):
                 raise ValueError(f"{name} is {value!r}; give {wanted}")
-        if not all(map(is_int, self.eos)):
+        if not all(is_int(each) and each >= 0 for each in self.eos):
             raise ValueError(f"eos_id is {self.eos_id!r}; give a token id, or a tuple of them")
         self._check_blocks()
         self._check_rules()
@@ -188,14 +188,15 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
     if own.get("remasking") == "confidence_threshold":
         own.setdefault("threshold", 0.9)
     if "remasking" in own:
-        own["remasking"] = RULE_SYNONYMS.get(own["remasking"], own["remasking"])
+        own["remasking"] = RULE_SYNONYMS.get(str(own["remasking"]), own["remasking"])
     if isinstance(own.get("eos_id"), list):
         own["eos_id"] = tuple(own["eos_id"])
     return Settings(**own), options
 
 
 def _from_config(config: Any, prompt: int) -> dict[str, Any]:
-    own: dict[str, Any] = {"eos_id": config.eos_token_id}
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    own: dict[str, Any] = {"eos_id": [each for each in ends if each is not None and each >= 0] or None}  # -1: no end
     length = config.max_new_tokens or (config.max_length and config.max_length - prompt)
     if length:
         own["gen_length"] = length

@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 
+from .check import check_step, logits_in
 from .rules import chosen, confidence, gumbel
 
 Model = Callable[..., Any]
 
 
 def read_logits(model: Model, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Logits ``[B, S, V]`` of ids ``[B, S]`` int64, from a model that returns them bare or as ``.logits``."""
+    """Logits ``[B, S, V]`` of ids ``[B, S]`` int64, from a model that returns them bare or as ``.logits``.
+
+    Raises:
+        TypeError, ValueError: it returns something else.
+    """
     out = model(ids, **inputs)
-    logits: torch.Tensor = out if isinstance(out, torch.Tensor) else out.logits
-    return logits
+    return logits_in(out, ids)
 
 
 def guided_logits(
@@ -79,13 +83,15 @@ def denoise_step(
 
     Args:
         model: maps ids ``[B, S]`` to logits ``[B, S, V]``, bare or as ``.logits``; compiled or not.
-        x: ``[B, S]`` int64 token ids.
+        x: ``[B, S]`` integer token ids.
         candidates: ``[B, S]`` bool, masked positions that may be written.
-        count: ``[B]`` int64, tokens to write in each sequence; ``None`` leaves it to ``threshold`` or ``factor``.
-        most: the largest entry of ``count``.
+        count: ``[B]`` int64, tokens to write in each sequence, no more than it has candidates; ``None`` leaves it to
+            ``threshold`` or ``factor``, or writes all.
+        most: the largest entry of ``count``, or more.
         mask_id: the mask token.
         shift: row ``i - 1`` of the logits predicts token ``i``.
-        remasking: rule of confidence, see :func:`dllm_compile.sampler.rules.confidence`; ``"random"`` takes ``draws``.
+        remasking: rule of confidence, see :func:`dllm_compile.sampler.rules.confidence`: ``"low_confidence"``,
+            ``"maskgit_plus"``, ``"entropy"``, ``"topk_margin"``, or ``"random"``, which takes ``draws``.
         temperature: of the Gumbel noise; 0 takes the best token.
         cfg_scale: scale of classifier-free guidance; 0 for none.
         threshold, factor: of Fast-dLLM, see :func:`dllm_compile.sampler.rules.chosen`.
@@ -96,6 +102,41 @@ def denoise_step(
 
     Returns:
         ``[B, S]`` int64, a new tensor.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or shape, contradicts another, or holds what it cannot
+            mean. Values (numbers, and what tensors hold) are not looked at where the step is compiled.
+    """
+    how: dict[str, Any] = {"mask_id": mask_id, "shift": shift, "remasking": remasking, "temperature": temperature}
+    how |= {"cfg_scale": cfg_scale, "threshold": threshold, "factor": factor}
+    tensors: dict[str, Any] = {"given": given, "noise": noise, "draws": draws}
+    check_step(model, x, candidates, count, most, {**how, **tensors, "inputs": inputs})
+    return surest(model, x, candidates, count, most, **how, **tensors, **inputs)
+
+
+def surest(
+    model: Model,
+    x: torch.Tensor,
+    candidates: torch.Tensor,
+    count: torch.Tensor | None = None,
+    most: int | None = None,
+    *,
+    mask_id: int,
+    shift: bool,
+    remasking: str,
+    temperature: float,
+    cfg_scale: float,
+    threshold: float | None,
+    factor: float | None,
+    given: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    draws: torch.Tensor | None,
+    **inputs: Any,
+) -> torch.Tensor:
+    """:func:`denoise_step` of arguments that are known to be right.
+
+    Raises:
+        TypeError, ValueError: the model returns no logits, or ``noise`` is not as wide as they are.
     """
 
     def read(ids: torch.Tensor, **more: Any) -> torch.Tensor:
@@ -104,6 +145,11 @@ def denoise_step(
     logits = guided_logits(read, x, mask_id=mask_id, shift=shift, cfg_scale=cfg_scale, given=given, **inputs)
     if temperature > 0:
         assert noise is not None
+        if noise.shape[-1] != logits.shape[-1]:
+            raise ValueError(
+                f"noise is for {noise.shape[-1]} tokens, but the model's logits are of {logits.shape[-1]}; "
+                "give noise [batch, tokens, vocabulary]"
+            )
         token = gumbel(logits, noise, temperature).argmax(-1)
     else:
         token = logits.argmax(-1)

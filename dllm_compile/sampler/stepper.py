@@ -13,7 +13,7 @@ from .family import Family, vocabulary
 from .in_order import InOrder, any_order
 from .progress import Step, Turn
 from .settings import Settings
-from .step import Model, denoise_step, guided_logits, read_logits
+from .step import Model, guided_logits, read_logits, surest
 
 
 def stepper(
@@ -51,7 +51,7 @@ def stepper(
             return draw_step(guided_logits(read, x, **fixed), x, turn, settings, generator)
     else:
         columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
-        denoise = compiled(denoise_step, model, options) if options and not settings.cfg_scale else denoise_step
+        denoise = compiled(surest, model, options) if options and not settings.cfg_scale else surest
         if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
             model = partial(compiled(read_logits, model, options), model)
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
