@@ -13,6 +13,7 @@ import operator
 import torch
 import torch.fx
 
+from dllm_compile.core.arguments import attention_arguments
 from dllm_compile.core.axes import Axes, attention, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node
@@ -54,16 +55,15 @@ def regions(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> list[Uni
 
 
 def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("is_causal"):
+    given = attention_arguments(node.args, node.kwargs)
+    if given.is_causal:
         raise GraphRefused(
             "attention is causal: a token's row does not depend on later ones, so caching is not ours", node
         )
-    if given.get("dropout_p"):
+    if given.dropout_p:
         raise GraphRefused("attention drops out at random; call model.eval()", node)
-    for name in names[:3]:
-        layout = axes.layout.get(given[name])  # type: ignore[arg-type]
+    for name in given._fields[:3]:
+        layout = axes.layout.get(getattr(given, name))
         if layout is None or position(layout, "T") != len(layout) - 2 or position(layout, "B") is None:
             raise GraphRefused(f"the tokens of attention's {name} cannot be followed back to the input", node)
 
@@ -237,7 +237,8 @@ def _branches(
 
 
 def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
-    return Attention(node, _narrowest(node.args[1], axes), _narrowest(node.args[2], axes))
+    given = attention_arguments(node.args, node.kwargs)
+    return Attention(node, _narrowest(given.key, axes), _narrowest(given.value, axes))
 
 
 def _narrowest(node: object, axes: Axes) -> torch.fx.Node:

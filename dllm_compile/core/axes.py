@@ -19,17 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .arguments import attention, attention_arguments
 from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
 
 linear = torch.nn.functional.linear
-attention = torch.nn.functional.scaled_dot_product_attention
-
-
-def attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The mask among the arguments of ``attention``; ``None`` for none."""
-    return kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
 
 
 @dataclass
@@ -117,13 +112,14 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         mode.known.tag(out, (*layout[:-1], plain(weight.shape[0])))
         return out
     if node.target is attention:
-        query, value = args[0], args[2]
+        given = attention_arguments(args, kwargs)
+        query, value = given.query, given.value
         layout = mode.known.of(query)
         if layout is None:
             return None
         attended: torch.Tensor = query.new_empty((*query.shape[:-1], value.shape[-1]))
         mode.known.tag(attended, (*layout[:-1], plain(value.shape[-1])))
-        mask = attention_mask(args, kwargs)
+        mask = given.attn_mask
         if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
         return attended
