@@ -39,6 +39,7 @@ class Axes:
         unproven: live nodes that call something whose rows may mix.
         beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank.
         made: constants sized by the token count that an unproven node writes or reads by position.
+        random: nodes that draw random numbers, live or not.
     """
 
     mode: FakeTensorMode
@@ -48,6 +49,7 @@ class Axes:
     unproven: set[torch.fx.Node] = field(default_factory=set)
     beside: dict[tuple[torch.fx.Node, torch.fx.Node], Layout] = field(default_factory=dict)
     made: dict[torch.fx.Node, Layout] = field(default_factory=dict)
+    random: dict[torch.fx.Node, None] = field(default_factory=dict)
 
 
 class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,11 +59,13 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.unproven = False
+        self.random = False
         self.sized: dict[int, Layout] = {}
         self.given: set[int] = set()  # memory of the operands of the node at hand
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
         out = func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(id(leaf) in self.known.layout for leaf in leaves):
@@ -162,8 +166,12 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
     """Run one node; remember which of its constant operands have a token axis."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
     live = any(n in axes.live for n in node.all_input_nodes)
+    mode.random = False
     if not live:
-        return run_node(node, args, kwargs)
+        with mode:
+            value = run_node(node, args, kwargs)
+        _note_random(mode, node, axes)
+        return value
     axes.live[node] = None
     mode.known.beside.clear()
     mode.sized.clear()
@@ -177,6 +185,7 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
                 value = run_node(node, args, kwargs)
         except GraphRefused as refusal:
             raise GraphRefused(refusal.reason, node) from refusal
+        _note_random(mode, node, axes)
     if isinstance(value, torch.Tensor) and mode.known.of(value) is None:
         raise GraphRefused("the tokens cannot be followed through this call", node)
     if mode.unproven:
@@ -189,6 +198,12 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
         if id(axes.fake[operand]) in mode.sized:
             axes.made[operand] = mode.sized[id(axes.fake[operand])]
     return value
+
+
+def _note_random(mode: _Follow, node: torch.fx.Node, axes: Axes) -> None:
+    """Kernels of attention count as seeded whether they drop out or not."""
+    if mode.random and (node.target is not attention or attention_arguments(node.args, node.kwargs).dropout_p):
+        axes.random[node] = None
 
 
 def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
