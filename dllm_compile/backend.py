@@ -10,11 +10,16 @@ from typing import Any
 import torch
 import torch.fx
 from torch._dynamo.eval_frame import cached_backends
+from torch._guards import CompileContext
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from .core.axes import attention
-from .core.errors import GraphRefused
-from .lower import Compiled, lower
+from .core.errors import GraphRefused, refusing
+from .core.graph import numbers
+from .lower import Compiled
 from .memory import process_peak_bytes
 from .options import Options
 from .program import Program
@@ -44,7 +49,7 @@ def dllm(
         mode: ``"reduce-overhead"`` for the option ``cuda_graphs``; Inductor's other modes are not for this backend.
 
     Returns:
-        A function of the same inputs.
+        A function of the same inputs: what Inductor makes of the graph where no cache can serve it.
 
     Raises:
         ValueError: ``mode`` is another one, or an option is unknown or out of range.
@@ -55,7 +60,25 @@ def dllm(
         raise ValueError(
             f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say options={{'method': ...}} instead"
         )
-    return Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+    _warn_of_last_graph(module, example_inputs)
+    made = Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+    if not made.refuses(example_inputs):
+        return made
+    return module if chosen.lowering == "eager" else compile_fx(module, list(example_inputs))  # type: ignore[return-value]
+
+
+def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> None:
+    """Say, once a function, that Dynamo will make no further graph of it: what fits none of them runs in eager."""
+    made, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if made is None or made.frame_compile_id is None or made.frame_compile_id + 1 != limit:
+        return
+    ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
+    sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
+    warnings.warn(
+        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further sizes run "
+        "in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
+        stacklevel=2,
+    )
 
 
 class Backend:
@@ -70,25 +93,23 @@ class Backend:
         self.mine: list[Session] = []
         self.refused: list[str] = []
         self.programs: dict[Any, Program | None] = {}
-        self.plain: dict[Any, Compiled] = {}
+        self.ready: dict[Any, Program] = {}
+        self.numbers = numbers(module.graph)
+        self.plain: Compiled | None = module if options.lowering == "eager" else None
         self.inputs: list[int] = []
         self.weights: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
-        if self.weights is None:
-            self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
-            self.inputs = [i for i in range(len(args)) if i not in self.weights]
-        given = [args[i] for i in self.inputs]  # Dynamo guards the shapes of weights
-        key = tuple([(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given])
+        key = self._key(args)
         if key not in self.programs:
             self.programs[key] = self._program(args)
         program = self.programs[key]
         if program is None:
-            return self._run_plain(key, args)
+            return self._run_plain(args)
         session, step = self._step(program, args)
         if session is None or step is None:
-            result = self._run_plain(key, args)
+            result = self._run_plain(args)
         else:
             result = self._run(program, args, session, step)
         if session is not None:
@@ -102,6 +123,12 @@ class Backend:
         try:
             result = run(program, args, session, step)
             done = True
+        except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in the middle of a sequence
+            self._refuse(refusal)
+            self.programs = {key: None if known is program else known for key, known in self.programs.items()}
+            session.drop()
+            session.idle = True  # the graphs behind this one belong to no step
+            result = self._run_plain(args)
         finally:
             if not done:
                 session.drop()  # an error or an interrupt in the middle leaves rows half written
@@ -109,15 +136,56 @@ class Backend:
 
     def _program(self, args: Sequence[Any]) -> Program | None:
         try:
-            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-                raise GraphRefused("gradients are on; call the model under torch.no_grad()")
-            return Program(self.module, args, self.options)
+            program = self.ready.pop(self._key(args), None) or self._analyzed(args)
+            with refusing("analyzed"):
+                program.check(args)
+            return program
         except GraphRefused as refusal:
-            self._refuse(str(refusal))
+            self._refuse(refusal)
             return None
 
-    def _refuse(self, reason: str) -> None:
+    def _analyzed(self, args: Sequence[Any]) -> Program:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise GraphRefused("gradients are on; call the model under torch.no_grad()")
+        with refusing("analyzed"):
+            return Program(self.module, args, self.options)
+
+    def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """What a program is made for: sizes and numbers of a call's inputs. Dynamo guards the shapes of weights."""
+        scalars = scalars or args
+        if self.weights is None:
+            self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
+            self.inputs = [i for i in range(len(args)) if i not in self.weights]
+        given = [args[i] for i in self.inputs]
+        read = [scalars[i].item() for i in self.numbers if scalars[i].device.type == "cpu"]
+        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given], *read)
+
+    def refuses(self, shown: Sequence[Any]) -> bool:
+        """Analyze the graph while Dynamo waits for it, at the sizes that ``shown`` has now.
+
+        What is refused here becomes what Inductor makes of it, with its gradients, guards and dynamic sizes.
+
+        Args:
+            shown: fake inputs, one a placeholder.
+
+        Returns:
+            Whether no cache can serve the graph. What only a call can tell is left to the first one.
+        """
+        if any(is_traceable_wrapper_subclass(a) for a in shown) or any(isinstance(shown[i], FakeTensor) for i in self.numbers):
+            return False
+        try:
+            program = self._analyzed(shown)
+        except GraphRefused as refusal:
+            self._refuse(refusal)
+            return True
+        self.ready[self._key([program.axes.fake[node] for node in program.index], shown)] = program
+        return False
+
+    def _refuse(self, refusal: GraphRefused) -> None:
         """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
+        if self.options.verify and refusal.__cause__ is not None and not isinstance(refusal.__cause__, GraphRefused):
+            raise refusal.__cause__
+        reason = str(refusal)
         if reason in self.refused:
             return
         self.refused.append(reason)
@@ -146,7 +214,8 @@ class Backend:
             enter(joined)
         step = joined.step
         if step is None and program.layers and not joined.idle:
-            self._refuse("no graph of this model saw its token ids, and its hidden state does not show what is masked")
+            reason = "no graph of this model saw its token ids, and its hidden state does not show what is masked"
+            self._refuse(GraphRefused(reason))
         return joined, step if step is not None and step.shape == program.shape else None
 
     def _session(self, weights: list[torch.Tensor], options: Options) -> Session:
@@ -165,10 +234,11 @@ class Backend:
         session.belongs_to(weights)
         return session
 
-    def _run_plain(self, key: Any, args: Sequence[Any]) -> Any:
-        if key not in self.plain:
-            self.plain[key] = lower(self.module, args, self.options.lowering)
-        return self.plain[key](*args)
+    def _run_plain(self, args: Sequence[Any]) -> Any:
+        """Run the graph as Inductor alone would: its own Dynamo sees to gradients, and to sizes that change."""
+        if self.plain is None:
+            self.plain = torch.compile(self.module, backend="inductor")
+        return self.plain(*args)
 
 
 def _verifies(options: Options, step: Step) -> bool:

@@ -217,11 +217,31 @@ def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode) -> list[Any]:
-    """Fake stand-ins for real call arguments, with fixed sizes."""
+    """Fake stand-ins for call arguments, with fixed sizes: of those that Dynamo shows a backend, at their present ones.
+
+    Raises:
+        GraphRefused: nobody knows such a size yet.
+    """
+
+    def shown(value: Any) -> Any:
+        sizes, strides = ([_hint(n) for n in of] for of in (value.shape, value.stride()))
+        with fake_mode:
+            out = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return torch.nn.Parameter(out, requires_grad=False) if isinstance(value, torch.nn.Parameter) else out
 
     def one(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+        if isinstance(value, FakeTensor):
+            return shown(value)
+        if isinstance(value, torch.Tensor):
             return fake_mode.from_tensor(value, static_shapes=True)
-        return value
+        return _hint(value) if isinstance(value, torch.SymInt) else value
 
     return [tree_map(one, value) for value in values]
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, torch.SymInt):
+        if not size.node.has_hint():
+            raise GraphRefused("a size depends on the values of a tensor")
+        return int(size.node.hint)
+    return size
