@@ -60,7 +60,8 @@ def fix_sizes(
         fake_mode: the mode of the fake tensors.
         given: what ``inputs`` stand for, to read the numbers of.
     """
-    scalars = {node: given[i] for i, node in enumerate(placeholders(graph)) if i < len(given)}
+    inputs_of = placeholders(graph)
+    scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
     out = torch.fx.Graph()
     env: dict[torch.fx.Node, Any] = {}
     fake: dict[torch.fx.Node, Any] = {}
@@ -76,8 +77,8 @@ def fix_sizes(
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: fake[n])
                 try:
-                    if _reads_number(node) and _is_known(scalars.get(node.args[0])):  # type: ignore[arg-type]
-                        fake[node] = scalars[node.args[0]].item()  # type: ignore[index]
+                    if _reads_number(node) and node.args[0] in scalars:
+                        fake[node] = scalars[node.args[0]]  # type: ignore[index]
                     else:
                         fake[node] = run_node(node, args, kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
