@@ -40,7 +40,9 @@ class ActiveRows:
         self.options = options
         self.wide = bool(options.shift) and options.cache == "none"
         self.response = with_row_before(response) if self.wide else response
-        self.before = options.shift is not False and not self.wide and not (options.shift and options.cache == "decoded")
+        self.before = (
+            options.shift is not False and not self.wide and not (options.shift and options.cache == "decoded")
+        )
         self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
         self.bound = options.saliency_threshold
         full, self.part = FULL, BLOCK

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 import torch.fx
 from torch._dynamo.eval_frame import cached_backends
+from torch._guards import CompileContext
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from .batch import Batch, Step, current, enter
-from .core.axes import attention
-from .core.errors import GraphRefused
+from .batch import Batch, Step
+from .core.arguments import attention
+from .core.errors import GraphRefused, refusing
+from .core.graph import numbers
 from .declared import ExactCalls, declared
-from .lower import Compiled, lower
+from .lower import Compiled
 from .memory import process_peak_bytes
 from .options import Options, check_vocabulary
 from .program import Program
@@ -48,8 +53,9 @@ def dllm(
         mode: ``"reduce-overhead"`` for the option ``cuda_graphs``; Inductor's other modes are not for this backend.
 
     Returns:
-        A function of the same inputs. Where ``mode`` is another one, or an option is unknown or out of range, it raises
-        the ``ValueError`` or ``TypeError`` that says so: raised here, Dynamo would wrap it in an error of its own.
+        A function of the same inputs: what Inductor makes of the graph where no cache can serve it. Where ``mode`` is
+        another one, or an option is unknown or out of range, it raises the ``ValueError`` or ``TypeError`` that says so:
+        raised here, Dynamo would wrap it in an error of its own.
     """
     cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     try:
@@ -61,7 +67,11 @@ def dllm(
             )
     except (TypeError, ValueError) as error:
         return _raising(error)
-    return Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+    _warn_of_last_graph(module, example_inputs)
+    made = Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+    if not made.refuses(example_inputs):
+        return made
+    return module if chosen.lowering == "eager" else compile_fx(module, list(example_inputs))  # type: ignore[return-value]
 
 
 def _raising(error: Exception) -> Compiled:
@@ -71,6 +81,20 @@ def _raising(error: Exception) -> Compiled:
         raise error
 
     return refuse
+
+
+def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> None:
+    """Say, once a function, that Dynamo will make no further graph of it: what fits none of them runs in eager."""
+    made, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if made is None or made.frame_compile_id is None or made.frame_compile_id + 1 != limit:
+        return
+    ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
+    sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
+    warnings.warn(
+        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further sizes run "
+        "in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
+        stacklevel=2,
+    )
 
 
 class Backend:
@@ -85,32 +109,55 @@ class Backend:
         self.mine: list[Session] = []
         self.refused: list[str] = []
         self.programs: dict[Any, Program | None] = {}
-        self.plain: dict[Any, Compiled] = {}
+        self.ready: dict[Any, Program] = {}
+        self.numbers = numbers(module.graph)
+        self.plain: Compiled | None = module if options.lowering == "eager" else None
         self.inputs: list[int] = []
         self.weights: list[int] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
-        if self.weights is None:
-            self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
-            self.inputs = [i for i in range(len(args)) if i not in self.weights]
-        given = [args[i] for i in self.inputs]  # Dynamo guards the shapes of weights
-        key = tuple([(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given])
+        key = self._key(args)
         if key not in self.programs:
             self.programs[key] = self._program(args)
         program = self.programs[key]
-        session = None if program is None else self._session_of(program, args)
-        if program is None or session is None:
-            return self._run_plain(key, args)
-        with session.lock:
-            found = self._step(program, args, session)
-            if found is None:
-                return self._run_plain(key, args)
-            return self._run(program, args, session, *found)
+        if program is None or isinstance(declared(), ExactCalls):
+            return self._run_plain(args)
+        stream = args[program.index[program.seed]]
+        chain = current() if program.ids is None else None
+        if chain is None or not chain.hands_on(stream):
+            if program.ids is None and not program.layers:
+                return self._run_plain(args)
+            chain = Chain()
+            session = self._session_of(program, args)
+            with session.lock:
+                chain.found = self._begin(program, args, session)
+                enter(chain)
+                return self._run(program, args, chain)
+        if chain.found is None:
+            return self._run(program, args, chain)
+        with chain.found[0].session.lock:
+            self._join(program, args, *chain.found)
+            return self._run(program, args, chain)
 
-    def _run(self, program: Program, args: Sequence[Any], session: Session, batch: Batch, step: Step) -> Any:
-        begins = batch.last is not step
-        done = False
+    def _run(self, program: Program, args: Sequence[Any], chain: Chain) -> Any:
+        """Run the graph, as part of the step that its chain is."""
+        result = None
+        if chain.found is not None and chain.found[1].shape == program.shape:
+            try:
+                result = self._run_step(program, args, *chain.found)
+            except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
+                self._refuse(refusal)
+                self.programs = {key: None if known is program else known for key, known in self.programs.items()}
+                chain.found[0].session.drop()
+                chain.found = None  # the graphs behind this one belong to no step
+        if chain.found is None or chain.found[1].shape != program.shape:
+            result = self._run_plain(args)
+        chain.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
+        return result
+
+    def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
+        begins, done = batch.last is not step, False
         try:
             result = run(program, args, batch, step)
             done = True
@@ -118,25 +165,67 @@ class Backend:
             if not done:
                 batch.begin_anew()  # an error or an interrupt in the middle leaves rows half written
         if begins:
-            session.commit(batch, step)
+            batch.session.commit(batch, step)
         batch.layers_seen = max(batch.layers_seen, step.layer)
         batch.expect(program)
-        step.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
-        if _verifies(session.options, step):
+        if _verifies(self.options, step):
             compare(self.module, program, args, result, batch, step)
         return result
 
     def _program(self, args: Sequence[Any]) -> Program | None:
         try:
-            if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-                raise GraphRefused("gradients are on; call the model under torch.no_grad()")
-            return Program(self.module, args, self.options)
+            program = self.ready.pop(self._key(args), None) or self._analyzed(args)
+            with refusing("analyzed"):
+                program.check(args)
+            return program
         except GraphRefused as refusal:
-            self._refuse(str(refusal))
+            self._refuse(refusal)
             return None
 
-    def _refuse(self, reason: str) -> None:
+    def _analyzed(self, args: Sequence[Any]) -> Program:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise GraphRefused("gradients are on; call the model under torch.no_grad()")
+        with refusing("analyzed"):
+            return Program(self.module, args, self.options)
+
+    def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """What a program is made for: sizes and numbers of a call's inputs. Dynamo guards the shapes of weights."""
+        scalars = scalars or args
+        if self.weights is None:
+            self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
+            self.inputs = [i for i in range(len(args)) if i not in self.weights]
+        given = [args[i] for i in self.inputs]
+        read = [scalars[i].item() for i in self.numbers if scalars[i].device.type == "cpu"]
+        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given], *read)
+
+    def refuses(self, shown: Sequence[Any]) -> bool:
+        """Analyze the graph while Dynamo waits for it, at the sizes that ``shown`` has now.
+
+        What is refused here becomes what Inductor makes of it, with its gradients, guards and dynamic sizes.
+
+        Args:
+            shown: fake inputs, one a placeholder.
+
+        Returns:
+            Whether no cache can serve the graph. What only a call can tell is left to the first one.
+        """
+        if any(is_traceable_wrapper_subclass(a) for a in shown) or any(
+            isinstance(shown[i], FakeTensor) for i in self.numbers
+        ):
+            return False
+        try:
+            program = self._analyzed(shown)
+        except GraphRefused as refusal:
+            self._refuse(refusal)
+            return True
+        self.ready[self._key([program.axes.fake[node] for node in program.index], shown)] = program
+        return False
+
+    def _refuse(self, refusal: GraphRefused) -> None:
         """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
+        if self.options.verify and refusal.__cause__ is not None and not isinstance(refusal.__cause__, GraphRefused):
+            raise refusal.__cause__
+        reason = str(refusal)
         if reason in self.refused:
             return
         self.refused.append(reason)
@@ -144,31 +233,16 @@ class Backend:
         if any(node.target in _WORTH_SAYING for node in self.module.graph.nodes):
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
 
-    def _session_of(self, program: Program, args: Sequence[Any]) -> Session | None:
-        """The session that a call belongs to: of all weights of the model, or of its first layer where layers are alone."""
-        if isinstance(declared(), ExactCalls):
-            return None
+    def _session_of(self, program: Program, args: Sequence[Any]) -> Session:
+        """The session of a model: of all its weights, or of those of the first layer where layers are traced alone."""
         if program.ids is not None:
-            assert self.weights is not None
-            return self._session([args[i] for i in self.weights], self.options)
-        stream = args[program.index[program.seed]]
-        under_way = current()
-        if under_way is not None and under_way[1].hands_on(stream):
-            return under_way[0].session
-        if not program.layers:
-            return None
+            return self._session([args[i] for i in self.weights or ()], self.options)
         return self._session(program.first_weights(args), replace(self.options, mask_id=None))
 
-    def _step(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
-        """The batch of sequences that a call belongs to, and the step of it."""
+    def _begin(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
+        """The batch of sequences that a call goes on with, and the step that it is; ``None`` if it is no step."""
         beside = [args[i] for i in program.beside]
         stream = args[program.index[program.seed]]
-        if program.ids is None:
-            under_way = current()
-            if under_way is not None and under_way[1].hands_on(stream):
-                batch, step = under_way
-                self._join(program, args, batch, step, beside)
-                return under_way if step.shape == program.shape else None
         if program.ids is not None:
             check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
@@ -176,26 +250,21 @@ class Backend:
         else:
             found = session.begin_hidden(stream, beside, program)
             if found is None and session.unknown is not None:
-                self._refuse(
-                    "no graph of this model saw its token ids, and its hidden state does not show what is masked"
-                )
+                reason = "no graph of this model saw its token ids, and its hidden state does not show what is masked"
+                self._refuse(GraphRefused(reason))
         if found is None:
-            enter(None)
             return None
         batch, step = found
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
             batch.thread = threading.get_ident()  # further graphs of the step follow
         step.inputs = {id(tensor): tensor for tensor in beside}
         session.weights.include([args[i] for i in self.weights or ()])
-        enter(found)
         return found
 
-    def _join(
-        self, program: Program, args: Sequence[Any], batch: Batch, step: Step, beside: list[torch.Tensor]
-    ) -> None:
+    def _join(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
         """See that the weights and inputs of a graph behind the first are those of the step before."""
         known = batch.session.weights.include([args[i] for i in self.weights or ()])
-        new = [tensor for tensor in beside if id(tensor) not in step.inputs]
+        new = [args[i] for i in program.beside if id(args[i]) not in step.inputs]
         step.inputs.update({id(tensor): tensor for tensor in new})
         if new:
             place = program.signature, step.layer
@@ -220,10 +289,41 @@ class Backend:
         self.mine = [*(session for session in self.mine if session.lives()), Session(options, weights)]
         return self.mine[-1]
 
-    def _run_plain(self, key: Any, args: Sequence[Any]) -> Any:
-        if key not in self.plain:
-            self.plain[key] = lower(self.module, args, self.options.lowering)
-        return self.plain[key](*args)
+    def _run_plain(self, args: Sequence[Any]) -> Any:
+        """Run the graph as Inductor alone would: its own Dynamo sees to gradients, and to sizes that change."""
+        if self.plain is None:
+            self.plain = torch.compile(self.module, backend="inductor")
+        return self.plain(*args)
+
+
+class Chain:
+    """The graphs of one call of a model, which hand the hidden state on to each other, and the step that they are.
+
+    Attributes:
+        found: the batch of sequences and its step; ``None`` where the call is no step of a denoising loop.
+        passed: hidden states that the last graph returned; they are kept so that no other tensor can have their memory.
+    """
+
+    def __init__(self) -> None:
+        self.found: tuple[Batch, Step] | None = None
+        self.passed: list[torch.Tensor] = []
+
+    def hands_on(self, stream: torch.Tensor) -> bool:
+        """Whether ``stream`` is what the last graph returned."""
+        return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
+
+
+_CURRENT = threading.local()
+
+
+def enter(chain: Chain | None) -> None:
+    """Make this the chain that graphs without ids may belong to, on this thread."""
+    _CURRENT.chain = chain
+
+
+def current() -> Chain | None:
+    """The chain that was begun last on this thread."""
+    return getattr(_CURRENT, "chain", None)
 
 
 def _verifies(options: Options, step: Step) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -68,7 +67,6 @@ class Step:
         seen: the layers that have run.
         anew: rows kept are not good for this step: layers that still come compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
-        passed: hidden states that graphs of this step returned, by which the next graph is known.
     """
 
     past: Past
@@ -83,7 +81,6 @@ class Step:
     seen: set[Any] = field(default_factory=set)
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    passed: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def number(self) -> int:
@@ -94,10 +91,6 @@ class Step:
     def signature(self) -> tuple[int, ...]:
         """What a layer's compiled code depends on."""
         return tuple(self.sizes.get(name, 0) for name in ("response", "prompt", "selected"))
-
-    def hands_on(self, stream: torch.Tensor) -> bool:
-        """Whether ``stream`` is what a graph of this step returned; it is kept so that no other can be."""
-        return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
 
 
 class Batch:
@@ -321,16 +314,3 @@ class Batch:
 def bytes_of(batches: Sequence[Batch]) -> int:
     """Bytes of all that is kept of some sequences."""
     return sum(each.state_bytes() + each.logits_bytes() for each in batches)
-
-
-_CURRENT = threading.local()
-
-
-def enter(under_way: tuple[Batch, Step] | None) -> None:
-    """Make this the step that graphs behind the first belong to, on this thread."""
-    _CURRENT.step = under_way
-
-
-def current() -> tuple[Batch, Step] | None:
-    """The step that was begun last on this thread."""
-    return getattr(_CURRENT, "step", None)

@@ -17,8 +17,9 @@ import torch
 import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from .core.arguments import attention, attention_arguments
 from .core.assignment import KEYS, Assignment
-from .core.axes import Axes, attention, linear, run_node
+from .core.axes import Axes, linear, run_node
 from .core.emit import emit
 from .core.rows import RowSet
 from .core.state import shape
@@ -53,7 +54,8 @@ def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
 def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, assignment: Assignment) -> sympy.Expr:
     tokens, batch = _extent(axes, "T"), _extent(axes, "B")
     if node.target is attention:
-        query, value = axes.fake[node.args[0]], axes.fake[node.args[2]]  # type: ignore[index]
+        given = attention_arguments(node.args, node.kwargs)
+        query, value = axes.fake[given.query], axes.fake[given.value]
         heads = query.numel() // (query.shape[-1] * query.shape[-2] * batch)
         keys = ROWS[assignment.keys.name]
         mixed = T * (keys + ROWS[rows.name]) if assignment.salient else ROWS[rows.name] * keys

@@ -10,6 +10,7 @@ import torch.fx
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Compiled = Callable[..., Any]
 IN_ORDER = {"reorder_for_locality": False}
@@ -38,7 +39,9 @@ def lower(
     if free:
         mode = FakeTensorMode(shape_env=shapes)
         for i, value in enumerate(args):
-            if isinstance(value, torch.Tensor):
+            if is_traceable_wrapper_subclass(value):  # a quantized weight: its parts have sizes of their own
+                example[i] = mode.from_tensor(value, static_shapes=True)
+            elif isinstance(value, torch.Tensor):
                 sizes = [DimDynamic.STATIC] * value.dim()
                 if i in free and value.shape[1] < 2:
                     raise RuntimeError(f"code for any number of rows is compiled for 2 or more, not {value.shape[1]}")

@@ -41,7 +41,7 @@ class Signature:
 
 
 class Program:
-    """One graph at one set of input shapes.
+    """One graph at one set of input shapes, known from the arguments of a call or from what Dynamo shows a backend.
 
     Attributes:
         units: stem, layers and head, whichever the graph has.
@@ -54,13 +54,12 @@ class Program:
 
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
         self.options = options
-        fake_mode = FakeTensorMode()
-        fake = fake_like(args, fake_mode)
-        graph = normalized(fix_sizes(module.graph, fake, fake_mode), fake, fake_mode)
+        given, args = args, fake_like(args, fake_mode := FakeTensorMode())
+        graph = normalized(fix_sizes(module.graph, args, fake_mode, given), args, fake_mode)
         self.graph = graph
         names = placeholders(graph)
         self.seed, layout = find_seed(graph, args)
-        again = partial(follow, graph, fake, fake_mode, {self.seed.name: layout})
+        again = partial(follow, graph, args, fake_mode, {self.seed.name: layout})
         self.axes = unmask(graph, again(), again)
         self.shape = (layout[0][0].size, layout[1][0].size)
         self.units, constants = cut(graph, self.axes, halves=options.saliency_threshold is not None)
@@ -69,7 +68,6 @@ class Program:
         self.heads: dict[int | None, Unit | None] = {}
         self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)
-        refuse_causal_masks(graph, self.axes, args)
         self.index = {node: i for i, node in enumerate(names)}
         self.decision = self.units[-1] if len(self.units) > 1 and self.units[-1].stream is None else None
         read = closure([n for unit in self.units if unit is not self.decision for n in unit.nodes], set())
@@ -98,6 +96,14 @@ class Program:
             fingerprint(constants, self.prelude_reads, self.constants, self.axes.fake),
             tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
         )
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Look at the values that the first call has.
+
+        Raises:
+            GraphRefused: attention is causal by its mask.
+        """
+        refuse_causal_masks(self.graph, self.axes, args)
 
     def head(self, vocabulary: int | None) -> Unit | None:
         """The unit whose first output a sampler reads: it is as wide as the vocabulary.

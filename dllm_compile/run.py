@@ -13,6 +13,7 @@ import torch.fx
 from . import tapes
 from .batch import Batch, Step
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, Assignment
+from .core.errors import refusing
 from .core.rows import ALL, NONE, RowSet, read_all
 from .core.state import allocate
 from .core.units import Unit
@@ -124,7 +125,8 @@ class _Call(Held):
         if program.prelude is not None:
             given = [self.env[n] for n in program.prelude_reads]
             if program.prelude_run is None:
-                program.prelude_run = lower(program.prelude, given, program.options.lowering)
+                with refusing("compiled"):
+                    program.prelude_run = lower(program.prelude, given, program.options.lowering)
             self.env.update(zip(program.constants, program.prelude_run(*given), strict=True))
         for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
             self.unit(unit, code)

@@ -12,7 +12,7 @@ from .batch import Step
 from .core.assignment import ACTIVE, KEYS, Assignment
 from .core.axes import Axes
 from .core.emit import Emitted, emit
-from .core.errors import GraphRefused
+from .core.errors import GraphRefused, refusing
 from .core.units import Unit
 from .core.writing import Choices
 from .kernels.delta_attention import delta_attention
@@ -88,24 +88,29 @@ class UnitCode:
         key = assignment if assignment.fixed else (assignment, step.signature)
         found = self.variants.get(key)
         if found is None:
-            emitted = emit(self.unit, self.axes, assignment, step.sizes, CHOICES)
-            args = [values.flat[values.slot(name)] for name in emitted.takes]
-            free = [i for i, name in enumerate(emitted.takes) if self._any_number(name, assignment)]
-            writes = any(name.startswith("state:") for name in emitted.takes)
-            found = Variant(lower(emitted.module, args, self.lowering, free, writes), emitted, values)
-            self.variants[key] = found
+            with refusing(f"compiled for the step {assignment.name!r}"):
+                found = self.variants[key] = self._compile(assignment, step, values)
         return found
+
+    def _compile(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+        emitted = emit(self.unit, self.axes, assignment, step.sizes, CHOICES)
+        args = [values.flat[values.slot(name)] for name in emitted.takes]
+        free = [i for i, name in enumerate(emitted.takes) if self._any_number(name, assignment)]
+        writes = any(name.startswith("state:") for name in emitted.takes)
+        return Variant(lower(emitted.module, args, self.lowering, free, writes), emitted, values)
 
     def narrow(self, values: Values) -> bool:
         """Whether the unit may run for fewer rows: known, or tried once on real values."""
         if self.narrows is None:
-            self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
+            with refusing("tried for fewer rows"):
+                self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
         return self.narrows
 
     def writable(self, variants: tuple[Assignment, ...]) -> bool:
         """Whether the unit can be written for each of ``variants``; found out once."""
         if variants not in self.written:
-            self.written[variants] = all(map(self._can_write, variants))
+            with refusing("written for fewer rows"):
+                self.written[variants] = all(map(self._can_write, variants))
         return self.written[variants]
 
     def _can_write(self, assignment: Assignment) -> bool:

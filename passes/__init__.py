@@ -1,6 +1,6 @@
 """The compiler, top to bottom.
 
-1. ``normalize``           one spelling, no in-place writes: everything behind it reads a functional graph
+1. ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
 4. (``core.axes.follow``)  where batch and tokens sit in every value
@@ -22,13 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dllm_compile.core.axes import Axes, follow
 from dllm_compile.core.units import Unit
-from dllm_compile.passes.normalize import normalize
+from dllm_compile.passes.normalize import name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.spelled_attention import spelled_attention
 
 
 def normalized(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> torch.fx.Graph:
     """Passes 1 and 2, in place, on a graph whose sizes are numbers."""
+    name_arguments(graph)
     normalize(graph, follow(graph, inputs, fake_mode, {}).fake)
     spelled_attention(graph, follow(graph, inputs, fake_mode, {}).fake)
     graph.lint()

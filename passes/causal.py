@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.axes import Axes, attention, attention_mask
+from dllm_compile.core.arguments import attention, attention_arguments
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import outline, placeholders
 from dllm_compile.core.units import closure
@@ -25,7 +26,7 @@ def refuse_causal_masks(graph: torch.fx.Graph, axes: Axes, args: Sequence[Any]) 
         GraphRefused: a mask lets no token see a later one.
     """
     calls = [node for node in graph.nodes if node.target is attention]
-    masks = {attention_mask(node.args, node.kwargs): node for node in calls}
+    masks = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
     names = placeholders(graph)
     for mask, call in masks.items():
         if not isinstance(mask, torch.fx.Node) or mask in axes.live or axes.fake[mask].dim() < 2:

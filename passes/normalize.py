@@ -1,7 +1,7 @@
 """Normalize: one spelling for what the later passes read.
 
-    before:  x += y ; inv[perm] = arange ; _enter_autocast(enabled=False) ; view(s0 * 2, 64)
-    after:   x = x + y ; inv = index_put(inv, (perm,), arange) ; (gone) ; view(48, 64)
+    before:  x += y ; inv[perm] = arange ; _enter_autocast(enabled=False) ; view(s0 * 2, 64) ; linear(input=x, weight=w)
+    after:   x = x + y ; inv = index_put(inv, (perm,), arange) ; (gone) ; view(48, 64) ; linear(x, w)
 
 Numbers are unchanged. What has no functional spelling is refused.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from dllm_compile.core.arguments import canonical
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import replace_call
 
@@ -26,6 +27,14 @@ _IN_PLACE = {
     operator.ior: operator.or_,
 }
 _NO_EFFECT = {"_log_api_usage_once", "_set_grad_enabled"}
+
+
+def name_arguments(graph: torch.fx.Graph) -> int:
+    """Give every call whose signature is known its arguments in one form, see ``canonical``; returns how many changed.
+
+    What runs behind it may read by position whatever has no default.
+    """
+    return sum(canonical(node) for node in graph.nodes)
 
 
 def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> int:

@@ -13,7 +13,8 @@ import operator
 import torch
 import torch.fx
 
-from dllm_compile.core.axes import Axes, attention, linear
+from dllm_compile.core.arguments import attention, attention_arguments
+from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
@@ -35,7 +36,7 @@ def regions(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> list[Uni
         halves: whether to cut a layer behind the branch that attends too, where one value alone is alive there.
 
     Raises:
-        GraphRefused: attention is causal, drops out, or its tokens cannot be followed.
+        GraphRefused: attention is causal, something draws random numbers, or tokens cannot be followed.
     """
     live = [node for node in graph.nodes if node in axes.live]
     calls = [node for node in live if node.target is attention]
@@ -49,23 +50,33 @@ def regions(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> list[Uni
     if groups:
         groups[-1:] = _split_tail(groups[-1], axes)
     units = [_unit(nodes, entering, leaving, axes, halves) for nodes, entering, leaving in groups]
+    _check_random(graph, units, axes)
     _place_constants(graph, units, axes)
     return [unit.seal(axes) for unit in units]
 
 
 def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("is_causal"):
+    given = attention_arguments(node.args, node.kwargs)
+    if given.is_causal:
         raise GraphRefused(
             "attention is causal: a token's row does not depend on later ones, so caching is not ours", node
         )
-    if given.get("dropout_p"):
+    if given.dropout_p:
         raise GraphRefused("attention drops out at random; call model.eval()", node)
-    for name in names[:3]:
-        layout = axes.layout.get(given[name])  # type: ignore[arg-type]
+    for name in given._fields[:3]:
+        layout = axes.layout.get(getattr(given, name))
         if layout is None or position(layout, "T") != len(layout) - 2 or position(layout, "B") is None:
             raise GraphRefused(f"the tokens of attention's {name} cannot be followed back to the input", node)
+
+
+def _check_random(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> None:
+    """Only the decision, which runs at every call, may draw: its numbers are never kept."""
+    decides = len(units) > 1 and units[-1].stream is None
+    kept = units[:-1] if decides else units
+    drawn = closure([n for unit in kept for n in unit.nodes], set())
+    for node in graph.nodes:
+        if node in axes.random and (not decides or node in drawn):
+            raise GraphRefused("random numbers are drawn here; call model.eval(), or draw outside of the model", node)
 
 
 Cut = tuple[int, torch.fx.Node]
@@ -163,7 +174,7 @@ def _split_tail(segment: Segment, axes: Axes) -> list[Segment]:
     for node in nodes:
         live = [n for n in node.all_input_nodes if n in axes.live]
         beside = any((node, n) in axes.beside for n in node.all_input_nodes)
-        if node not in axes.unproven and not beside and all(n in by_row for n in live):
+        if node not in axes.unproven and node not in axes.random and not beside and all(n in by_row for n in live):
             by_row.add(node)
     if all(node in by_row for node in nodes):
         return [segment]
@@ -237,7 +248,8 @@ def _branches(
 
 
 def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
-    return Attention(node, _narrowest(node.args[1], axes), _narrowest(node.args[2], axes))
+    given = attention_arguments(node.args, node.kwargs)
+    return Attention(node, _narrowest(given.key, axes), _narrowest(given.value, axes))
 
 
 def _narrowest(node: object, axes: Axes) -> torch.fx.Node:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.axes import attention
+from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node, placeholders
 from dllm_compile.core.layout import Factor, Layout
@@ -25,7 +25,11 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
     """
     names = placeholders(graph)
     calls = [node for node in graph.nodes if node.target is attention]
-    roots = [calls[0].args[2]] if calls else list(output_node(graph).all_input_nodes)
+    roots = (
+        [attention_arguments(calls[0].args, calls[0].kwargs).value]
+        if calls
+        else list(output_node(graph).all_input_nodes)
+    )
     behind = closure([n for n in roots if isinstance(n, torch.fx.Node)], set())
     tensors = {n: a for n, a in zip(names, args, strict=True) if n in behind and _is_input(a)}
     ids = [n for n, a in tensors.items() if a.dim() == 2 and a.dtype in (torch.int64, torch.int32) and _is_looked_up(n)]

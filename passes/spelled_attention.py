@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.axes import attention
+from dllm_compile.core.arguments import argument, attention
 
 _MATMUL = (torch.matmul, torch.bmm, operator.matmul)
 _SOFTMAX = (torch.softmax, torch.nn.functional.softmax)
@@ -68,12 +68,11 @@ def _behind(node: Any) -> torch.fx.Node | None:
 
 
 def _dropout_is_off(node: torch.fx.Node) -> bool:
-    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return not given.get("training", True) or bool(given.get("p", 0.5) == 0.0)
+    return not argument(node, 2, "training", True) or bool(argument(node, 1, "p", 0.5) == 0.0)
 
 
 def _last_dim(softmax: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> bool:
-    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
+    dim = argument(softmax, 1, "dim")
     return isinstance(dim, int) and dim in (-1, fake[softmax].dim() - 1)
 
 
@@ -81,7 +80,7 @@ def _read_scores(node: Any, fake: dict[torch.fx.Node, Any]) -> _Scores | None:
     scale, mask, masked = 1.0, None, None
     while True:
         node = _behind(node)
-        if node is None or len(node.args) < 2:
+        if node is None or len(node.args) < 2 or node.kwargs:  # a rounding_mode, an alpha
             return None
         left, right = node.args[0], node.args[1]
         if _is_call(node, _MATMUL, "matmul", "bmm"):

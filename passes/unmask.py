@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.axes import Axes, attention
+from dllm_compile.core.arguments import argument, attention
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.axis_rules import RULES, Known
 from dllm_compile.core.layout import Layout, holds, position
 from dllm_compile.kernels.confidence import Confidence, confidence
@@ -40,7 +41,7 @@ def unmask(graph: torch.fx.Graph, axes: Axes, follow: Callable[[], Axes]) -> Axe
     """
     shifts = {node: whole for node in graph.nodes if (whole := _shifted(node, axes)) is not None}
     for node, whole in shifts.items():
-        parts: Any = _argument(node, 0, "tensors")
+        parts: Any = argument(node, 0, "tensors")
         node.replace_all_uses_with(whole)
         for gone in (node, *parts):
             graph.erase_node(gone)
@@ -61,17 +62,13 @@ def _is(node: object, *names: str) -> bool:
     return isinstance(node, Node) and getattr(node.target, "__name__", node.target) in names
 
 
-def _argument(node: Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
 # -- the shift --------------------------------------------------------------------------------------------------------
 
 
 def _shifted(node: Node, axes: Axes) -> Node | None:
     """``l`` when the node is ``cat([l[:, :1], l[:, :-1]], 1)`` along the tokens of ``l``."""
-    at_tokens = _is(node, "cat", "concat") and _argument(node, 1, "dim", 0) == 1
-    parts: Any = _argument(node, 0, "tensors", ()) if at_tokens else ()
+    at_tokens = _is(node, "cat", "concat") and argument(node, 1, "dim", 0) == 1
+    parts: Any = argument(node, 0, "tensors", ()) if at_tokens else ()
     if not isinstance(parts, (tuple, list)) or len(parts) != 2:
         return None
     first, rest = parts
@@ -115,9 +112,9 @@ def _shift_late(graph: torch.fx.Graph, whole: Node, axes: Axes) -> None:
 def _fuse(graph: torch.fx.Graph, soft: Node, axes: Axes) -> bool:
     """Replace a softmax and everything that reads it, if all of that is known."""
     layout = axes.layout.get(soft, ())
-    if len(layout) != 3 or _argument(soft, 1, "dim") not in (-1, 2) or position(layout, "T") != 1:
+    if len(layout) != 3 or argument(soft, 1, "dim") not in (-1, 2) or position(layout, "T") != 1:
         return False
-    scores = _argument(soft, 0, "input")
+    scores = argument(soft, 0, "input")
     logits = _uncast(scores, axes)
     sources = dict.fromkeys((soft, scores, logits))
     tokens = [n for source in sources for n in source.users if _is_last(n, "argmax")]
@@ -165,7 +162,7 @@ def _is_last(node: object, *names: str) -> bool:
     """Whether a call reduces the vocabulary, keeping no dimension."""
     if not isinstance(node, Node) or not _is(node, *names):
         return False
-    return _argument(node, 1, "dim") in (-1, 2) and not _argument(node, 2, "keepdim", False)
+    return argument(node, 1, "dim") in (-1, 2) and not argument(node, 2, "keepdim", False)
 
 
 Reading = tuple[str, "Node | None"]
@@ -179,16 +176,16 @@ def _readings(user: Node, soft: Node, tokens: list[Node], axes: Axes) -> dict[No
         return {user: ("probability", None)}
     if _is_last(user, "max") and all(_is(part, "getitem") and part.args[1] in (0, 1) for part in user.users):
         return {part: (("probability", "best")[part.args[1]], None) for part in user.users}  # type: ignore[index]
-    if _is(user, "gather") and _argument(user, 1, "dim") in (-1, 2):
-        index = _argument(user, 2, "index")
-        if not _is(index, "unsqueeze") or _argument(index, 1, "dim") not in (-1, 2):
+    if _is(user, "gather") and argument(user, 1, "dim") in (-1, 2):
+        index = argument(user, 2, "index")
+        if not _is(index, "unsqueeze") or argument(index, 1, "dim") not in (-1, 2):
             return None
-        token = _argument(index, 0, "input")
+        token = argument(index, 0, "input")
         whole = axes.fake[token].shape == axes.fake[soft].shape[:-1]
         return {user: ("probability", None if token in tokens else token)} if whole else None
     if _is(user, "topk"):
-        two = _argument(user, 1, "k") == 2 and _argument(user, 2, "dim", -1) in (-1, 2)
-        ordered = _argument(user, 3, "largest", True) is True and _argument(user, 4, "sorted", True) is True
+        two = argument(user, 1, "k") == 2 and argument(user, 2, "dim", -1) in (-1, 2)
+        ordered = argument(user, 3, "largest", True) is True and argument(user, 4, "sorted", True) is True
         return _margin(user) if two and ordered else None
     return _entropy(user, soft)
 
@@ -206,7 +203,7 @@ def _entropy(user: Node, soft: Node) -> dict[Node, Reading] | None:
     if node is None or not _is(node, "mul") or node.kwargs or len(node.args) != 2:
         return None
     other = node.args[1] if node.args[0] is soft else node.args[0]
-    inside: Any = _argument(other, 0, "input") if isinstance(other, Node) and _is(other, "log") else None
+    inside: Any = argument(other, 0, "input") if isinstance(other, Node) and _is(other, "log") else None
     if soft not in node.args or not _is(inside, "add") or (*inside.args, *inside.kwargs.values()) != (soft, 1e-10):
         return None
     total = _only(node)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+os.environ["DLLM_DEBUG"] = "1"  # what fails in the compiler fails the test
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
+from .arguments import attention_arguments
 from .assignment import KEYS, SALIENT
-from .axes import attention_mask
 from .errors import GraphRefused
 from .graph import free_tokens
 from .rows import ALL
@@ -23,23 +23,26 @@ class AttentionForms(Writing):
     def _sparse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
         """Attention over the kept entries and the rows computed since."""
         assert self.choices.sparse is not None
-        mask = attention_mask(args, kwargs)
-        entries = None if mask is None and not self.assignment.gaps else self.entries
-        return self._call(self.choices.sparse, (*args[:3], entries, self._tokens(), mask, kwargs.get("scale")))
+        given = attention_arguments(args, kwargs)
+        entries = None if given.attn_mask is None and not self.assignment.gaps else self.entries
+        more = (entries, self._tokens(), given.attn_mask, given.scale)
+        return self._call(self.choices.sparse, (*given[:3], *more))
 
     def _delta(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
         """Contexts of the active rows: exact for the salient ones, their former ones and the change for the others."""
         assert self.choices.attend is not None
         att = self.unit.attentions[0]
-        change = self._moved(att.value, node.args[2], self._change())  # type: ignore[arg-type]
+        value = attention_arguments(node.args, node.kwargs).value
+        change = self._moved(att.value, value, self._change())
         change = self._call(torch.transpose, (change, 1, 2))
         active, at = self.slot["index:active"], self.slot["index:salient"]
         former = self._call(row_ops.former_rows, (self.state[node], active, self.axes.layout[node]))
-        mask = attention_mask(args, kwargs)
+        read = attention_arguments(args, kwargs)
+        mask = read.attn_mask
         if self.entries is not None and (mask is not None or self.assignment.gaps):
             mask = self._call(row_ops.mask_keys, (mask, self.entries, self._tokens()))
-        given = (*args[:3], change, self._written(att.key, SALIENT), at, former)
-        both = self._call(self.choices.attend, (*given, mask, kwargs.get("scale")))
+        given = (*read[:3], change, self._written(att.key, SALIENT), at, former)
+        both = self._call(self.choices.attend, (*given, mask, read.scale))
         self.turned = self._call(operator.getitem, (both, 1))
         return self._call(operator.getitem, (both, 0))
 
@@ -71,8 +74,9 @@ class AttentionForms(Writing):
         assert self.assignment.evict is not None
         assert self.entries is not None
         call = self.unit.attentions[0].node
-        query, key = (self._on(n, ALL) for n in call.args[:2])  # type: ignore[arg-type]
-        mask = attention_mask(call.args, call.kwargs)
+        given = attention_arguments(call.args, call.kwargs)
+        query, key = self._on(given.query, ALL), self._on(given.key, ALL)
+        mask = given.attn_mask
         mask = self._plain(mask) if isinstance(mask, torch.fx.Node) else None
         block, outside, fresh = (self.slot[f"index:{name}"] for name in ("block", "outside", "fresh"))
         chosen = (query, key, mask, block, outside, self.entries, fresh, *self.assignment.evict)

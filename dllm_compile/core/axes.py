@@ -19,17 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .arguments import attention, attention_arguments
 from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
 
 linear = torch.nn.functional.linear
-attention = torch.nn.functional.scaled_dot_product_attention
-
-
-def attention_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The mask among the arguments of ``attention``; ``None`` for none."""
-    return kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
 
 
 @dataclass
@@ -44,6 +39,7 @@ class Axes:
         unproven: live nodes that call something whose rows may mix.
         beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank.
         made: constants sized by the token count that an unproven node writes or reads by position.
+        random: nodes that draw random numbers, live or not.
     """
 
     mode: FakeTensorMode
@@ -53,6 +49,7 @@ class Axes:
     unproven: set[torch.fx.Node] = field(default_factory=set)
     beside: dict[tuple[torch.fx.Node, torch.fx.Node], Layout] = field(default_factory=dict)
     made: dict[torch.fx.Node, Layout] = field(default_factory=dict)
+    random: dict[torch.fx.Node, None] = field(default_factory=dict)
 
 
 class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -62,11 +59,13 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.unproven = False
+        self.random = False
         self.sized: dict[int, Layout] = {}
         self.given: set[int] = set()  # memory of the operands of the node at hand
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
         out = func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(id(leaf) in self.known.layout for leaf in leaves):
@@ -117,13 +116,14 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         mode.known.tag(out, (*layout[:-1], plain(weight.shape[0])))
         return out
     if node.target is attention:
-        query, value = args[0], args[2]
+        given = attention_arguments(args, kwargs)
+        query, value = given.query, given.value
         layout = mode.known.of(query)
         if layout is None:
             return None
         attended: torch.Tensor = query.new_empty((*query.shape[:-1], value.shape[-1]))
         mode.known.tag(attended, (*layout[:-1], plain(value.shape[-1])))
-        mask = attention_mask(args, kwargs)
+        mask = given.attn_mask
         if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
         return attended
@@ -166,8 +166,12 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
     """Run one node; remember which of its constant operands have a token axis."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
     live = any(n in axes.live for n in node.all_input_nodes)
+    mode.random = False
     if not live:
-        return run_node(node, args, kwargs)
+        with mode:
+            value = run_node(node, args, kwargs)
+        _note_random(mode, node, axes)
+        return value
     axes.live[node] = None
     mode.known.beside.clear()
     mode.sized.clear()
@@ -181,6 +185,7 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
                 value = run_node(node, args, kwargs)
         except GraphRefused as refusal:
             raise GraphRefused(refusal.reason, node) from refusal
+        _note_random(mode, node, axes)
     if isinstance(value, torch.Tensor) and mode.known.of(value) is None:
         raise GraphRefused("the tokens cannot be followed through this call", node)
     if mode.unproven:
@@ -195,6 +200,12 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
     return value
 
 
+def _note_random(mode: _Follow, node: torch.fx.Node, axes: Axes) -> None:
+    """Kernels of attention count as seeded whether they drop out or not."""
+    if mode.random and (node.target is not attention or attention_arguments(node.args, node.kwargs).dropout_p):
+        axes.random[node] = None
+
+
 def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
     """Call what a node calls."""
     if node.op == "call_method":
@@ -206,11 +217,31 @@ def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode) -> list[Any]:
-    """Fake stand-ins for real call arguments, with fixed sizes."""
+    """Fake stand-ins for call arguments, with fixed sizes: of those that Dynamo shows a backend, at their present ones.
+
+    Raises:
+        GraphRefused: nobody knows such a size yet.
+    """
+
+    def shown(value: Any) -> Any:
+        sizes, strides = ([_hint(n) for n in of] for of in (value.shape, value.stride()))
+        with fake_mode:
+            out = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return torch.nn.Parameter(out, requires_grad=False) if isinstance(value, torch.nn.Parameter) else out
 
     def one(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+        if isinstance(value, FakeTensor):
+            return shown(value)
+        if isinstance(value, torch.Tensor):
             return fake_mode.from_tensor(value, static_shapes=True)
-        return value
+        return _hint(value) if isinstance(value, torch.SymInt) else value
 
     return [tree_map(one, value) for value in values]
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, torch.SymInt):
+        if not size.node.has_hint():
+            raise GraphRefused("a size depends on the values of a tensor")
+        return int(size.node.hint)
+    return size

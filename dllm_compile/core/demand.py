@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch.fx
 
+from .arguments import attention, attention_arguments
 from .assignment import ACTIVE, READABLE, Assignment
-from .axes import Axes, attention
+from .axes import Axes
 from .errors import GraphRefused
 from .layout import position
 from .rows import ALL, NONE, RowSet, join
@@ -112,7 +113,7 @@ def rows_read(
     Attention reads the keys and values of the assignment; a call without a token axis reads every row.
     """
     if node.target is attention:
-        return rows if operand is node.args[0] else assignment.keys
+        return rows if operand is attention_arguments(node.args, node.kwargs).query else assignment.keys
     layout = axes.layout.get(node)
     no_tokens = layout is not None and position(layout, "T") is None
     return ALL if no_tokens and axes.layout.get(operand) is not None and not unit.mixing(axes) else rows

@@ -19,9 +19,10 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
+from .arguments import attention
 from .assignment import ACTIVE, KEYED, SALIENT, Assignment
 from .attention_forms import AttentionForms
-from .axes import Axes, attention
+from .axes import Axes
 from .demand import at_hand, rows_read
 from .errors import GraphRefused
 from .graph import free_tokens
@@ -81,8 +82,8 @@ class _Writer(AttentionForms):
             outs.append(self._choose()[1])
         if self.turned is not None:
             assert self.choices.turn is not None
-            rows = self.slot["index:active"], self.slot["index:stored"], self._tokens()
-            turned = self._call(self.choices.turn, (self.turned, self.slot["bound"], *rows))
+            places = self.slot["index:active"], self.slot["index:stored"], self._tokens()
+            turned = self._call(self.choices.turn, (self.turned, self.slot["bound"], *places))
             outs += [self._call(operator.getitem, (turned, i)) for i in (0, 1)]
         if self.assignment.evict is not None and self.keys:
             self._evict()
@@ -185,7 +186,7 @@ class _Writer(AttentionForms):
                     )
                 return self.narrowed[key]
             if user in self.axes.unproven and node in self.axes.made:
-                if node.target is not torch.arange or len(node.args) != 1:
+                if node.target is not torch.arange or (len(node.args) > 1 and (node.args[0], *node.args[2:]) != (0,)):
                     raise GraphRefused("a constant sized by the tokens cannot be made for fewer", node)
                 (per_row,) = resized(self.axes.made[node], 1)
                 count = self._call(torch.ops.aten.sym_size.int, (self._index(rows, ALL), 1))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.fx
 
 
@@ -27,6 +32,38 @@ class GraphRefused(DllmError):
 
 class InvalidGraph(DllmError):
     """A rewrite made a graph that breaks its own contract: a defect of ours, never of the user."""
+
+
+@contextmanager
+def refusing(doing: str) -> Iterator[None]:
+    """Make any exception of our own work on a graph a :class:`GraphRefused` that asks to be reported.
+
+    The one place that catches everything: a graph we were not made for runs plainly, it does not stop the user's program.
+    What the graph's code raises when it *runs* is not for here. With the environment variable ``DLLM_DEBUG=1`` nothing is
+    caught.
+
+    Args:
+        doing: what failed, as in "the graph could not be ...".
+    """
+    try:
+        yield
+    except GraphRefused:
+        raise
+    except Exception as error:
+        if os.environ.get("DLLM_DEBUG", "0") not in ("", "0"):
+            raise
+        what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        reason = f"the graph could not be {doing}, by {what}; please report this with the model"
+        raise GraphRefused(reason, _at_fault(error)) from error
+
+
+def _at_fault(error: BaseException) -> torch.fx.Node | None:
+    """The node that the innermost of our functions was busy with."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        node = frame.f_locals.get("node")
+        if isinstance(node, torch.fx.Node) and str(frame.f_globals.get("__name__")).startswith(__name__.split(".")[0]):
+            return node
+    return None
 
 
 def describe(node: torch.fx.Node) -> str:

@@ -37,8 +37,19 @@ def has_tensor(value: Any) -> bool:
     return bool(tree_any(lambda leaf: isinstance(leaf, torch.Tensor), value))
 
 
-def fix_sizes(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> torch.fx.Graph:
-    """Copy ``graph`` with every number that is computed from sizes replaced by its value for ``inputs``.
+def numbers(graph: torch.fx.Graph) -> list[int]:
+    """Inputs that are read as numbers: Dynamo hands a float that may change over as a tensor, and reads its item."""
+    return [i for i, node in enumerate(placeholders(graph)) if any(_reads_number(user) for user in node.users)]
+
+
+def _reads_number(node: torch.fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "item"
+
+
+def fix_sizes(
+    graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any] = ()
+) -> torch.fx.Graph:
+    """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
     A graph that Dynamo traced with symbolic sizes becomes one with fixed sizes; placeholders stay as they are, so that
     the copy is called with the same arguments.
@@ -47,7 +58,10 @@ def fix_sizes(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTenso
         graph: as Dynamo made it.
         inputs: fake tensors and numbers, one a placeholder.
         fake_mode: the mode of the fake tensors.
+        given: what ``inputs`` stand for, to read the numbers of.
     """
+    inputs_of = placeholders(graph)
+    scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
     out = torch.fx.Graph()
     env: dict[torch.fx.Node, Any] = {}
     fake: dict[torch.fx.Node, Any] = {}
@@ -63,7 +77,10 @@ def fix_sizes(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTenso
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: fake[n])
                 try:
-                    fake[node] = run_node(node, args, kwargs)
+                    if _reads_number(node) and node.args[0] in scalars:
+                        fake[node] = scalars[node.args[0]]
+                    else:
+                        fake[node] = run_node(node, args, kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
                     raise GraphRefused("a size or a number here depends on the values of a tensor", node) from error
                 if has_tensor(fake[node]) or fake[node] is None or not _is_literal(fake[node]):
@@ -73,6 +90,10 @@ def fix_sizes(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTenso
                     value = fake[node]
                     env[node] = tuple(value) if isinstance(value, torch.Size) else value
     return out
+
+
+def _is_known(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and value.device.type == "cpu"
 
 
 def _is_literal(value: Any) -> bool:
