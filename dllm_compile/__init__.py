@@ -4,7 +4,19 @@ from .backend import dllm, reset, stats
 from .explain import Explanation, explain
 from .generate import generate
 from .options import Options
+from .prepare import prepare
 from .sampler.decode import Generated
 from .sampler.step import denoise_step
 
-__all__ = ["Explanation", "Generated", "Options", "denoise_step", "dllm", "explain", "generate", "reset", "stats"]
+__all__ = [
+    "Explanation",
+    "Generated",
+    "Options",
+    "denoise_step",
+    "dllm",
+    "explain",
+    "generate",
+    "prepare",
+    "reset",
+    "stats",
+]

@@ -12,6 +12,8 @@ import torch.fx
 from torch._dynamo.eval_frame import cached_backends
 from torch.utils._pytree import tree_leaves
 
+from .breaks import forget as forget_breaks
+from .breaks import last_break, tell_of
 from .core.axes import attention
 from .core.errors import GraphRefused
 from .lower import Compiled, lower
@@ -73,6 +75,7 @@ class Backend:
         self.plain: dict[Any, Compiled] = {}
         self.inputs: list[int] = []
         self.weights: list[int] | None = None
+        self.broke = last_break()
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
@@ -83,6 +86,7 @@ class Backend:
         key = tuple([(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given])
         if key not in self.programs:
             self.programs[key] = self._program(args)
+            self._tell_of_break(self.programs[key], args)
         program = self.programs[key]
         if program is None:
             return self._run_plain(key, args)
@@ -115,6 +119,15 @@ class Backend:
         except GraphRefused as refusal:
             self._refuse(str(refusal))
             return None
+
+    def _tell_of_break(self, program: Program | None, args: Sequence[Any]) -> None:
+        """Say which line cut this graph from the one before it in the step, if a line did."""
+        joined = current()
+        given = [a for a in args if isinstance(a, torch.Tensor)]
+        handed = [a for a in given if joined is not None and joined.hands_on(a)]
+        part = program is not None and program.ids is None and bool(program.layers)
+        if self.broke is not None and (handed or part):
+            tell_of(self.broke, cut=any(joined is not None and a.shape[-1] == joined.vocabulary for a in handed))
 
     def _refuse(self, reason: str) -> None:
         """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
@@ -201,6 +214,7 @@ def reset() -> None:
     """Drop the state of every session, and code that no graph holds; called by ``torch._dynamo.reset()`` too."""
     enter(None)
     forget()
+    forget_breaks()
     _REFUSED.clear()
     for session in sessions():
         session.drop()

@@ -33,9 +33,9 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
     call = _Call(program, args, session, step)
     if step.repeat and program in session.outputs and program.decision is None:
-        return call.answer(session.outputs[program], set(program.results))
+        return call.answer(session.outputs[program])
     if step.repeat and (kept := call.kept_results()) is not None:
-        return call.answer(kept, set(kept))
+        return call.answer(kept)
     layer, seen = step.layer, set(step.seen)
     if call.recordable(args):
         weights = tuple(arg.data_ptr() for arg in args if type(arg) is torch.nn.Parameter)
@@ -53,7 +53,7 @@ def run(program: Program, args: Sequence[Any], session: Session, step: Step) -> 
     elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
         return torch.fx.map_arg(program.result, lambda n: results[n])
-    return call.answer(results, call.stored)
+    return call.answer(results)
 
 
 def _made(program: Program, session: Session, args: Sequence[Any], step: Step) -> _Call:
