@@ -17,7 +17,7 @@ _TOLD: set[str] = set()
 
 
 def last_break() -> str | None:
-    """Where and why the graph broke of the innermost function that runs now and whose graph broke; ``None`` if none did.
+    """Where and why the graph of a function that runs now broke, of the innermost such; ``None`` if none did.
 
     What lies behind a break, and what is called at it, is compiled when it is reached; the function that was cut, or
     what Dynamo made of the rest of it, is then still running. Dynamo notes the stack of each break, from that function

@@ -19,7 +19,7 @@ METHODS = ("debug", "info", "warning", "warn", "log", "info_once", "warning_once
 
 @contextmanager
 def without_logs() -> Iterator[None]:
-    """Dynamo traces as if no logger were called, and ``warnings.warn`` neither; in this thread, until the block ends."""
+    """Dynamo traces as if nothing called a logger, or ``warnings.warn``; in this thread, until the block ends."""
     settings: Any = torch._dynamo.config
     before = settings.ignore_logging_functions
     settings.ignore_logging_functions = before | _methods(logging.Logger) | {warnings.warn}

@@ -15,6 +15,7 @@ from .core.errors import GraphRefused
 from .core.graph import fix_sizes, outline, output_node, placeholders
 from .core.layout import position, size
 from .core.units import Unit, closure
+from .cost import whole
 from .lower import Compiled
 from .options import Options
 from .passes import cut, normalized
@@ -104,6 +105,13 @@ class Program:
         if self.decision is None or head is None:
             return False
         return all(len(self.axes.layout[node]) == 2 for node in head.outputs[: head.leaving])
+
+    @cached_property
+    def flops(self) -> float:
+        """FLOPs of a call that computes every row, behind the stem and before the decision."""
+        units = [unit for unit in self.units if unit.stream is not None]
+        found = [item for unit in units for item in whole(unit, self.axes).items()]
+        return sum(float(count) * self.shape[0] * self.shape[1] ** len(names) for names, count in found)
 
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""

@@ -18,7 +18,8 @@ _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakr
 def compiled(function: Callable[..., Any], model: Any, options: dict[str, Any]) -> Callable[..., Any]:
     """``function`` compiled by this backend; the same callable for the same model and options.
 
-    Logging in the model's code is left out where Dynamo traces it, as a log call breaks the graph. The function takes the model as an argument, so that nothing kept here holds it.
+    Logging in the model's code is left out where Dynamo traces it, as a log call breaks the graph. The function takes
+    the model as an argument, so that nothing kept here holds it.
 
     Args:
         function: a plain Python function.
