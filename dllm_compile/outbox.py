@@ -3,9 +3,9 @@
 A step returns logits of the size of the whole vocabulary, copied so that the caller may write into them. Fresh memory
 of that size is mapped, faulted in and unmapped at every step, which takes several times as long as the copy. A storage
 is used again when nothing outside holds any part of it, and is then written anew as a whole, so that what a caller
-wrote, by whatever way, is gone. What holds a part counts either as an owner of the storage (tensors, views, arrays of numpy,
-DLPack capsules, what autograd saved) or as a reference to its one Python object (``untyped_storage()``). A bare address
-(``data_ptr()``) is no holder.
+wrote, by whatever way, is gone. What holds a part counts either as an owner of the storage (tensors, views, arrays of
+numpy, DLPack capsules, what autograd saved) or as a reference to its one Python object (``untyped_storage()``). A bare
+address (``data_ptr()``) is no holder.
 """
 
 from __future__ import annotations
