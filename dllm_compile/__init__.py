@@ -5,6 +5,7 @@ from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
 from .options import Options
+from .prepare import prepare
 from .sampler.decode import Generated
 from .sampler.step import denoise_step
 
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "generate",
     "loop",
+    "prepare",
     "reset",
     "stats",
 ]

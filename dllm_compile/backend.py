@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from .batch import Batch, Step
+from .breaks import forget as forget_breaks
+from .breaks import last_break, tell_of
 from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
@@ -114,12 +116,14 @@ class Backend:
         self.plain: Compiled | None = module if options.lowering == "eager" else None
         self.inputs: list[int] = []
         self.weights: list[int] | None = None
+        self.broke = last_break()
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
         key = self._key(args)
         if key not in self.programs:
             self.programs[key] = self._program(args)
+            self._tell_of_break(self.programs[key], args)
         program = self.programs[key]
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
@@ -220,6 +224,18 @@ class Backend:
             return True
         self.ready[self._key([program.axes.fake[node] for node in program.index], shown)] = program
         return False
+
+    def _tell_of_break(self, program: Program | None, args: Sequence[Any]) -> None:
+        """Say which line cut this graph from the one before it in the step, if a line did."""
+        chain = current()
+        given = [a for a in args if isinstance(a, torch.Tensor)]
+        handed = [a for a in given if chain is not None and chain.hands_on(a)]
+        part = program is not None and program.ids is None and bool(program.layers)
+        if self.broke is not None and (handed or part):
+            found = chain.found if chain is not None else None
+            tell_of(
+                self.broke, cut=any(found is not None and a.shape[-1] == found[0].session.vocabulary for a in handed)
+            )
 
     def _refuse(self, refusal: GraphRefused) -> None:
         """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
@@ -361,6 +377,7 @@ def reset() -> None:
     """Drop the state of every session, and code that no graph holds; called by ``torch._dynamo.reset()`` too."""
     enter(None)
     forget()
+    forget_breaks()
     _REFUSED.clear()
     for session in sessions():
         session.drop()

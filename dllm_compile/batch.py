@@ -65,6 +65,7 @@ class Step:
         bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
         layer: how many layers have run in this step.
         seen: the layers that have run.
+        own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
         anew: rows kept are not good for this step: layers that still come compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
     """
@@ -79,6 +80,7 @@ class Step:
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
+    own: bool = False
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
 

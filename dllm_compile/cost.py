@@ -10,6 +10,7 @@ them, ``R`` readable rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from math import prod
 
 import sympy
@@ -18,10 +19,10 @@ import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core.arguments import attention, attention_arguments
-from .core.assignment import KEYS, Assignment
+from .core.assignment import EXACT, KEYS, Assignment
 from .core.axes import Axes, linear, run_node
 from .core.emit import emit
-from .core.rows import RowSet
+from .core.rows import ALL, RowSet
 from .core.state import shape
 from .core.units import Unit
 from .unit_code import CHOICES
@@ -41,25 +42,57 @@ ROWS = {
 }
 
 
+Terms = dict[tuple[str, ...], Fraction]
+"""FLOPs a sequence as a sum: a coefficient times the number of rows of each set that is named."""
+
+
 def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
     """FLOPs of a unit for an assignment, as an expression in the symbols above (a multiply-add counts as 2)."""
     computed = emit(unit, axes, assignment, {"selected": 1}, CHOICES).rows
-    total = sympy.Integer(0)
+    found = terms(unit, axes, assignment, computed).items()
+    products = (sympy.Rational(count) * B * prod(ROWS[name] for name in names) for names, count in found)
+    return sympy.expand(sum(products, sympy.Integer(0)))
+
+
+def terms(unit: Unit, axes: Axes, assignment: Assignment, computed: dict[torch.fx.Node, RowSet]) -> Terms:
+    """What a unit costs.
+
+    Args:
+        unit, axes: a unit and its graph.
+        assignment: for which rows it runs.
+        computed: rows of each node that is computed, as it was written for the assignment.
+    """
+    total: Terms = {}
     for node in unit.nodes:
         if node in computed:
-            total += _node(node, axes, computed[node], assignment)
-    return sympy.expand(total)
+            for names, count in _node(node, axes, computed[node].name, assignment).items():
+                total[names] = total.get(names, Fraction(0)) + count
+    return {names: count for names, count in total.items() if count and "none" not in names}
 
 
-def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, assignment: Assignment) -> sympy.Expr:
-    tokens, batch = _extent(axes, "T"), _extent(axes, "B")
+def whole(unit: Unit, axes: Axes) -> Terms:
+    """What a unit costs for all rows."""
+    return terms(unit, axes, EXACT, dict.fromkeys(unit.nodes, ALL))
+
+
+def _node(node: torch.fx.Node, axes: Axes, rows: str, assignment: Assignment) -> Terms:
     if node.target is attention:
         given = attention_arguments(node.args, node.kwargs)
         query, value = axes.fake[given.query], axes.fake[given.value]
-        heads = query.numel() // (query.shape[-1] * query.shape[-2] * batch)
-        keys = ROWS[assignment.keys.name]
-        mixed = T * (keys + ROWS[rows.name]) if assignment.salient else ROWS[rows.name] * keys
-        return 2 * B * heads * (query.shape[-1] * ROWS[rows.name] * keys + value.shape[-1] * mixed)
+        heads = 2 * query.numel() // (query.shape[-1] * query.shape[-2] * _extent(axes, "B"))
+        keys = assignment.keys.name
+        found: Terms = {(rows, keys): Fraction(heads * query.shape[-1])}
+        mixed: list[tuple[str, ...]] = [("salient", keys), ("salient", rows)] if assignment.salient else [(rows, keys)]
+        for names in mixed:
+            found[names] = found.get(names, Fraction(0)) + heads * value.shape[-1]
+        return found
+    return {(rows,): _by_row(node, axes)}
+
+
+def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
+    """FLOPs for one row of a call that is token-wise; counted once."""
+    if "flops" in node.meta:
+        return node.meta["flops"]  # type: ignore[no-any-return]
     if node.target is linear:
         x, weight = axes.fake[node.args[0]], axes.fake[node.args[1]]  # type: ignore[index]
         count = 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
@@ -69,7 +102,8 @@ def _node(node: torch.fx.Node, axes: Axes, rows: RowSet, assignment: Assignment)
         with axes.mode, counter, torch.no_grad():
             run_node(node, args, kwargs)
         count = counter.get_total_flops()
-    return sympy.Rational(count, tokens * batch) * B * ROWS[rows.name]
+    node.meta["flops"] = found = Fraction(count, _extent(axes, "T") * _extent(axes, "B"))
+    return found
 
 
 def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy.Expr:

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from .batch import Batch, Step
-from .core.layout import Layout, position
+from .core.layout import position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from .core.state import allocate
 from .core.units import weights_key
@@ -40,21 +40,10 @@ class Held:
         else:
             self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
 
-    def answer(self, results: dict[torch.fx.Node, Any], kept: set[torch.fx.Node]) -> Any:
-        """The graph's outputs, which a caller may write into without spoiling what is kept.
-
-        Args:
-            results: value of each output.
-            kept: those whose changes have been noted; any row of the others may differ from the one returned last.
-        """
-        copies = {}
-        for node, value in results.items():
-            if node in self.program.axes.layout:
-                box = self._outbox(node)
-                if node not in kept:
-                    box.changed(None)
-                value = box.copy(value)
-            copies[node] = value
+    def answer(self, results: dict[torch.fx.Node, Any]) -> Any:
+        """The graph's outputs, from the value of each, which a caller may write into without spoiling what is kept."""
+        live = self.program.axes.layout
+        copies = {node: self._outbox(node).copy(value) if node in live else value for node, value in results.items()}
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 
     def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
@@ -90,15 +79,7 @@ class Held:
             self.batch.kept[self._slot_key(node)] = kept
         if node not in self.stored and rows == ALL:
             store_rows(kept, value, layout)
-            self._outbox(node).changed(None)
         elif node not in self.stored and rows != NONE:
-            index = self.step.indices[rows.name]
-            merge_rows(kept, index, value, layout)
-            self._outbox(node).changed(index if _rows_lead(layout) else None)
+            merge_rows(kept, self.step.indices[rows.name], value, layout)
         self.stored.add(node)
         return read_all(kept, layout)
-
-
-def _rows_lead(layout: Layout) -> bool:
-    """Whether the batch and the tokens are the first two dimensions."""
-    return [tuple(factor.kind for factor in dim) for dim in layout[:2]] == [("B",), ("T",)]

@@ -35,18 +35,6 @@ def infer_mask_id(ids: torch.Tensor) -> int | None:
     return int(last[0]) if alike else None
 
 
-def infer_mask_from_changes(before: torch.Tensor, now: torch.Tensor) -> int | None:
-    """The id that all tokens which changed from one call to the next had before, if it stood there more than once.
-
-    Args:
-        before, now: ``[B, S]`` ids of the two calls.
-    """
-    changed = before[before != now]
-    if not len(changed) or bool((changed != changed[0]).any()) or int((before == changed[0]).sum()) < 2:
-        return None
-    return int(changed[0])
-
-
 def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
     """Rows a sampler can read, ``[B, S]`` bool: masked ones and, unless ``shift`` is False, the row before each."""
     return masked if shift is False else with_row_before(masked)
@@ -80,3 +68,23 @@ def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     if bool(mirrors.all()) and bool((uncond | ~masked[:half]).all()) and not torch.equal(uncond, masked[:half]):
         return torch.cat([masked[:half], masked[:half]])
     return masked
+
+
+def mask_of_changes(before: torch.Tensor, now: torch.Tensor) -> int | None:
+    """The label that all changed rows had, if several rows had it: what a sampler fills in was the mask.
+
+    Where ids never reach the backend, this tells the mask of a batch that is padded on the right, or masked in its
+    middle, at its second call. One row that changes could be an edit, so its label must occur twice.
+
+    Args:
+        before, now: ``[B, S]`` labels, or ids, of two consecutive calls of a sequence.
+
+    Returns:
+        The label; ``None`` where nothing changed, where changed rows had several labels, or one that occurred once.
+    """
+    if before.shape != now.shape:
+        return None
+    filled = before[before != now].unique()
+    if len(filled) != 1 or int((before == filled).sum()) < 2:
+        return None
+    return int(filled)

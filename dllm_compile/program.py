@@ -16,6 +16,7 @@ from .core.errors import GraphRefused
 from .core.graph import fingerprint, fix_sizes, outline, output_node, placeholders, target_name
 from .core.layout import position, size
 from .core.units import Unit, closure
+from .cost import whole
 from .lower import Compiled
 from .options import Options
 from .passes import cut, normalized
@@ -166,6 +167,13 @@ class Program:
 
     def _has_rows(self, node: torch.fx.Node) -> bool:
         return position(self.axes.layout.get(node, ()), "T") is not None
+
+    @cached_property
+    def flops(self) -> float:
+        """FLOPs of a call that computes every row, behind the stem and before the decision."""
+        units = [unit for unit in self.units if unit.stream is not None]
+        found = [item for unit in units for item in whole(unit, self.axes).items()]
+        return sum(float(count) * self.shape[0] * self.shape[1] ** len(names) for names, count in found)
 
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""

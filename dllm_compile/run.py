@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ import torch.fx
 
 from . import tapes
 from .batch import Batch, Step
-from .core.assignment import ACTIVE, EXACT, FEATURES, KEYS, NOTHING, READABLE, Assignment
+from .core.assignment import ACTIVE, EXACT, FEATURES, KEYED, KEYS, NOTHING, PROMPT_SELECTED, READABLE, Assignment
 from .core.errors import refusing
 from .core.rows import ALL, NONE, RowSet, read_all
 from .core.state import allocate
 from .core.units import Unit
+from .cost import terms
 from .held import Held
 from .lower import lower
 from .passes.feature_cache import KEEP
 from .passes.saliency import thorough
 from .program import Program
-from .unit_code import UnitCode, Values
+from .stats import Tally
+from .unit_code import UnitCode, Values, Variant
 
 HEAD = Assignment("head", leave=READABLE, keep=NOTHING)
 STEM = Assignment("stem", leave=ACTIVE, keep=NOTHING)
@@ -32,11 +35,13 @@ MOST = 0.9  # with more of the rows readable than this, the head computes all: n
 
 def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
-    call = _Call(program, args, batch, step)
+    call, stats = _Call(program, args, batch, step), batch.session.stats
     if step.repeat and program in batch.outputs and program.decision is None:
-        return call.answer(batch.outputs[program], set(program.results))
+        stats.ran(step, call.tally, program.flops)
+        return call.answer(batch.outputs[program])
     if step.repeat and (kept := call.kept_results()) is not None:
-        return call.answer(kept, set(kept))
+        stats.ran(step, call.tally, program.flops)
+        return call.answer(kept)
     layer, seen = step.layer, set(step.seen)
     if call.recordable(args):
         weights = tuple(arg.data_ptr() for arg in args if type(arg) is torch.nn.Parameter)
@@ -47,14 +52,16 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         call.compute()
     if call.spilled():  # what it wrote is among the active rows, which now are all written anew
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
-        call = _made(program, batch, args, step)
+        first, call = call, _made(program, batch, args, step)
+        call.tally.flops += first.tally.flops
+    stats.ran(step, call.tally, program.flops)
     results = call.results
     if call.head is not None or program.ids is not None:
         batch.outputs[program] = results
     elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
         return torch.fx.map_arg(program.result, lambda n: results[n])
-    return call.answer(results, call.stored)
+    return call.answer(results)
 
 
 def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> _Call:
@@ -75,6 +82,7 @@ class _Call(Held):
     def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
         super().__init__(program, args, batch, step)
         self.results: dict[torch.fx.Node, Any] = {}
+        self.tally = Tally()
         self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
         self.full = step.past.schedule.variants[0]
         self.rest = step.assignment
@@ -175,6 +183,9 @@ class _Call(Held):
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
         values = self._values(unit, self._state(unit, assignment))
         variant = code.variant(assignment, step, values)
+        if unit.attentions:
+            self.tally.layer(assignment, step.assignment)
+        self._count(code, variant, assignment)
         outs = variant(values)
         if assignment.pick:
             batch.selected[number] = outs[-1]
@@ -245,6 +256,7 @@ class _Call(Held):
         if not readable.shape[1]:
             return [None] * unit.leaving, [NONE] * unit.leaving
         variant = code.variant(wanted, self.step, values)
+        self._count(code, variant, wanted)
         return variant(values), variant.rows
 
     def _other(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
@@ -258,4 +270,25 @@ class _Call(Held):
             self.env[unit.stream] = self.whole(unit.stream)
         values = self._values(unit)
         variant = code.variant(assignment, self.step, values)
+        if unit.stream is not None:
+            self._count(code, variant, assignment)
         return variant(values), variant.rows
+
+    def _count(self, code: UnitCode, variant: Variant, assignment: Assignment) -> None:
+        """Note what a unit costs for the rows it is called for now."""
+        if variant.work is None:
+            found = terms(code.unit, code.axes, assignment, variant.computed)
+            variant.work = [(names, float(count)) for names, count in found.items()]
+        rows = sum(count * prod(map(self._number, names)) for names, count in variant.work)
+        self.tally.flops += rows * self.step.shape[0]
+
+    def _number(self, name: str) -> int:
+        """Rows a sequence in a set, with those that pad its index; all where nobody says."""
+        sizes = self.step.sizes
+        if name in self.step.indices:
+            return self.step.indices[name].shape[1]
+        if name == KEYED.name:
+            return sizes["kept"] + sizes.get("fresh", 0)
+        if name == PROMPT_SELECTED.name:
+            return sizes["prompt"] + sizes["selected"]
+        return sizes.get(name, self.step.shape[1])

@@ -22,7 +22,7 @@ from .core.assignment import EXACT
 from .core.plan import Call, Exact, Plan, with_tensors
 from .declared import Declared, ExactCalls, Loop, declared, to_be_filled
 from .evidence import SHORT, Evidence, begins_masked
-from .ids import infer_mask_from_changes, infer_mask_id, labels
+from .ids import infer_mask_id, labels, mask_of_changes
 from .options import Options
 from .positions import positions_of_call
 from .program import Program
@@ -246,7 +246,7 @@ class Session:
             mask_id = self.mask_id = infer_mask_id(ids)
             before, self.unknown = self.unknown, ids if mask_id is None else None
             if mask_id is None and before is not None and before.shape == ids.shape:
-                mask_id, fills, begins_with = infer_mask_from_changes(before, ids), 1, before
+                mask_id, fills, begins_with = mask_of_changes(before, ids), 1, before
         if mask_id is None or not bool((ids == mask_id).any()):
             return None
         for each in self.batches:  # of the same prompt, and given up: whoever does that may be scoring texts

@@ -3,8 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .core.assignment import Assignment
+from .core.rows import ALL
+
+
+@dataclass
+class Tally:
+    """What one call of a graph ran.
+
+    Attributes:
+        layers: ``"seen"``, those that ran, and ``"cached"``, those of them that read rows kept of an earlier step.
+        own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
+        flops: of matrix products, convolutions and attention, rows that pad an index included.
+    """
+
+    layers: Counter[str] = field(default_factory=Counter)
+    own: bool = False
+    flops: float = 0.0
+
+    def layer(self, assignment: Assignment, wanted: Assignment) -> None:
+        """Note that a layer, or the first half of one that is cut behind its attention, ran."""
+        self.layers["seen"] += 1
+        self.layers["cached"] += reads_kept(assignment)
+        self.own |= reads_kept(assignment) or assignment.name == wanted.name
+
+
+def reads_kept(assignment: Assignment) -> bool:
+    """Whether a layer that runs this reads rows kept of an earlier step."""
+    sets = {assignment.query, assignment.key, assignment.value, assignment.keys}
+    return bool(assignment.keep) and sets != {ALL}
 
 
 @dataclass
@@ -13,8 +43,13 @@ class Stats:
 
     Attributes:
         sequences: generations seen.
-        steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits.
+        steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits. A step in
+            which no layer had rows kept ran every row, and is called ``"full"``.
         rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
+        layers: ``"seen"``, layers that ran in all of them, and ``"cached"``, those that read rows kept of other steps.
+        graphs: calls of graphs that those steps were made of.
+        flops_whole, flops: of those calls, had they computed every row, and as they ran; see :class:`Tally`. Graphs
+            that run on plain Inductor, what precedes the first layer and what a sampler computes are in neither.
         salient: rows that layers of saliency steps found salient, the most of a batch, all told; only on a CPU.
         salient_layers: how many layers that were.
         spills: saliency steps that ran again with every row, as a layer had more salient ones than there was room for.
@@ -28,6 +63,10 @@ class Stats:
     steps: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     logits: Counter[str] = field(default_factory=Counter)
+    layers: Counter[str] = field(default_factory=Counter)
+    graphs: int = 0
+    flops_whole: float = 0.0
+    flops: float = 0.0
     salient: int = 0
     salient_layers: int = 0
     spills: int = 0
@@ -36,28 +75,61 @@ class Stats:
     token_flips: int = 0
     first_divergence: dict[int, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.pending: tuple[Any, str] | None = None
+
     def count(self, step: Any) -> None:
-        """Note a step."""
-        name = "repeat" if step.repeat else step.assignment.name
-        self.steps[name] += 1
-        self.rows[name] += step.sizes.get("active", step.shape[1])
-        self.logits[name] += step.sizes["readable"]
+        """Note a step whose first graph has run: as a full one, until a layer runs the variant that was planned."""
+        planned = "repeat" if step.repeat else step.assignment.name
+        reads = reads_kept(step.assignment) or step.assignment.evict is not None
+        full = planned != "repeat" and reads and not step.own
+        self.pending = (step, planned) if full else None
+        self._add("full" if full else planned, step, 1)
+
+    def ran(self, step: Any, tally: Tally, whole: float) -> None:
+        """Note a call of a graph that was a part of a step.
+
+        Args:
+            step: that it was a part of.
+            tally: what it ran.
+            whole: FLOPs of a call of every row.
+        """
+        step.own |= tally.own
+        if tally.own and self.pending is not None and self.pending[0] is step:
+            self._add("full", step, -1)
+            self._add(self.pending[1], step, 1)
+            self.pending = None
+        self.layers.update(tally.layers)
+        self.graphs += 1
+        self.flops_whole += whole
+        self.flops += tally.flops
+
+    def _add(self, name: str, step: Any, times: int) -> None:
+        tokens = step.shape[1]
+        added = {"steps": 1, "rows": tokens if name == "full" else step.sizes.get("active", tokens)}
+        for counter, number in {**added, "logits": step.sizes["readable"]}.items():
+            counts: Counter[str] = getattr(self, counter)
+            counts[name] += times * number
+            if times < 0 and not counts[name]:
+                del counts[name]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for printing and JSON."""
-        return {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
+        """Plain data, for printing and JSON; with ``graphs_per_step`` and ``flops_skipped``, a share."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in plain.items()}
+        plain["layers"] = {name: self.layers[name] for name in ("cached", "seen")}
+        plain["graphs_per_step"] = self.graphs / max(sum(self.steps.values()), 1)
+        plain["flops_skipped"] = 1 - self.flops / self.flops_whole if self.flops_whole else 0.0
+        return plain
 
     def add(self, other: Stats) -> None:
         """Fold another session's counters in."""
-        self.sequences += other.sequences
-        self.steps.update(other.steps)
-        self.rows.update(other.rows)
-        self.logits.update(other.logits)
-        self.salient += other.salient
-        self.salient_layers += other.salient_layers
-        self.spills += other.spills
-        self.checked += other.checked
+        for name in ("steps", "rows", "logits", "layers"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("sequences", "graphs", "flops_whole", "flops", "salient", "salient_layers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("spills", "checked", "token_flips"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.max_logit_error = max(self.max_logit_error, other.max_logit_error)
-        self.token_flips += other.token_flips
         for row, step in other.first_divergence.items():
             self.first_divergence[row] = min(step, self.first_divergence.get(row, step))

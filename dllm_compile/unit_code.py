@@ -30,6 +30,8 @@ class Variant:
     def __init__(self, run: Compiled, emitted: Emitted, values: Values) -> None:
         self.run = run
         self.rows = emitted.leaves
+        self.computed = emitted.rows
+        self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
         self.turns = emitted.turns
         pick = itemgetter(*[values.slot(name) for name in emitted.takes])
         self.pick = pick if len(emitted.takes) > 1 else lambda flat: (pick(flat),)

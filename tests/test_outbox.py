@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
 import torch
 
 from dllm_compile.outbox import Outbox
+
+from . import models
 
 
 def test_memory_is_used_again_once_it_is_free() -> None:
@@ -51,27 +59,93 @@ def test_shapes_and_strides_may_change() -> None:
     assert got.is_contiguous()
 
 
-def test_only_changed_rows_are_copied_into_memory_nobody_wrote_to() -> None:
-    box, value = Outbox(), torch.randn(2, 6, 3)
-    held = box.copy(value)
-    for step in range(5):
-        rows = torch.tensor([[step, 6], [5, 0]])  # 6 is past the last row
-        value[:, step] += 1
-        value[:, 0] += 1
-        value[:, 5] += 1
-        rows = torch.cat([rows, torch.tensor([[0], [step]])], 1)
-        box.changed(rows)
-        held = box.copy(value)
-        assert torch.equal(held, value)
-    assert len(box.buffers) == 2
-    value[:, 2] = 7  # nobody was told
-    box.changed(torch.tensor([[0], [1]]))
-    assert not box.copy(value)[:, 2].eq(7).any()
+def numbers(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0).set_(storage)
 
 
-def test_memory_the_caller_wrote_into_is_copied_whole() -> None:
-    box, value = Outbox(), torch.randn(1, 4, 3)
-    box.copy(value)[:, 2] = -torch.inf
-    assert torch.equal(box.copy(value), value)
-    box.copy(value).add_(1)
-    assert torch.equal(box.copy(value), value)
+def old_storage(copy: torch.Tensor) -> torch.TypedStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch advises against it
+        return copy.storage()
+
+
+def saved(copy: torch.Tensor) -> Callable[[], torch.Tensor]:
+    weight = torch.ones(4, 3, requires_grad=True)
+    product = weight * copy
+    return lambda: torch.autograd.grad(product.sum(), weight)[0]
+
+
+def shared(copy: torch.Tensor) -> Callable[[], torch.Tensor]:
+    file = copy.untyped_storage()._share_filename_cpu_()  # what a queue of torch.multiprocessing sends
+    other = torch.UntypedStorage._new_shared_filename_cpu(*file)
+    return partial(numbers, other)
+
+
+HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
+    "storage": lambda copy: partial(numbers, copy.untyped_storage()),
+    "old storage": lambda copy: partial(list, old_storage(copy)),
+    "view": lambda copy: partial(torch.Tensor.view, copy[1:], -1),
+    "data": lambda copy: partial(torch.Tensor.view, copy.data, -1),
+    "numpy": lambda copy: partial(list, copy.numpy().reshape(-1)),
+    "memoryview": lambda copy: memoryview(copy.numpy()).cast("B").cast("f").tolist,
+    "dlpack": lambda copy: partial(torch.utils.dlpack.from_dlpack, torch.utils.dlpack.to_dlpack(copy)),
+    "backward": saved,
+    "another process": shared,
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_whatever_holds_a_part_keeps_it(hold: Callable[[torch.Tensor], Callable[[], Any]]) -> None:
+    box = Outbox()
+    box.copy(torch.zeros(4, 3))
+    held = hold(box.copy(torch.ones(4, 3)))
+    for i in range(2, 6):
+        box.copy(torch.full((4, 3), float(i)))
+    assert set(torch.as_tensor(held()).reshape(-1).tolist()) == {1.0}
+
+
+WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "in place": lambda copy: copy.fill_(7),
+    "data": lambda copy: copy.data.fill_(7),
+    "numpy": lambda copy: copy.numpy().fill(7),
+    "dlpack": lambda copy: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(copy)).fill_(7),
+    "storage": lambda copy: torch.empty(0).set_(copy.untyped_storage()).fill_(7),
+    "resized": lambda copy: copy.resize_(9, 9).fill_(7),
+    "resized storage": lambda copy: copy.untyped_storage().resize_(4),
+    "shared": lambda copy: copy.share_memory_().fill_(7),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_nothing_the_caller_wrote_comes_back(write: Callable[[torch.Tensor], Any]) -> None:
+    box, value = Outbox(), torch.randn(4, 3)
+    for _ in range(4):
+        copy = box.copy(value)
+        assert torch.equal(copy, value)
+        write(copy)
+        del copy
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "exact": {"method": "exact"},
+    "dual": {"method": "fast-dllm", "cache": "dual", "block_length": 4},
+    "repeat": {"method": "exact"},
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_logits_of_rows_that_are_not_computed_anew(kind: str) -> None:
+    """By a model: a held storage keeps them, and what is written into them by numpy or ``data`` does not come back."""
+    model, ids = models.build("llama"), models.start(9, 8)
+    call = models.compiled(model, **STEPS[kind])
+    with torch.no_grad():
+        want = call(ids).logits.clone()
+        held = call(ids).logits.untyped_storage()
+        for step in range(6):
+            if kind != "repeat":
+                ids[:, 9 + step] = 5
+            logits = call(ids).logits
+            assert torch.equal(logits[:, :8], want[:, :8])  # nobody reads the prompt, so it stays as it was
+            logits.data.fill_(-torch.inf) if step % 2 else logits.numpy().fill(torch.nan)
+            del logits
+    assert torch.equal(torch.empty(0, dtype=want.dtype).set_(held, 0, want.shape), want)

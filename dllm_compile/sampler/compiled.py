@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dllm_compile.backend import dllm
+from dllm_compile.prepare import without_logs
 
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
@@ -17,7 +18,8 @@ _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakr
 def compiled(function: Callable[..., Any], model: Any, options: dict[str, Any]) -> Callable[..., Any]:
     """``function`` compiled by this backend; the same callable for the same model and options.
 
-    The function takes the model as an argument, so that nothing kept here holds it.
+    Logging in the model's code is left out where Dynamo traces it, as a log call breaks the graph. The function takes
+    the model as an argument, so that nothing kept here holds it.
 
     Args:
         function: a plain Python function.
@@ -27,8 +29,16 @@ def compiled(function: Callable[..., Any], model: Any, options: dict[str, Any]) 
     mine = _COMPILED.setdefault(model, {})
     key = (function, tuple(sorted(options.items())))
     if key not in mine:
-        mine[key] = torch.compile(_copy(function), backend=dllm, options=options)
+        mine[key] = _without_logs(torch.compile(_copy(function), backend=dllm, options=options))
     return mine[key]
+
+
+def _without_logs(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with without_logs():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
