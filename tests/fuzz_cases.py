@@ -52,7 +52,7 @@ LOSSY: tuple[dict[str, Any], ...] = (
 
 FEATURES = (
     "again", "remask", "edit", "score", "teacher", "cond", "weights", "functional", "grad", "dropout", "swap", "keep",
-    "threads", "two", "words", "masks", "odd", "prompt",
+    "threads", "two", "words", "masks", "odd", "prompt", "guide",
 )  # fmt: skip
 """What a case may do beside the plain loop."""
 
@@ -75,7 +75,7 @@ def draw(seed: int, index: int, inductor: bool, without: tuple[str, ...] = ()) -
     case: Case = {
         "seed": f"{seed}/{index}",
         "kind": "lossy" if lossy else "neutral",
-        "model": fuzz_models.draw(rng),
+        "model": fuzz_models.draw(rng, without),
         "dtype": "float64" if lossy else rng.choice(("float64",) * 8 + ("float32", "bfloat16")),
         "lowering": "inductor" if inductor else "eager",
         "dynamic": rng.choice((None, None, False, True)),
@@ -91,7 +91,8 @@ def draw(seed: int, index: int, inductor: bool, without: tuple[str, ...] = ()) -
     sizes = _sizes(rng, inductor)
     if lossy and rng.random() < 0.6:
         case["kind"] = "streams"
-        case["ops"] = _streams(rng, sizes, picked, 60 if inductor else 14)
+        case["options"].pop("max_state_bytes", None)  # where one stream's rows are dropped, it begins anew
+        case["ops"] = _streams(rng, sizes, picked, bool(case["model"].get("cond")), 60 if inductor else 14)
     else:
         calls = rng.randrange(120, 260) if inductor else rng.randrange(12, 50)
         case["ops"] = _Writer(rng, sizes, picked, inductor, lossy, case["model"]).write(calls)
@@ -122,7 +123,7 @@ def _sizes(rng: random.Random, inductor: bool) -> list[tuple[int, int, int]]:
         return rng.choice((1, 1, 2, 3, 4)), rng.randrange(1, 9), rng.choice((1, 2, 3, 4, 6, 8, 8, 12, 12))
 
     if not inductor:
-        return [one() for _ in range(rng.choice((1, 2, 3)))]
+        return [one() for _ in range(rng.choice((1, 1, 2, 3)))]
     batch = rng.choice((1, 1, 2, 3))
     prompt, response = rng.randrange(3, 9), rng.choice((6, 8, 12))
     return [(batch, prompt, response)] if rng.random() < 0.6 else [(batch, prompt, response), (batch, prompt + 2, 8)]
@@ -132,12 +133,16 @@ def _start(rng: random.Random, slot: int, size: tuple[int, int, int], kind: str,
     return ["start", slot, rng.randrange(1000), *size, padding, kind]
 
 
-def _streams(rng: random.Random, sizes: list[tuple[int, int, int]], picked: set[str], calls: int) -> list[Op]:
+def _streams(
+    rng: random.Random, sizes: list[tuple[int, int, int]], picked: set[str], cond: bool, calls: int
+) -> list[Op]:
     """Two loops through one compiled model, interleaved or each in a thread of its own."""
     size, word = rng.choice(sizes), ""
     first = _start(rng, 0, size, "plain", "none")
     second = [first[0], 1, *first[2:]]
-    if rng.random() < 0.35:
+    if cond and rng.random() < 0.5:
+        word = ""  # the same prompt, and each slot's own conditioning
+    elif rng.random() < 0.35:
         word = "loop"  # the same prompt twice
     else:
         second[2] = first[2] + 1
@@ -188,7 +193,7 @@ class _Writer:
             slots = (0, 1) if "two" in self.picked else (0,)
             threaded = "threads" in self.picked and self.rng.random() < 0.3
             part = [self._generation(slot) for slot in ((0, 1) if threaded else slots)]
-            made += sum(op[0] in ("call", "score") for each in part for op in each)
+            made += sum(op[0] in ("call", "score", "beside") for each in part for op in each)
             if threaded:
                 ops.append(["threads", *([op for op in each if op[0] not in GLOBAL] for each in part)])
             else:
@@ -246,6 +251,8 @@ class _Writer:
             ops.append(["edit", slot, seed, 1, "response"])
         if "prompt" in happens:
             ops.append(["edit", slot, seed, 1, "prompt"])
+        if "guide" in happens:
+            ops.append(["beside", slot, rng.choice(("blank", "null"))])
         if "cond" in happens and self.model.get("cond"):
             ops += [["cond", slot, seed, rng.choice(("new", "inplace"))], self._call(slot)]
         if "masks" in happens and rng.random() < 0.3:

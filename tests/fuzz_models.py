@@ -39,14 +39,15 @@ NAMES = ("llama", "qwen2", "qwen3", "modernbert", "esm", "esm-learned", "roberta
 LONGEST = 40
 
 
-def draw(rng: random.Random) -> dict[str, Any]:
-    """A random model: what :func:`build` takes."""
+def draw(rng: random.Random, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A random model: what :func:`build` takes. Switches and values named in ``without`` are left alone."""
     if rng.random() < 0.3:
         return {"name": rng.choice(NAMES), "seed": rng.randrange(100), "layers": rng.choice((1, 2))}
     chosen: dict[str, Any] = {"name": "plain", "seed": rng.randrange(100)}
     for switch, values in PLAIN.items():
         moved = rng.random() < RARE.get(switch, 0.4)
-        chosen[switch] = rng.choice(values[1:]) if moved else values[0]
+        value = rng.choice(values[1:]) if moved else values[0]
+        chosen[switch] = values[0] if switch in without or value in without else value
     return chosen
 
 
@@ -115,7 +116,9 @@ class Layer(nn.Module):
             self.k, self.v = (nn.Linear(width, inner, bias=how["bias"]) for _ in range(2))
         self.o = nn.Linear(width, width, bias=how["bias"])
         experts = how["experts"]
-        self.mlp = Experts(width, experts, how["gated"], how["bias"]) if experts else Mlp(width, how["gated"], how["bias"])
+        self.mlp = (
+            Experts(width, experts, how["gated"], how["bias"]) if experts else Mlp(width, how["gated"], how["bias"])
+        )
         self.cond = nn.Linear(width, width, bias=False) if how["cond"] in ("vector", "scale") else None
         self.time = nn.Parameter(torch.zeros(1, width)) if how["cond"] == "scalar" else None
         self.split, self.size = [width, inner, inner], size

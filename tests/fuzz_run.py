@@ -208,12 +208,24 @@ class Run:
             if hidden is not None:
                 rows = rows & hidden.bool()  # nobody reads padding
             if rows.any():
-                worst = (a.double() - b.double())[rows].abs().nan_to_num(torch.inf).max().item()
-                if worst > TOLERANCE[self.dtype] * max(1.0, b.double().abs().max().item()):
+                a, b = a.double(), b.double()
+                worst = (a - b)[rows & ~b.isnan().any(-1)].abs().nan_to_num(torch.inf)
+                if worst.numel() and worst.max() > TOLERANCE[self.dtype] * max(1.0, b.nan_to_num().abs().max().item()):
                     which = "unmasked ids" if idle else "readable rows" if number == 0 else "second output"
-                    raise Wrong(f"wrong {which}", f"by {worst:.3g}")
+                    raise Wrong(f"wrong {which}", f"by {worst.max():.3g}")
             if (a == WRITTEN).any():
                 raise Wrong("what a caller wrote came back")
+
+    def _beside(self, slot: Slot, which: str) -> None:
+        """The other call of guidance: the same ids without the prompt, or with no conditioning."""
+        other = Slot(slot.ids.clone(), slot.prompt, slot.response)
+        other.mask, other.cond = slot.mask, slot.cond
+        if which == "blank":
+            other.ids[:, : slot.prompt] = MASK
+        elif slot.cond is not None:
+            other.cond = torch.zeros_like(slot.cond)
+        other.fresh = False
+        self._call(other)
 
     def _holding(self, slot: Slot, hold: str, logits: torch.Tensor) -> None:
         """Write into returned logits, or hold a part of their memory; what was held before is as it was."""
@@ -266,10 +278,7 @@ class Run:
         if self.plain and how:
             width = self.case["model"].get("heads", 2) * self.case["model"].get("head_dim", 4)
             shape = (batch, width) if how != "scalar" else ()
-            slot.cond = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) * 2
-            if how == "scalar":
-                for layer in self.model.layers:
-                    layer.time.data.fill_(0.7)
+            slot.cond = torch.randn(shape, generator=draws(seed + 7 * number), dtype=torch.float64).to(self.dtype) * 2
         self.slots[number] = slot
 
     def _fill(self, slot: Slot, seed: int, count: int, source: str, block: int = 0) -> None:
