@@ -26,7 +26,12 @@ from .fuzz_shrink import shrink
 SHARE = 0.35
 """Of the calls through Inductor that the search keeps to, so that no less than 30 % are in the end."""
 
-KNOWN = (*FEATURES, *PLAIN, *(value for values in PLAIN.values() for value in values if isinstance(value, str)))
+KNOWN = (
+    *FEATURES,
+    "dynamic",
+    *PLAIN,
+    *(value for values in PLAIN.values() for value in values if isinstance(value, str)),
+)
 
 
 @dataclass

@@ -82,6 +82,8 @@ def draw(seed: int, index: int, inductor: bool, without: tuple[str, ...] = ()) -
         "inference": rng.random() < 0.15,
         "options": _options(rng, lossy),
     }
+    if case["dynamic"] and "dynamic" in without:
+        case["dynamic"] = None
     if inductor:
         case["model"]["layers"] = min(case["model"]["layers"], 2)
     picked = {name for name in FEATURES if rng.random() < 0.28}

@@ -21,7 +21,8 @@ from .models import MASK, VOCABULARY
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Of the largest logit: a row of another step, or of other weights, differs by about half of it."""
-WRITTEN = 12345.0
+WRITTEN = 12288.0
+"""Written into returned logits; a number of every dtype."""
 PATIENCE = 120.0
 KNOWN = inspect.signature(dllm_compile.Options).parameters
 
@@ -204,6 +205,8 @@ class Run:
         for number, (a, b) in enumerate(zip(got, want, strict=True)):
             if (a.shape, a.dtype) != (b.shape, b.dtype):
                 raise Wrong("shape or dtype", f"{tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")
+            if (a == WRITTEN).any():
+                raise Wrong("what a caller wrote came back")
             rows = readable if number == 0 else torch.ones_like(masked)
             if hidden is not None:
                 rows = rows & hidden.bool()  # nobody reads padding
@@ -213,8 +216,6 @@ class Run:
                 if worst.numel() and worst.max() > TOLERANCE[self.dtype] * max(1.0, b.nan_to_num().abs().max().item()):
                     which = "unmasked ids" if idle else "readable rows" if number == 0 else "second output"
                     raise Wrong(f"wrong {which}", f"by {worst.max():.3g}")
-            if (a == WRITTEN).any():
-                raise Wrong("what a caller wrote came back")
 
     def _beside(self, slot: Slot, which: str) -> None:
         """The other call of guidance: the same ids without the prompt, or with no conditioning."""

@@ -57,6 +57,7 @@ class _Shrinker:
                 self.with_(**{name: value})
         if any(op[0] == "threads" for op in self.case["ops"]):
             self.with_(ops=flat(self.case["ops"]))
+        self._jump()
         before = None
         while before != self.case and time.monotonic() < self.end:
             before = copy.deepcopy(self.case)
@@ -64,6 +65,13 @@ class _Shrinker:
             self._simplify_options()
             self._simplify_model()
             self._simplify_operations()
+
+    def _jump(self) -> None:
+        """The simplest model and options at once, where they will do: what is left runs faster."""
+        self.with_(model={"name": "plain"})
+        if self.case.get("kind") == "neutral":
+            mask = {name: value for name, value in self.case["options"].items() if name == "mask_id"}
+            self.with_(options={"method": "exact", **mask})
 
     def _drop_operations(self) -> None:
         """Halves first, then smaller parts, then single ones; inside of threads too."""
@@ -105,9 +113,6 @@ class _Shrinker:
                     break
 
     def _simplify_model(self) -> None:
-        model = self.case["model"]
-        if model.get("name", "plain") != "plain":
-            self.with_(model={"name": "plain"})
         for switch in [name for name in self.case["model"] if name != "name"]:
             left = {name: value for name, value in self.case["model"].items() if name != switch}
             if switch == "seed" or left.get("name") == "plain" or switch not in fuzz_models.PLAIN:
