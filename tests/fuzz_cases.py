@@ -53,6 +53,7 @@ LOSSY: tuple[dict[str, Any], ...] = (
 FEATURES = (
     "again", "remask", "edit", "score", "teacher", "cond", "weights", "functional", "grad", "dropout", "swap", "keep",
     "threads", "two", "words", "masks", "odd", "prompt", "guide",
+    "unsaid", "interrupt",
 )  # fmt: skip
 """What a case may do beside the plain loop."""
 
@@ -237,7 +238,11 @@ class _Writer:
         return ops
 
     def _sample(self, slot: int) -> list[Op]:
-        word = "exact" if self.lossy or ("words" in self.picked and self.rng.random() < 0.5) else ""
+        word = (
+            "exact"
+            if (self.lossy and "unsaid" not in self.picked) or ("words" in self.picked and self.rng.random() < 0.5)
+            else ""
+        )
         kind = "teacher" if "teacher" in self.picked and self.rng.random() < 0.2 else "masked"
         return [["score", slot, self.rng.randrange(10_000), kind, word]]
 
@@ -263,6 +268,8 @@ class _Writer:
             ops += [["weights", rng.choice(WEIGHTS), seed], self._call(slot)]
         if "swap" in happens:
             ops.append(["swap", slot, seed])
+        if "interrupt" in happens and not self.lossy:
+            ops += [self._call(slot), ["interrupt", slot, rng.randrange(1, 150)]]
         rare = 0.15 if self.inductor else 0.5
         for name in ("functional", "grad", "dropout"):
             if name in happens and rng.random() < rare:
@@ -270,5 +277,5 @@ class _Writer:
         return ops
 
 
-GLOBAL = ("weights", "functional", "grad", "dropout")
+GLOBAL = ("weights", "functional", "grad", "dropout", "interrupt")
 """Operations that no other thread may meet."""

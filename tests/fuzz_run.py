@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 import time
 import warnings
@@ -110,7 +111,6 @@ class Run:
         self.options["lowering"] = case.get("lowering", "eager")
         self.call = self._compiled(self.model)
         self.functional: Any = None
-        self.other: list[dict[str, torch.Tensor]] = []
         self.lossy = case.get("kind", "neutral") != "neutral"
         self.slots: dict[int, Slot] = {}
 
@@ -247,7 +247,7 @@ class Run:
         elif hold == "storage" and logits.is_contiguous() and not logits.storage_offset():
             slot.held.append((hold, logits.untyped_storage(), logits.clone()))
         elif hold == "view":
-            slot.held.append((hold, logits[:, -1:].detach(), logits[:, -1:].clone()))
+            slot.held.append((hold, logits[..., ::2].detach(), logits[..., ::2].clone()))
         slot.held = slot.held[-3:]
 
     # -- sequences ----------------------------------------------------------------------------------------------------
@@ -356,11 +356,17 @@ class Run:
         slot.mask[row, : min(1 + seed % 3, slot.ids.shape[1] - 2)] = 0
 
     def _score(self, slot: Slot, seed: int, kind: str = "masked", word: str = "") -> None:
-        """One Monte Carlo sample of a likelihood, or teacher forcing, of one answer to the prompt of a sequence."""
+        """One Monte Carlo sample of a likelihood, or teacher forcing, of one answer to the prompt of a sequence.
+
+        The answer is what the model thinks of last, since a sample of its own answer is a step of a loop to whoever
+        sees ids alone.
+        """
         x, inputs = slot.ids.clone(), self._inputs(slot)
         if slot.guided:
             return
-        answer = torch.randint(3, MASK, x[:, slot.prompt :].shape, generator=draws(slot.prompt))
+        x[:, : slot.prompt][x[:, : slot.prompt] == MASK] = 4
+        x[:, slot.prompt :] = MASK
+        answer = parts(self.model(x, **inputs))[0][:, slot.prompt :, 3:MASK].nan_to_num().argmin(-1) + 3
         generator = draws(seed)
         if kind == "masked":
             share = torch.rand(x.shape[0], 1, generator=generator)
@@ -368,11 +374,10 @@ class Run:
             hide[:, int(torch.randint(answer.shape[1], (), generator=generator))] = True
             answer = answer.masked_fill(hide, MASK)
         x[:, slot.prompt :] = answer
-        x[:, : slot.prompt][x[:, : slot.prompt] == MASK] = 4
         with self._context(slot, word):
             got = self._asked(self.call, x, **inputs)
         every = word == "exact" and hasattr(dllm_compile, "exact_calls")
-        if not self.lossy or every:
+        if not self.lossy or every or not word:
             self._compare(got, parts(self.model(x, **inputs)), x, every, inputs)
 
     # -- the model ----------------------------------------------------------------------------------------------------
@@ -406,7 +411,7 @@ class Run:
             slot.fresh = True
 
     def _functional(self, slot: Slot, seed: int) -> None:
-        """The same ids with two sets of weights that are plain tensors."""
+        """Two sets of weights that are plain tensors and new, the second with one more token: each begins anew."""
         if self.functional is None:
             model = self.model
 
@@ -414,15 +419,38 @@ class Run:
                 return torch.func.functional_call(model, weights, (x,), inputs)
 
             self.functional = call, self._compiled(call)
-            plain = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-            self.other = [plain, {name: p * 1.2 for name, p in plain.items()}]
         eager, compiled = self.functional
-        x, inputs = slot.x(), self._inputs(slot)
-        for weights in (self.other[seed % 2], self.other[1 - seed % 2]):
+        inputs = self._inputs(slot)
+        for number in range(2):
+            weights = {name: p.detach() * (1 + 0.2 * number) for name, p in self.model.named_parameters()}
+            x = slot.x()
+            if number:
+                masked = (x[0] == MASK).nonzero()[:-1, 0]
+                x[0, masked[:1]] = 3 + seed % (MASK - 4)
             got = self._asked(compiled, weights, x, inputs)
-            want = parts(eager(weights, x, inputs))
-            if not self.lossy:
-                self._compare(got, want, x, False, inputs)
+            self._compare(got, parts(eager(weights, x, inputs)), x, False, inputs)
+
+    def _interrupt(self, slot: Slot, seed: int) -> None:
+        """Ctrl-C where the backend enters its ``seed``-th function, then the same call again."""
+        x, inputs = slot.x(), self._inputs(slot)
+        left = seed
+
+        def strike(frame: Any, event: str, _: Any) -> None:
+            nonlocal left
+            if event == "call" and "dllm_compile" in frame.f_code.co_filename:
+                left -= 1
+                if left == 0:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(strike)
+        try:
+            self.call(x, **inputs)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        self._call(slot)
 
     def _grad(self, slot: Slot, seed: int) -> None:
         """The loss of one call and its gradients."""
@@ -478,12 +506,17 @@ class Run:
                 wrong.append(error)
 
         threads = [threading.Thread(target=work, args=(ops,), daemon=True) for ops in lists]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
-            if thread.is_alive():
-                raise Wrong("a thread hangs")
+        often = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+                if thread.is_alive():
+                    raise Wrong("a thread hangs")
+        finally:
+            sys.setswitchinterval(often)
         for error in sorted(wrong, key=lambda each: not isinstance(each, Wrong)):
             raise error
 

@@ -48,10 +48,9 @@ class _Shrinker:
 
     def run(self) -> None:
         """Everything, over and over while it helps."""
-        if not self.with_():
+        if not self.with_(ops=self.case["ops"][: self.wrong.at + 1]):
             self.wrong.detail += " (not seen again alone)"
             return
-        self.with_(ops=self.case["ops"][: self.wrong.at + 1])
         for name, value in (("lowering", "eager"), ("dynamic", None), ("inference", False), ("dtype", "float64")):
             if self.case.get(name) not in (value, None):
                 self.with_(**{name: value})

@@ -37,8 +37,8 @@ def stale(model: Any) -> Callable[..., Any]:
 
 
 def test_a_case_is_a_function_of_its_seed() -> None:
-    cases = [draw(3, index, inductor) for index in range(60) for inductor in (False, True)]
-    assert cases == [draw(3, index, inductor) for index in range(60) for inductor in (False, True)]
+    cases = [draw(3, index, inductor) for index in range(30) for inductor in (False, True)]
+    assert cases == [draw(3, index, inductor) for index in range(30) for inductor in (False, True)]
     assert cases == json.loads(json.dumps(cases))
     assert len({json.dumps(case) for case in cases}) == len(cases)
     assert {case["kind"] for case in cases} == {"neutral", "lossy", "streams"}
@@ -55,11 +55,11 @@ def test_what_is_left_out_is_in_no_case(feature: str) -> None:
 def test_the_model_itself_is_right_about_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, lambda model: model)
     calls = 0
-    for index in range(25):
+    for index in range(12):
         wrong, made = attempt(draw(1, index, False, ("grad",)))
         assert wrong is None, f"case {index}: {wrong}"
         calls += made
-    assert calls > 400
+    assert calls > 200
 
 
 def test_a_stale_answer_is_found_and_cut_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_crash_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong is not None
     assert wrong.what == "crash IndexError"
     small, _ = shrink({**PLAIN, "ops": threads}, wrong, 60.0)
-    assert small["ops"] == [["start", 1, 5, 2, 1, 2], ["call", 1]]
+    assert small["ops"] == [["start", 1, 1, 2, 1, 2], ["call", 1]]
 
 
 def test_streams_that_share_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
