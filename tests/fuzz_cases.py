@@ -194,13 +194,14 @@ class _Writer:
         made = 0
         while made < calls:
             slots = (0, 1) if "two" in self.picked else (0,)
-            threaded = "threads" in self.picked and self.rng.random() < 0.3
-            part = [self._generation(slot) for slot in ((0, 1) if threaded else slots)]
-            made += sum(op[0] in ("call", "score", "beside") for each in part for op in each)
-            if threaded:
+            if "threads" in self.picked and self.rng.random() < 0.3:
+                slots = tuple(range(self.rng.choice((2, 3))))
+                part = [[op for _ in range(3) for op in self._generation(slot)] for slot in slots]
                 ops.append(["threads", *([op for op in each if op[0] not in GLOBAL] for each in part)])
             else:
-                ops += self._mixed(part)
+                part = [self._generation(slot) for slot in slots]
+                ops += self._mixed([list(each) for each in part])
+            made += sum(op[0] in ("call", "score", "beside") for each in part for op in each)
         return ops
 
     def _mixed(self, parts: list[list[Op]]) -> list[Op]:

@@ -38,7 +38,7 @@ class _Shrinker:
                 wrong, _ = attempt(case, self.end)
             except Exception:
                 return False  # this cut left no case at all, such as options that do not go together
-            if wrong is not None and wrong.what == self.wrong.what:
+            if wrong is not None and (threaded or wrong.what == self.wrong.what):  # threads fail in many ways
                 self.case, self.wrong = case, wrong
                 return True
         return False
@@ -56,6 +56,9 @@ class _Shrinker:
                 self.with_(**{name: value})
         if any(op[0] == "threads" for op in self.case["ops"]):
             self.with_(ops=flat(self.case["ops"]))
+        last = self.case["ops"][-1:]
+        if last and last[0][0] == "threads":
+            self.with_(ops=last)
         self._jump()
         before = None
         while before != self.case and time.monotonic() < self.end:
