@@ -153,8 +153,10 @@ def _streams(
     source, block = rng.choice(("best", "best", "draw")), rng.choice((0, 4))
     both = []
     for start in (first, second):
-        ops = [start]
+        ops: list[Op] = []
         for number in range(calls):
+            if number % (size[2] + 1) == 0:
+                ops.append([*start[:2], start[2] + 10 * number, *start[3:]])
             ops.append(["call", start[1], "", word])
             if rng.random() < 0.08 and "again" in picked:
                 ops.append(["call", start[1], "", word])
