@@ -1,4 +1,4 @@
-"""An interrupt at any line of a call: the same ids again give one of the two right results, and so does what follows."""
+"""An interrupt at any line of a call: the same ids again give one of the two right results, as do the next ones."""
 
 from __future__ import annotations
 

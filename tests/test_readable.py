@@ -72,7 +72,7 @@ def test_a_plain_loop_reads_every_row_where_all_are_readable(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dllm-cache", "dual", "prefix", "sparse", "dyllm", "dkv-cache"])
 def test_lossy_methods_run_where_all_rows_are_readable(name: str) -> None:
-    """The first call is eager's in all rows; then decoded rows move with the others at every step, and steps are partial.
+    """The first call is eager's in all rows; then decoded rows move with the others, and steps are partial.
 
     A decoded row's logits are of this call if and only if they answer to what was filled since.
     """

@@ -6,7 +6,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
