@@ -58,8 +58,7 @@ def prompts(thread: int, turn: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "form", "threads"),
-    [("exact", "whole", 2), ("exact", "alone", 3), ("neutral", "whole", 3), ("neutral", "alone", 2)]
-    + [("neutral-dual", "whole", 3)],
+    [("exact", "whole", 2), ("exact", "alone", 3), ("neutral", "whole", 3), ("neutral", "alone", 2)],
 )
 def test_threads_are_eager_at_neutral_settings(name: str, form: str, threads: int) -> None:
     model = build(form)
