@@ -27,6 +27,12 @@ SOURCES = tuple(
 POINTS = 24
 INTERRUPTED = 3  # the step that is interrupted, from 0
 AFTER = 3  # steps looked at behind it
+SETTINGS = {
+    **EQUAL,
+    **METHODS,
+    "dllm-cache": {"prompt_interval": 8, "response_interval": INTERRUPTED + 1, "transfer_ratio": 0.25},
+}
+"""A step that counted although it never ran would be followed by a refresh that is not due."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +112,7 @@ def spread(lines: int) -> list[int]:
     ],
 )
 def test_an_interrupted_step_is_one_of_the_two_right_ones(name: str, interrupted: int, form: str) -> None:
-    options, total = {**EQUAL, **METHODS}[name], interrupted + 1 + AFTER
+    options, total = SETTINGS[name], interrupted + 1 + AFTER
     model = build(form)
     xs, smooth = ids(model, options, total, seed=1)
     torch._dynamo.reset()
