@@ -24,7 +24,7 @@ SOURCES = tuple(
     for package in (dllm_compile, dllm_compile.passes, dllm_compile.kernels)  # the last two may be links
     for folder in package.__path__
 )
-POINTS = 24
+POINTS = 48
 INTERRUPTED = 3  # the step that is interrupted, from 0
 AFTER = 3  # steps looked at behind it
 SETTINGS = {
@@ -47,6 +47,8 @@ class Lines:
 
     def __init__(self, stop: int | None = None) -> None:
         self.stop, self.count, self.at = stop, 0, ""
+        self.first: dict[tuple[str, int], int] = {}
+        self.last: dict[tuple[str, int], int] = {}
         self._known: dict[str, bool] = {}
 
     def _is_ours(self, name: str) -> bool:
@@ -62,6 +64,9 @@ class Lines:
                 self.at = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 sys.settrace(None)
                 raise KeyboardInterrupt
+            line = frame.f_code.co_filename, frame.f_lineno
+            self.first.setdefault(line, self.count)
+            self.last[line] = self.count
             self.count += 1
         return self._trace
 
@@ -94,9 +99,13 @@ def begun_at(model: Any, options: dict[str, Any], xs: list[torch.Tensor], word: 
         return [call(x).clone() for x in xs]
 
 
-def spread(lines: int) -> list[int]:
-    """Lines to stop at: the first and last ones, and some of all between."""
-    return sorted({0, 1, 2, lines - 2, lines - 1, *(lines * i // POINTS for i in range(POINTS))})
+def spread(lines: Lines, points: int = POINTS) -> list[int]:
+    """Lines to stop at: the first time that a line of the source is run, and the last, for some of all lines."""
+    chosen = {0, lines.count - 1}
+    for times, share in ((lines.first, points), (lines.last, points // 4)):
+        each = sorted(times.values())
+        chosen.update(each[:: max(1, len(each) // share)])
+    return sorted(chosen)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,7 @@ def test_an_interrupted_step_is_one_of_the_two_right_ones(name: str, interrupted
     with Lines() as lines:
         call(xs[interrupted])
     wrong, stopped = [], 0
-    for stop in spread(lines.count):
+    for stop in spread(lines):
         dllm_compile.reset()
         for x in xs[:interrupted]:
             call(x)
@@ -160,7 +169,7 @@ def test_an_interrupt_then_another_prompt(name: str) -> None:
     dllm_compile.reset()
     with Lines() as lines:
         call(xs[0])
-    for stop in spread(lines.count)[::3]:
+    for stop in spread(lines, POINTS // 4):
         dllm_compile.reset()
         for x in xs[:-1]:
             call(x)
