@@ -40,7 +40,7 @@ def lower(
         mode = FakeTensorMode(shape_env=shapes)
         for i, value in enumerate(args):
             if is_traceable_wrapper_subclass(value):  # a quantized weight: its parts have sizes of their own
-                example[i] = mode.from_tensor(value, static_shapes=True)
+                example[i] = mode.from_tensor(value, static_shapes=True)  # type: ignore[arg-type]
             elif isinstance(value, torch.Tensor):
                 sizes = [DimDynamic.STATIC] * value.dim()
                 if i in free and value.shape[1] < 2:

@@ -40,10 +40,11 @@ class Outbox:
             return value.clone(memory_format=torch.contiguous_format)
         size = value.numel() * value.element_size()
         self.storages = [each for each in self.storages if each.nbytes() == size and not each.is_shared()]
-        unheld = [torch.UntypedStorage(0)]  # in a list too
+        unheld = [torch.UntypedStorage(0)]  # in a list too  # type: ignore[no-untyped-call]
         free = (i for i in range(len(self.storages)) if _holders(self.storages[i]) == _holders(unheld[0]))
         place = next(free, None)
         if place is None:
-            place, self.storages = 0, [torch.UntypedStorage(size), *self.storages[:1]]
-        copy = torch.empty(0, dtype=value.dtype).set_(self.storages[place], 0, value.shape)
+            place, self.storages = 0, [torch.UntypedStorage(size), *self.storages[:1]]  # type: ignore[no-untyped-call]
+        contiguous = torch.empty_like(value, device="meta", memory_format=torch.contiguous_format).stride()
+        copy = torch.empty(0, dtype=value.dtype).set_(self.storages[place], 0, value.shape, contiguous)
         return copy.copy_(value)
