@@ -161,10 +161,10 @@ class Backend:
         return result
 
     def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
-        begins, done = batch.last is not step, False
+        begins, done, before = batch.last is not step, False, step.layer
         try:
             result = run(program, args, batch, step)
-            done = True
+            step.layer, done = before + len(program.layers), True
         finally:
             if not done:
                 batch.begin_anew()  # an error or an interrupt in the middle leaves rows half written

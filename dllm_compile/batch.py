@@ -13,7 +13,7 @@ from . import tapes
 from .core.assignment import ACTIVE, Assignment
 from .core.plan import Call, Exact, Schedule, with_tensors
 from .declared import Declared
-from .evidence import Evidence, Expected
+from .evidence import Evidence, Expected, begins_masked
 from .ids import positions, response_rows
 from .method import response_of, schedule
 from .outbox import Outbox
@@ -185,7 +185,11 @@ class Batch:
         changed = ids != before
         filled = changed & (before == self.mask_id)
         if not self.past.evidence.is_loop:
-            return (~changed | filled).all(1) | ~changed.any(1)
+            many = filled.sum(1) * 4 > (before == self.mask_id).sum(1)
+            prompt = begins_masked(ids == self.mask_id, ids) and bool(
+                many.all()
+            )  # rather a prompt put before the masks
+            return (~changed | filled).all(1) & ~many if prompt else (~changed | filled).all(1)
         remasked = changed & (ids == self.mask_id)
         edited = changed & ~filled & ~remasked
         size = self.response.sum(1)
@@ -239,7 +243,8 @@ class Batch:
         self.response = torch.where(at, ids == self.mask_id, self.response)
         self._locate()
         plans = with_tensors(self.past.schedule, torch.clone)
-        self.past = replace(self.past, schedule=plans, history=())
+        old = torch.where(at, ids, self.past.ids)
+        self.past = replace(self.past, ids=old, schedule=plans, caller=None, history=())
         if not plans.begin_anew(rows, self.response):
             self.begin_anew()
 
@@ -298,9 +303,11 @@ class Batch:
         """While this may be no loop, see what the logits handed out say of the tokens to come."""
         head = program.head(self.session.vocabulary)
         logits = self.outputs.get(program, {}).get(head.outputs[0]) if head is not None else None
-        doubt = self.past is not None and not self.past.evidence.is_loop
-        if not doubt or logits is not None:
-            self.expected = Expected(logits) if doubt and logits is not None else None
+        if self.past is None or self.past.evidence.is_loop:
+            self.expected = None
+        elif logits is not None:
+            places = (self.past.ids == self.mask_id).any(0).nonzero()
+            self.expected = Expected(logits, max(int(places[0]) - 1, 0), int(places[-1]) + 1)
 
     def narrows(self, plans: Schedule) -> bool:
         """Whether the residual stream of this sequence may be carried for fewer rows."""

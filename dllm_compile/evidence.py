@@ -92,11 +92,14 @@ class Expected:
 
     Args:
         logits: ``[B, S, V]``, as they were returned; read again at the next call.
+        begin, end: the rows from the one before the first masked token to the last masked one.
     """
 
-    def __init__(self, logits: torch.Tensor) -> None:
-        read = confidence(logits)
-        self.logits, self.best = logits, read.best
+    def __init__(self, logits: torch.Tensor, begin: int, end: int) -> None:
+        self.rows = slice(begin, end)
+        self.logits = logits[:, self.rows]
+        read = confidence(self.logits)
+        self.best = read.best
         self.total = read.maximum - read.probability.log()  # log of the sum of exp(logits)
         self.measures = torch.stack([read.probability, read.entropy, read.margin])
 
@@ -113,16 +116,13 @@ class Expected:
             next one: how many are the best token, how many stand at a surer place than all those masked before it by
             any measure, and the sum of their log probabilities.
         """
+        ids, before = ids[:, self.rows], before[:, self.rows]
         masked = before == mask_id
         filled = masked & (ids != mask_id)
         found = [filled.sum()]
         for shift in (False, True):
-            logits, best, total, measures = (
-                (self.logits, self.best, self.total, self.measures)
-                if not shift
-                else (_row_before(self.logits, 1), _row_before(self.best, 1), _row_before(self.total, 1),
-                      _row_before(self.measures, 2))
-            )  # fmt: skip
+            given = (self.logits, 1), (self.best, 1), (self.total, 1), (self.measures, 2)
+            logits, best, total, measures = (_row_before(*each) if shift else each[0] for each in given)
             sure = torch.where(masked, measures, -torch.inf)
             leads = (sure >= sure.cummax(-1).values).any(0) & filled
             drawn = logits.gather(-1, ids.clamp(max=logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) - total

@@ -40,7 +40,7 @@ class Outbox:
             return value.clone(memory_format=torch.contiguous_format)
         size = value.numel() * value.element_size()
         self.storages = [each for each in self.storages if each.nbytes() == size and not each.is_shared()]
-        unheld = [torch.UntypedStorage(0)]  # in a list too  # type: ignore[no-untyped-call]
+        unheld = [torch.UntypedStorage(0)]  # type: ignore[no-untyped-call]  # in a list too
         free = (i for i in range(len(self.storages)) if _holders(self.storages[i]) == _holders(unheld[0]))
         place = next(free, None)
         if place is None:
