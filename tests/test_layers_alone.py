@@ -270,6 +270,6 @@ def test_layers_that_share_their_weights_compute_every_row(form: str, options: d
     """A layer is known by its weights, so several that have the same could not tell their rows apart."""
     model = FORMS[form][0]().double().eval()
     model.layers = torch.nn.ModuleList([model.layers[0]] * LAYERS)
-    call = compiled(model, method="exact", **options)
+    call = compiled(model, **options)
     assert worst(run(call, form), run(model, form)) < 1e-9
     assert stepping().number == STEPS - 1
