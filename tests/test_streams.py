@@ -398,7 +398,7 @@ def test_a_sequence_that_finishes_leaves_the_others_going(name: str) -> None:
     logits = call(x)
     begun, counted = dllm_compile.stats(model)["sequences"], []
     while (x == MASK).any():
-        x = torch.cat([fill(logits, x, 3)[:1], fill(logits, x)[1:]])  # the first is done after three calls
+        x = torch.cat([fill(logits, x, 2)[:1], fill(logits, x)[1:]])  # the first is done after four calls
         if not (x == MASK).any():
             break
         before = partial(model)
