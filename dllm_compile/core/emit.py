@@ -81,8 +81,8 @@ class _Writer(AttentionForms):
             outs.append(self._choose()[1])
         if self.turned is not None:
             assert self.choices.turn is not None
-            rows = self.slot["index:active"], self.slot["index:stored"], self._tokens()
-            turned = self._call(self.choices.turn, (self.turned, self.slot["bound"], *rows))
+            places = self.slot["index:active"], self.slot["index:stored"], self._tokens()
+            turned = self._call(self.choices.turn, (self.turned, self.slot["bound"], *places))
             outs += [self._call(operator.getitem, (turned, i)) for i in (0, 1)]
         if self.assignment.evict is not None and self.keys:
             self._evict()
