@@ -73,16 +73,13 @@ def build(name: str, dtype: torch.dtype | None = None, seed: int = 0, **more: An
 
 
 def compiled(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
-    """The model behind the backend, uncompiled graphs unless told otherwise.
-
-    All calls are declared to be one loop: the tests fill tokens that have nothing to do with the model.
-    """
-    return in_a_loop(undeclared(model, **options))
-
-
-def undeclared(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
-    """The same without a word on what the calls are."""
+    """The model behind the backend, uncompiled graphs unless told otherwise."""
     return torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": MASK, **options})
+
+
+def compiled_loop(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+    """The same; all calls are declared to be one loop, for tests that fill tokens which are not the model's."""
+    return in_a_loop(compiled(model, **options))
 
 
 def in_a_loop(call: Callable[..., Any]) -> Callable[..., Any]:

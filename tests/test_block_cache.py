@@ -270,7 +270,7 @@ def test_every_model_equals_its_forward_with_keys_kept_by_hand(name: str, cache:
     model, ids = models.build(name, num_hidden_layers=2), start(2)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    compiled = models.compiled(model, **METHOD, cache=cache, block_length=4)
+    compiled = models.compiled_loop(model, **METHOD, cache=cache, block_length=4)
     by_hand = ByHand(lambda x: model(input_ids=x, attention_mask=mask).logits, ids, cache, 4)
     apart = 0.0
     for x in filled(ids, 4, [1, 2]):
@@ -285,7 +285,7 @@ def test_every_model_equals_its_forward_with_keys_kept_by_hand(name: str, cache:
 def test_layers_traced_alone_equal_keys_kept_by_hand(form: str, cache: str) -> None:
     model, ids = FORMS[form][0]().double().eval(), start(2)
     mask = mask_of(form, ids)
-    call = models.compiled(model, **METHOD, cache=cache, block_length=4)
+    call = models.compiled_loop(model, **METHOD, cache=cache, block_length=4)
     by_hand = ByHand(lambda x: model(x, mask), ids, cache, 4)
     for x in filled(ids, 4, [1, 2]):
         assert same(call(x, mask), by_hand.step(x), x)
@@ -300,7 +300,7 @@ def test_a_refresh_at_every_step_equals_eager(name: str) -> None:
     model, ids = models.build(name, num_hidden_layers=2 if name == "modernbert" else 1), start(2)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    call = models.compiled(model, **METHOD, cache="dual", block_length=2, refresh_interval=1)
+    call = models.compiled_loop(model, **METHOD, cache="dual", block_length=2, refresh_interval=1)
     for x in list(filled(ids, 2, [1, 3]))[:4]:
         assert same(call(input_ids=x, attention_mask=mask).logits, model(input_ids=x, attention_mask=mask).logits, x)
 
@@ -417,7 +417,7 @@ def test_a_repeat_gives_the_same_logits_to_the_bit(cache: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_repeat_of_layers_traced_alone_gives_the_same_logits_to_the_bit(form: str) -> None:
     model, ids = FORMS[form][0]().double().eval(), start(2)
-    call, mask = models.compiled(model, **METHOD, cache="dual", block_length=4), mask_of(form, ids)
+    call, mask = models.compiled_loop(model, **METHOD, cache="dual", block_length=4), mask_of(form, ids)
     for x in filled(ids, 4, [1, 1]):
         once = call(x, mask).clone()
         assert torch.equal(call(x, mask), once)
@@ -458,7 +458,7 @@ def test_an_edited_prompt_starts_a_sequence(cache: str) -> None:
 def test_logits_hidden_states_and_keys_may_be_written_to(cache: str) -> None:
     model: Any = models.build("llama", use_cache=True)
     ids = start(2)
-    mine = models.compiled(model, **METHOD, cache=cache, block_length=4)
+    mine = models.compiled_loop(model, **METHOD, cache=cache, block_length=4)
     by_hand = ByHand(lambda x: model(input_ids=x, use_cache=False).logits, ids, cache, 4)
     for x in filled(ids, 4, [1, 2]):
         out = mine(input_ids=x, output_hidden_states=True)
@@ -490,7 +490,7 @@ class Spoiled(LoopBroken):
 @pytest.mark.parametrize("cache", CACHES)
 def test_what_layers_traced_alone_return_may_be_written_to(cache: str) -> None:
     model, ids = Spoiled().double().eval(), start(2)
-    call = models.compiled(model, **METHOD, cache=cache, block_length=4)
+    call = models.compiled_loop(model, **METHOD, cache=cache, block_length=4)
     by_hand = ByHand(model, ids, cache, 4)
     for x in filled(ids, 4, [1, 2]):
         assert same(call(x), by_hand.step(x), x)

@@ -138,7 +138,7 @@ def test_a_decision_that_is_cut_from_its_head_is_told_once(say: Callable[[], Non
 
 def test_a_graph_that_breaks_inside_of_the_model_is_told_once() -> None:
     model = build(once, "middle")
-    call = models.compiled(model, method="exact")
+    call = models.compiled_loop(model, method="exact")
     with pytest.warns(UserWarning, match="part by part") as told:
         denoise(call)
     assert [f"{__file__}:{line_of(once)}" in str(each.message) for each in told] == [True]
@@ -153,7 +153,7 @@ def test_a_prepared_model_is_one_graph(say: Callable[[], None], where: str) -> N
     step(model)
     assert dllm_compile.stats(model)["graphs_per_step"] == 1
     torch._dynamo.reset()
-    for call in (models.compiled(model, method="exact"), compiled_in_place(prepare(model))):
+    for call in (models.compiled_loop(model, method="exact"), compiled_in_place(prepare(model))):
         x = ids()
         assert torch.allclose(call(x), model.forward(x))
 
@@ -182,7 +182,7 @@ def test_preparing_takes_a_module_and_no_loggers_but_the_models() -> None:
 
 def test_a_model_that_is_one_graph_behind_its_break_is_told_nothing() -> None:
     model = build(once)
-    models.compiled(model, method="exact")(ids())
+    models.compiled_loop(model, method="exact")(ids())
     assert dllm_compile.stats(model)["graphs_per_step"] == 1
 
 

@@ -172,7 +172,7 @@ def test_with_every_token_new_and_every_row_salient_any_model_is_as_eager(name: 
     """Fused projections, windows and heads with a bias too; the response is the whole sequence."""
     model, ids = models.build(name, num_hidden_layers=2), torch.full((1, 12), MASK)
     neutral = {"saliency_threshold": 1.0, "full_steps": 2, "response_only": False, "shift": False}
-    call = models.compiled(model, **neutral)
+    call = models.compiled_loop(model, **neutral)
     for number in range(6):
         assert (call(input_ids=ids).logits - model(input_ids=ids).logits)[ids == MASK].abs().max() < 1e-9
         ids = torch.arange(12).unsqueeze(0) * 4 + 3 + number
@@ -184,7 +184,7 @@ def test_with_every_token_new_and_every_row_salient_any_model_is_as_eager(name: 
 def test_the_one_new_row_of_an_only_layer_is_as_eager(name: str) -> None:
     """Its context is exact, whatever the others lack; a mask in place of a token is a row that a sampler reads."""
     model, ids = models.build(name, num_hidden_layers=1), torch.full((1, 12), MASK)
-    call = models.compiled(model, saliency_threshold=1.0, full_steps=2)
+    call = models.compiled_loop(model, saliency_threshold=1.0, full_steps=2)
     for number in range(4):
         got, want = call(input_ids=ids).logits, model(input_ids=ids).logits
         assert (got - want)[:, 4 + number if number > 1 else 0].abs().max() < 1e-9

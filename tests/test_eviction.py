@@ -28,7 +28,7 @@ def session() -> UnderWay:
 
 def logits_of(model: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> list[torch.Tensor]:
     """Logits of each call while the tokens of ``x`` are freed from left to right."""
-    call, x = models.compiled(model, **options), x.clone()
+    call, x = models.compiled_loop(model, **options), x.clone()
     given = {} if mask is None else {"attention_mask": mask}
     out = []
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
     mask = torch.ones_like(x)
     mask[0, :2] = 0
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    call, ids = models.compiled(model, **options), x.clone()
+    call, ids = models.compiled_loop(model, **options), x.clone()
     placed = {} if name == "modernbert" else {"position_ids": position_ids}  # rotations are relative either way
     together = []
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_shorter_last_block_has_code_of_its_own() -> None:
 
     def run(lowering: str) -> list[torch.Tensor]:
         torch._dynamo.reset()
-        call, ids = models.compiled(model, **EVICT, delay=0, lowering=lowering), x.clone()
+        call, ids = models.compiled_loop(model, **EVICT, delay=0, lowering=lowering), x.clone()
         out = []
         with torch.no_grad():
             for step in range(6):

@@ -112,7 +112,7 @@ def test_state_bytes_are_those_allocated() -> None:
     model, ids = models.build("qwen2"), models.start(9, 8)
     explained = dllm_compile.explain(model, ids, mask_id=models.MASK)
     values = {symbol: explained.lengths[symbol.name] for symbol in explained.state_bytes.free_symbols}
-    call = models.compiled(model)
+    call = models.compiled_loop(model)
     with torch.no_grad():
         logits = call(input_ids=ids).logits
     stats = dllm_compile.stats(model)
@@ -126,7 +126,7 @@ def test_peak_bytes_are_bounds() -> None:
     """What a step holds at once beyond the weights, measured, is below what is explained."""
     model, x = models.build("qwen2"), models.start(9, 8)
     found = dllm_compile.explain(model, x, mask_id=models.MASK, method="fast-dllm", cache="dual", block_length=4)
-    call = models.compiled(model, method="fast-dllm", cache="dual", block_length=4, lowering="eager")
+    call = models.compiled_loop(model, method="fast-dllm", cache="dual", block_length=4, lowering="eager")
     with torch.no_grad():
         call(input_ids=x)
         x[:, 9] = 3
@@ -149,7 +149,7 @@ def test_any_combination_allocates_and_runs_what_is_explained(options: dict[str,
     wanted = int(found.state_bytes.subs(values))
     assert list(found.relative) == list(found.flops) == list(found.variants)
     assert all(share <= 1 for share in found.relative.values())
-    call, kept = models.compiled(model, **options), 0
+    call, kept = models.compiled_loop(model, **options), 0
     with torch.no_grad():
         for step in range(8):
             call(ids)
@@ -166,7 +166,7 @@ def test_any_combination_allocates_and_runs_what_is_explained(options: dict[str,
 def test_lengths_are_those_of_the_steps_between_two_refreshes(options: dict[str, Any]) -> None:
     model, ids = Model(Shape(layers=1, heads=2, groups=1, head_dim=4, seed=0)), models.start(7, 8)
     found = dllm_compile.explain(model, ids, mask_id=models.MASK, **options).lengths
-    call, sizes = models.compiled(model, **options), []
+    call, sizes = models.compiled_loop(model, **options), []
     with torch.no_grad():
         for _ in range(13):
             call(ids)
@@ -197,7 +197,7 @@ def test_explain_says_why_a_causal_model_is_left_alone() -> None:
 
 def test_verify_reports_the_drift() -> None:
     model, ids = models.build("llama"), models.start(9, 8)
-    drifting = models.compiled(model, verify=2, prompt_interval=50, response_interval=7, transfer_ratio=0.25)
+    drifting = models.compiled_loop(model, verify=2, prompt_interval=50, response_interval=7, transfer_ratio=0.25)
     with torch.no_grad():
         for step in range(6):
             worst = (drifting(input_ids=ids).logits - model(input_ids=ids).logits).abs()[ids == models.MASK].max()
@@ -212,7 +212,7 @@ def test_verify_reports_the_drift() -> None:
 
 def test_verify_finds_nothing_at_neutral_settings() -> None:
     model, ids = models.build("qwen3"), models.start(9, 8)
-    call = models.compiled(model, verify=1, prompt_interval=1, response_interval=1)
+    call = models.compiled_loop(model, verify=1, prompt_interval=1, response_interval=1)
     with torch.no_grad():
         for step in range(4):
             call(input_ids=ids)

@@ -229,7 +229,7 @@ def test_a_compiled_model_runs_as_it_is() -> None:
     model, prompts = models.build("llama"), ids(2, 6)
     want = generate(model, prompts, gen_length=8, mask_id=models.MASK)
     assert isinstance(want, torch.Tensor)
-    got = generate(models.compiled(model, method="exact"), prompts, gen_length=8, mask_id=models.MASK)
+    got = generate(models.compiled_loop(model, method="exact"), prompts, gen_length=8, mask_id=models.MASK)
     assert torch.equal(got, want)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dllm_compile.session import sessions
 
-from .models import MASK, VOCABULARY, compiled, start
+from .models import MASK, VOCABULARY, compiled_loop, start
 from .under_way import UnderWay, all_under_way
 
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
@@ -149,7 +149,7 @@ def worst(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_neutral_settings_equal_eager(form: str, options: dict[str, Any]) -> None:
     model = FORMS[form][0]().double().eval()
-    call = compiled(model, **options)
+    call = compiled_loop(model, **options)
     assert worst(run(call, form), run(model, form)) < 1e-9
     assert stepping().number == STEPS - 1
     assert stepping().stats.steps == {"exact" if options is EXACT else "full": STEPS}
@@ -158,7 +158,7 @@ def test_neutral_settings_equal_eager(form: str, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_every_layer_behind_the_first_has_a_cache_that_is_used(form: str) -> None:
     model = FORMS[form][0]().double().eval()
-    call = compiled(model, **CACHED)
+    call = compiled_loop(model, **CACHED)
     got, want = run(call, form), run(model, form)
     session = stepping()
     assert len(session.layers) == LAYERS - 1  # the first is computed at every step
@@ -172,7 +172,7 @@ def test_every_layer_behind_the_first_has_a_cache_that_is_used(form: str) -> Non
 @pytest.mark.parametrize("options", [NEUTRAL, CACHED], ids=["neutral", "cached"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_repeat_gives_the_same_logits(form: str, options: dict[str, Any]) -> None:
-    call = compiled(FORMS[form][0]().double().eval(), **options)
+    call = compiled_loop(FORMS[form][0]().double().eval(), **options)
     ids = start(PROMPT, RESPONSE)
     for x in denoise(ids):
         once = call(x, mask_of(form, ids))[x == MASK].clone()
@@ -184,19 +184,19 @@ def test_a_repeat_gives_the_same_logits(form: str, options: dict[str, Any]) -> N
 @pytest.mark.parametrize("form", FORMS)
 def test_a_second_sequence_is_as_if_it_were_the_first(form: str) -> None:
     model = FORMS[form][0]().double().eval()
-    call = compiled(model, **CACHED)
+    call = compiled_loop(model, **CACHED)
     run(call, form, seed=1)
     second = run(call, form, seed=2)
     assert sequences() == 2
     assert stepping().number == STEPS - 1
     torch._dynamo.reset()
-    assert worst(second, run(compiled(model, **CACHED), form, seed=2)) < 1e-9
+    assert worst(second, run(compiled_loop(model, **CACHED), form, seed=2)) < 1e-9
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_prompt_again_is_exact(form: str) -> None:
     model = FORMS[form][0]().double().eval()
-    call = compiled(model, **CACHED)
+    call = compiled_loop(model, **CACHED)
     once, again = run(call, form), run(call, form)
     assert worst(once[:1], run(model, form)[:1]) < 1e-9
     assert worst(once, again) < 1e-9
@@ -206,7 +206,7 @@ def test_the_same_prompt_again_is_exact(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_another_length_and_batch_start_a_sequence(form: str) -> None:
     model = FORMS[form][0]().double().eval()
-    call = compiled(model, **CACHED)
+    call = compiled_loop(model, **CACHED)
     run(call, form)
     for batch, prompt in ((2, PROMPT + 3), (3, PROMPT)):
         x = start(prompt, RESPONSE, batch)
@@ -216,7 +216,7 @@ def test_another_length_and_batch_start_a_sequence(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_finished_response_equals_eager(form: str) -> None:
     model = FORMS[form][0]().double().eval()
-    call = compiled(model, **CACHED)
+    call = compiled_loop(model, **CACHED)
     run(call, form)
     x = start(PROMPT, RESPONSE)
     x[:, PROMPT:] = torch.arange(3, 3 + RESPONSE)
@@ -227,7 +227,7 @@ def test_a_finished_response_equals_eager(form: str) -> None:
 def test_interleaved_models_do_not_share_state(form: str) -> None:
     one, two = (FORMS[form][0](seed).double().eval() for seed in (0, 1))
     two.embed.load_state_dict(one.embed.state_dict())  # tuned from the same model, with its embedding frozen
-    calls = [(model, compiled(model, **NEUTRAL)) for model in (one, two)]
+    calls = [(model, compiled_loop(model, **NEUTRAL)) for model in (one, two)]
     ids = start(PROMPT, RESPONSE)
     for x in denoise(ids):
         for model, call in calls:
@@ -238,7 +238,7 @@ def test_interleaved_models_do_not_share_state(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_repeat_of_one_model_is_no_repeat_of_another(form: str) -> None:
     one, two = (FORMS[form][0](seed).double().eval() for seed in (0, 1))
-    call_one, call_two = compiled(one, **NEUTRAL), compiled(two, **NEUTRAL)
+    call_one, call_two = compiled_loop(one, **NEUTRAL), compiled_loop(two, **NEUTRAL)
     ids = start(PROMPT, RESPONSE)
     for x in denoise(ids):
         for model, call in ((one, call_one), (one, call_one), (two, call_two)):
@@ -251,9 +251,9 @@ def test_interleaved_models_cache_as_if_they_were_alone(form: str) -> None:
     built = [FORMS[form][0](seed).double().eval() for seed in (0, 1)]
     alone: list[list[torch.Tensor]] = []
     for model in built:
-        alone.append(run(compiled(model, **CACHED), form))
+        alone.append(run(compiled_loop(model, **CACHED), form))
         torch._dynamo.reset()
-    calls = [compiled(model, **CACHED) for model in built]
+    calls = [compiled_loop(model, **CACHED) for model in built]
     ids = start(PROMPT, RESPONSE)
     for step, x in enumerate(denoise(ids, seed=1)):
         for call, wanted in zip(calls, alone, strict=True):
@@ -270,6 +270,6 @@ def test_layers_that_share_their_weights_compute_every_row(form: str, options: d
     """A layer is known by its weights, so several that have the same could not tell their rows apart."""
     model = FORMS[form][0]().double().eval()
     model.layers = torch.nn.ModuleList([model.layers[0]] * LAYERS)
-    call = compiled(model, **options)
+    call = compiled_loop(model, **options)
     assert worst(run(call, form), run(model, form)) < 1e-9
     assert stepping().number == STEPS - 1

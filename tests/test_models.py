@@ -28,7 +28,7 @@ def test_neutral_equals_eager(name: str, options: dict[str, object], padded: boo
     model = models.build(name)
     ids = models.start(9, 8)
     extra = {"attention_mask": padding(ids)} if padded else {}
-    call = models.compiled(model, **options)
+    call = models.compiled_loop(model, **options)
     worst = 0.0
 
     def logits(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_neutral_equals_eager(name: str, options: dict[str, object], padded: boo
 def test_partial_steps_run_and_stay_close(name: str) -> None:
     model = models.build(name)
     ids = models.start(9, 8)
-    call = models.compiled(model, **PARTIAL)
+    call = models.compiled_loop(model, **PARTIAL)
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = call(input_ids=x).logits

@@ -137,7 +137,7 @@ STEPS: dict[str, dict[str, Any]] = {
 def test_logits_of_rows_that_are_not_computed_anew(kind: str) -> None:
     """By a model: a held storage keeps them, and what is written into them by numpy or ``data`` does not come back."""
     model, ids = models.build("llama"), models.start(9, 8)
-    call = models.compiled(model, **STEPS[kind])
+    call = models.compiled_loop(model, **STEPS[kind])
     with torch.no_grad():
         want = call(ids).logits.clone()
         held = call(ids).logits.untyped_storage()

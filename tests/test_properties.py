@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import dllm_compile
 
 from . import loops
-from .models import MASK, VOCABULARY, compiled
+from .models import MASK, VOCABULARY, compiled_loop
 from .under_way import all_under_way
 
 QUICK = (Phase.explicit, Phase.generate)  # an example takes a compilation: shrinking would take minutes
@@ -176,7 +176,7 @@ def _no_gradients() -> Iterator[None]:
 def fresh(model: torch.nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
     """Ids to logits through a new compile, which sees nothing of earlier examples."""
     torch._dynamo.reset()
-    return compiled(model, **options)
+    return compiled_loop(model, **options)
 
 
 def stepping() -> set[int]:

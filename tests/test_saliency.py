@@ -14,6 +14,7 @@ from dllm_compile.session import Session, sessions
 
 from . import golden_models
 from .dyllm_model import DyLLM
+from .models import in_a_loop
 from .rounding import roundings
 
 MASK_IDS = {"llada_a": 255, "llada_g": 239, "dream_a": 255}
@@ -65,7 +66,9 @@ def test_the_prompt_is_computed_in_the_first_four_steps_and_every_so_many(whole_
     plain = DyLLM(model, calls[0][0] == mask_id, 0.99, 1, whole_interval=whole_interval)
     options: dict[str, Any] = {"full_steps": 1, "whole_interval": whole_interval, "mask_id": mask_id}
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="dllm", options={"method": "dyllm", **options, "lowering": "eager"})
+    compiled = in_a_loop(
+        torch.compile(model, backend="dllm", options={"method": "dyllm", **options, "lowering": "eager"})
+    )
     before = set(sessions())
     with torch.no_grad():
         for ids in calls:
@@ -95,7 +98,7 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     def run(threshold: float, **more: Any) -> list[torch.Tensor]:
         torch._dynamo.reset()
         options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
-        compiled = torch.compile(model, backend="dllm", options={**options, "shift": False, **more})
+        compiled = in_a_loop(torch.compile(model, backend="dllm", options={**options, "shift": False, **more}))
         with torch.no_grad():
             return [compiled(ids).logits[ids == mask_id].clone() for ids in calls]
 
@@ -123,7 +126,7 @@ def test_the_error_grows_as_the_threshold_falls() -> None:
         def error(threshold: float) -> float:
             torch._dynamo.reset()
             options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
-            compiled = torch.compile(model, backend="dllm", options=options)
+            compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
             apart = [(compiled(ids).logits - want)[ids == mask_id] for ids, want in zip(calls, exact, strict=True)]
             return float(torch.cat(apart).square().mean().sqrt())
 

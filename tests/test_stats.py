@@ -20,7 +20,7 @@ DUAL: dict[str, Any] = {"method": "fast-dllm", "cache": "dual", "block_length": 
 
 
 def seen(model: torch.nn.Module, **options: Any) -> dict[str, Any]:
-    call, x = models.compiled(model, **options), models.start(PROMPT, RESPONSE)
+    call, x = models.compiled_loop(model, **options), models.start(PROMPT, RESPONSE)
     with torch.no_grad():
         for step in range(STEPS):
             call(x)
@@ -54,7 +54,7 @@ def test_layers_cached_of_layers_seen() -> None:
 def test_flops_skipped_are_those_counted(options: dict[str, Any]) -> None:
     """One step of each variant, counted by PyTorch while it ran, against what the session noted of that step."""
     model, noted = models.build("llama"), {}
-    call, x = models.compiled(model, **options), models.start(21, 16)
+    call, x = models.compiled_loop(model, **options), models.start(21, 16)
     with torch.no_grad():
         for step in range(6):
             before = dllm_compile.stats(model)
@@ -69,7 +69,7 @@ def test_flops_skipped_are_those_counted(options: dict[str, Any]) -> None:
 
 def test_a_repeat_skips_everything() -> None:
     model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
-    call = models.compiled(model, method="exact")
+    call = models.compiled_loop(model, method="exact")
     with torch.no_grad():
         for _ in range(4):
             call(x)

@@ -32,7 +32,7 @@ class Pair:
 
     def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, causal: bool = False, **options: Any) -> None:
         self.model = models.build("llama", dtype, seed, num_hidden_layers=2, is_causal=causal)
-        self.call = models.compiled(self.model, **options)
+        self.call = models.compiled_loop(self.model, **options)
 
     def got(self, ids: torch.Tensor, **more: Any) -> torch.Tensor:
         logits: torch.Tensor = self.call(input_ids=ids, **more).logits
@@ -420,7 +420,7 @@ class Normed(torch.nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_model_with_the_rms_norm_of_pytorch_is_cached(dtype: torch.dtype) -> None:
     model, x = Normed().to(dtype), begin(batch=2)
-    call = models.compiled(model, **NEUTRAL)
+    call = models.compiled_loop(model, **NEUTRAL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for step in range(3):
@@ -450,7 +450,7 @@ class Timed(torch.nn.Module):
 
 def test_a_model_without_attention_equals_eager() -> None:
     model, x = Timed().double(), begin(batch=2)
-    call = models.compiled(model, **CACHED)
+    call = models.compiled_loop(model, **CACHED)
     for step in range(4):
         now = unmask(x, *range(step))
         rows = now == models.MASK
@@ -460,7 +460,7 @@ def test_a_model_without_attention_equals_eager() -> None:
 
 def test_the_same_ids_at_another_noise_level_are_computed_again() -> None:
     model, x = Timed().double(), begin(batch=2)
-    call = models.compiled(model, **NEUTRAL)
+    call = models.compiled_loop(model, **NEUTRAL)
     for level in (1.0, 0.5, 0.25):
         noise = torch.full((2,), level, dtype=torch.float64)
         rows = x == models.MASK

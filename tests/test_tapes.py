@@ -105,7 +105,7 @@ ROOM = {"rows": 64}
 
 def denoised(model: torch.nn.Module, batch: int, extra: dict[str, Any] | None = None, **options: Any) -> Logits:
     """Logits of the masked rows of each call of two generations."""
-    call, out = models.compiled(model, **options), []
+    call, out = models.compiled_loop(model, **options), []
     for seed in (1, 2):
         x = models.start(PROMPT, RESPONSE, batch, seed).to(next(model.parameters()).device)
 
@@ -163,10 +163,10 @@ def test_calls_with_arguments_that_overlap_themselves_are_not_recorded() -> None
 def test_parts_of_a_model_are_not_recorded() -> None:
     model = test_layers_alone.Model().double().eval()
     options = {**test_layers_alone.CACHED, "cuda_graphs": True}
-    call = models.compiled(model, **options)
+    call = models.compiled_loop(model, **options)
     with torch.no_grad():
         got = test_layers_alone.run(call, "mask-test")
-        want = test_layers_alone.run(models.compiled(model, **test_layers_alone.CACHED), "mask-test")
+        want = test_layers_alone.run(models.compiled_loop(model, **test_layers_alone.CACHED), "mask-test")
     assert same(got, want)
     assert Graph.played == 0
 

@@ -131,7 +131,7 @@ def test_block_caches_decide_as_the_plain_loop_does_on_the_same_logits(rule: str
     assert session().stats.steps == {"full": 2, "block": 6}
     torch._dynamo.reset()
     model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
-    alone = models.compiled(model, **options)
+    alone = models.compiled_loop(model, **options)
     with torch.no_grad():
         for ids in got:
             x = NARROW[rule](alone, x, blocks_of_four(x), 1)
@@ -349,7 +349,7 @@ def test_a_graph_that_joins_in_the_middle_of_a_block_returns_no_zeros() -> None:
 
 def test_an_error_in_the_middle_of_a_step_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
-    run = models.compiled(model, **NEUTRAL)
+    run = models.compiled_loop(model, **NEUTRAL)
     with torch.no_grad():
         run(x)
         x[:, PROMPT] = 5
