@@ -79,7 +79,7 @@ def _node(node: torch.fx.Node, axes: Axes, rows: str, assignment: Assignment) ->
         query, value = axes.fake[node.args[0]], axes.fake[node.args[2]]  # type: ignore[index]
         heads = 2 * query.numel() // (query.shape[-1] * query.shape[-2] * _extent(axes, "B"))
         keys = assignment.keys.name
-        found = {(rows, keys): Fraction(heads * query.shape[-1])}
+        found: Terms = {(rows, keys): Fraction(heads * query.shape[-1])}
         mixed = [("salient", keys), ("salient", rows)] if assignment.salient else [(rows, keys)]
         for names in mixed:
             found[names] = found.get(names, Fraction(0)) + heads * value.shape[-1]

@@ -84,7 +84,7 @@ def mask_of_changes(before: torch.Tensor, now: torch.Tensor) -> int | None:
     """
     if before.shape != now.shape:
         return None
-    filled = before[before != now].unique()
+    filled = torch.unique(before[before != now])
     if len(filled) != 1 or int((before == filled).sum()) < 2:
         return None
     return int(filled)

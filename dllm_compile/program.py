@@ -111,7 +111,8 @@ class Program:
         """FLOPs of a call that computes every row, behind the stem and before the decision."""
         units = [unit for unit in self.units if unit.stream is not None]
         found = [item for unit in units for item in whole(unit, self.axes).items()]
-        return sum(float(count) * self.shape[0] * self.shape[1] ** len(names) for names, count in found)
+        batch, tokens = self.shape
+        return sum((float(count) * batch * float(tokens) ** len(names) for names, count in found), 0.0)
 
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""
