@@ -20,6 +20,10 @@ def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
     return int(torch._C._storage_Use_Count(storage._cdata)), sys.getrefcount(storage)
 
 
+def _storage(size: int) -> torch.UntypedStorage:
+    return torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
+
+
 class Outbox:
     """Storages handed out before, all of the same size.
 
@@ -40,11 +44,11 @@ class Outbox:
             return value.clone(memory_format=torch.contiguous_format)
         size = value.numel() * value.element_size()
         self.storages = [each for each in self.storages if each.nbytes() == size and not each.is_shared()]
-        unheld = [torch.UntypedStorage(0)]  # type: ignore[no-untyped-call]  # in a list too
+        unheld = [_storage(0)]  # in a list too
         free = (i for i in range(len(self.storages)) if _holders(self.storages[i]) == _holders(unheld[0]))
         place = next(free, None)
         if place is None:
-            place, self.storages = 0, [torch.UntypedStorage(size), *self.storages[:1]]  # type: ignore[no-untyped-call]
-        contiguous = torch.empty_like(value, device="meta", memory_format=torch.contiguous_format).stride()
-        copy = torch.empty(0, dtype=value.dtype).set_(self.storages[place], 0, value.shape, contiguous)
+            place, self.storages = 0, [_storage(size), *self.storages[:1]]
+        copy = torch.empty(0, dtype=value.dtype)
+        copy.set_(self.storages[place], 0, value.shape)  # type: ignore[call-overload]
         return copy.copy_(value)

@@ -174,7 +174,7 @@ class Program:
         units = [unit for unit in self.units if unit.stream is not None]
         found = [item for unit in units for item in whole(unit, self.axes).items()]
         batch, tokens = self.shape
-        return float(sum(float(count) * batch * tokens ** len(names) for names, count in found))
+        return sum((float(count) * batch * float(tokens) ** len(names) for names, count in found), 0.0)
 
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""
