@@ -15,6 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .core.axes import attention
 from .core.errors import GraphRefused, refusing
@@ -30,6 +31,7 @@ from .unit_code import forget
 from .verify import compare
 
 _REFUSED: list[str] = []
+_PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
 _WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
 
 
@@ -236,6 +238,7 @@ class Backend:
 
     def _run_plain(self, args: Sequence[Any]) -> Any:
         """Run the graph as Inductor alone would: its own Dynamo sees to gradients, and to sizes that change."""
+        _PLAIN.update({args[i]: None for i in (self.weights or ())[:1]})
         if self.plain is None:
             self.plain = torch.compile(self.module, backend="inductor")
         return self.plain(*args)
@@ -254,17 +257,20 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
     Returns:
         The fields of :class:`dllm_compile.stats.Stats` summed over its graphs; ``state_bytes``, of the rows kept of
         layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
-        :func:`dllm_compile.memory.process_peak_bytes`.
+        :func:`dllm_compile.memory.process_peak_bytes`; ``compiled``, whether any call of the model came here: not where
+        its methods or ``forward`` are called instead of itself, as the ``generate`` of some classes does.
     """
     mine = None if model is None else {id(parameter) for parameter in model.parameters()}
     total, kept, logits = Stats(), 0, 0
+    compiled = any(mine is None or id(weight) in mine for weight in list(_PLAIN))
     for session in sessions():
         if mine is None or mine & set(session.owner):
+            compiled = True
             total.add(session.stats)
             kept += session.state_bytes()
             logits += session.logits_bytes()
     sizes = {"state_bytes": kept, "logits_bytes": logits, "peak_bytes": process_peak_bytes()}
-    return {**total.as_dict(), "refused": list(dict.fromkeys(_REFUSED)), **sizes}
+    return {**total.as_dict(), "compiled": compiled, "refused": list(dict.fromkeys(_REFUSED)), **sizes}
 
 
 def reset() -> None:
