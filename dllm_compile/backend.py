@@ -77,8 +77,8 @@ def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> N
     ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
     sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
     warnings.warn(
-        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further sizes run "
-        "in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
+        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further sizes "
+        "run in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
         stacklevel=2,
     )
 
@@ -110,10 +110,8 @@ class Backend:
         if program is None:
             return self._run_plain(args)
         session, step = self._step(program, args)
-        if session is None or step is None:
-            result = self._run_plain(args)
-        else:
-            result = self._run(program, args, session, step)
+        stepped = session is not None and step is not None
+        result = self._run(program, args, session, step) if stepped else self._run_plain(args)  # type: ignore[arg-type]
         if session is not None:
             session.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         if session is not None and step is not None and _verifies(session.options, step):
@@ -173,7 +171,9 @@ class Backend:
         Returns:
             Whether no cache can serve the graph. What only a call can tell is left to the first one.
         """
-        if any(is_traceable_wrapper_subclass(a) for a in shown) or any(isinstance(shown[i], FakeTensor) for i in self.numbers):
+        if any(is_traceable_wrapper_subclass(a) for a in shown) or any(
+            isinstance(shown[i], FakeTensor) for i in self.numbers
+        ):
             return False
         try:
             program = self._analyzed(shown)

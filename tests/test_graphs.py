@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import dllm_compile
 from dllm_compile import unit_code
+from dllm_compile.lower import lower
 from dllm_compile.unit_code import UnitCode
 
 from . import models
@@ -183,7 +185,7 @@ def test_an_error_in_the_analysis_runs_plainly_and_names_the_node(monkeypatch: p
     def broken(node: torch.fx.Node, axes: Any) -> None:
         raise IndexError("tuple index out of range")
 
-    monkeypatch.setattr("dllm_compile.passes.regions._check_attention", broken)
+    monkeypatch.setattr(import_module("dllm_compile.passes.regions"), "_check_attention", broken)
     m = model()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="IndexError"):
         steps(models.compiled(m))
@@ -243,13 +245,17 @@ def test_flex_attention_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quantized_weights_are_compiled_for_any_number_of_rows() -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    m = Model([Layer(False)]).eval()
-    quantization.quantize_(m, quantization.Int8WeightOnlyConfig())
-    options = {"mask_id": models.MASK, "cache": "dual", "block_length": 4}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="dllm")
-        steps(torch.compile(m, backend="dllm", options=options), count=3)
-    assert dllm_compile.stats(m)["steps"] == {"full": 1, "block": 2}
+    linear = nn.Linear(32, 32).eval()
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    graph = torch.fx.Graph()
+    x, weight, bias = (graph.placeholder(name) for name in ("x", "weight", "bias"))
+    graph.output((graph.call_function(F.linear, (x, weight, bias)),))
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    with torch.no_grad():
+        run = lower(module, [torch.randn(2, 5, 32), linear.weight, linear.bias], "inductor", [0])
+        for rows in (5, 9):
+            given = torch.randn(2, rows, 32)
+            torch.testing.assert_close(run(given, linear.weight, linear.bias)[0], linear(given))
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
-from .assignment import KEYS, SALIENT
 from .arguments import attention_arguments
+from .assignment import KEYS, SALIENT
 from .errors import GraphRefused
 from .graph import free_tokens
 from .rows import ALL

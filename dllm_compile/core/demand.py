@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from .assignment import ACTIVE, READABLE, Assignment
 from .arguments import attention_arguments
+from .assignment import ACTIVE, READABLE, Assignment
 from .axes import Axes, attention
 from .errors import GraphRefused
 from .layout import position

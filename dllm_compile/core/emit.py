@@ -175,7 +175,7 @@ class _Writer(AttentionForms):
                     )
                 return self.narrowed[key]
             if user in self.axes.unproven and node in self.axes.made:
-                if node.target is not torch.arange or len(node.args) > 1 and (node.args[0], *node.args[2:]) != (0,):
+                if node.target is not torch.arange or (len(node.args) > 1 and (node.args[0], *node.args[2:]) != (0,)):
                     raise GraphRefused("a constant sized by the tokens cannot be made for fewer", node)
                 (per_row,) = resized(self.axes.made[node], 1)
                 count = self._call(torch.ops.aten.sym_size.int, (self._index(rows, ALL), 1))
