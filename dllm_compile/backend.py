@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .core.axes import attention
+from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
 from .lower import Compiled
@@ -77,8 +77,8 @@ def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> N
     ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
     sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
     warnings.warn(
-        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further sizes "
-        "run in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
+        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further "
+        "sizes run in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
         stacklevel=2,
     )
 

@@ -17,9 +17,9 @@ import torch
 import torch.fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core.arguments import attention_arguments
+from .core.arguments import attention, attention_arguments
 from .core.assignment import KEYS, Assignment
-from .core.axes import Axes, attention, linear, run_node
+from .core.axes import Axes, linear, run_node
 from .core.emit import emit
 from .core.rows import RowSet
 from .core.state import shape

@@ -10,8 +10,8 @@ import torch
 
 from . import cost
 from .backend import Backend
+from .core.arguments import attention
 from .core.assignment import EXACT, Assignment
-from .core.axes import attention
 from .core.plan import Call
 from .core.units import Unit
 from .ids import infer_mask_id

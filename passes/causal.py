@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.arguments import attention_arguments
-from dllm_compile.core.axes import Axes, attention
+from dllm_compile.core.arguments import attention, attention_arguments
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import outline, placeholders
 from dllm_compile.core.units import closure

@@ -13,8 +13,8 @@ import operator
 import torch
 import torch.fx
 
-from dllm_compile.core.arguments import attention_arguments
-from dllm_compile.core.axes import Axes, attention, linear
+from dllm_compile.core.arguments import attention, attention_arguments
+from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.arguments import attention_arguments
-from dllm_compile.core.axes import attention
+from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node, placeholders
 from dllm_compile.core.layout import Factor, Layout

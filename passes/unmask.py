@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.arguments import argument
-from dllm_compile.core.axes import Axes, attention
+from dllm_compile.core.arguments import argument, attention
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.axis_rules import RULES, Known
 from dllm_compile.core.layout import Layout, holds, position
 from dllm_compile.kernels.confidence import Confidence, confidence

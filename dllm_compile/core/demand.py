@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from .arguments import attention_arguments
+from .arguments import attention, attention_arguments
 from .assignment import ACTIVE, READABLE, Assignment
-from .axes import Axes, attention
+from .axes import Axes
 from .errors import GraphRefused
 from .layout import position
 from .rows import ALL, NONE, RowSet, join

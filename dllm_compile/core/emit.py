@@ -19,9 +19,10 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
+from .arguments import attention
 from .assignment import KEYED, Assignment
 from .attention_forms import AttentionForms
-from .axes import Axes, attention
+from .axes import Axes
 from .demand import at_hand, rows_read
 from .errors import GraphRefused
 from .graph import free_tokens

@@ -78,7 +78,7 @@ def fix_sizes(
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: fake[n])
                 try:
                     if _reads_number(node) and node.args[0] in scalars:
-                        fake[node] = scalars[node.args[0]]  # type: ignore[index]
+                        fake[node] = scalars[node.args[0]]
                     else:
                         fake[node] = run_node(node, args, kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
