@@ -187,7 +187,7 @@ def test_an_error_in_the_analysis_runs_plainly_and_names_the_node(monkeypatch: p
 
     monkeypatch.setattr(import_module("dllm_compile.passes.regions"), "_check_attention", broken)
     m = model()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="IndexError"):
+    with pytest.raises((IndexError, torch._dynamo.exc.BackendCompilerFailed), match="tuple index out of range"):
         steps(models.compiled(m))
     torch._dynamo.reset()
     monkeypatch.setenv("DLLM_DEBUG", "0")
@@ -197,7 +197,7 @@ def test_an_error_in_the_analysis_runs_plainly_and_names_the_node(monkeypatch: p
     for a, b in zip(got, steps(m), strict=True):
         assert torch.equal(a, b)
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="IndexError"):
+    with pytest.raises((IndexError, torch._dynamo.exc.BackendCompilerFailed), match="tuple index out of range"):
         steps(models.compiled(m, verify=1))
 
 
@@ -354,11 +354,10 @@ def test_dynamic_shapes_are_cached(name: str) -> None:
         assert {name: n - before.get(name, 0) for name, n in now.items() if n != before.get(name, 0)} == seen
 
 
-def test_the_last_graph_that_dynamo_makes_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_the_last_graph_that_dynamo_makes_is_announced() -> None:
     given = {"lowering": "eager", "mask_id": models.MASK, **NEUTRAL}
     call = torch.compile(Model([Layer(False)]).eval(), backend="dllm", dynamic=False, options=given)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="dllm")
             call(models.start(9, 8))
