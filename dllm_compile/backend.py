@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .batch import Batch, Step
 from .breaks import forget as forget_breaks
@@ -36,6 +37,7 @@ from .unit_code import forget
 from .verify import compare
 
 _REFUSED: list[str] = []
+_PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
 _WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
 
 
@@ -93,8 +95,8 @@ def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> N
     ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
     sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
     warnings.warn(
-        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further sizes run "
-        "in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
+        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further "
+        "sizes run in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
         stacklevel=2,
     )
 
@@ -307,6 +309,7 @@ class Backend:
 
     def _run_plain(self, args: Sequence[Any]) -> Any:
         """Run the graph as Inductor alone would: its own Dynamo sees to gradients, and to sizes that change."""
+        _PLAIN.update({args[i]: None for i in (self.weights or ())[:1]})
         if self.plain is None:
             self.plain = torch.compile(self.module, backend="inductor")
         return self.plain(*args)
@@ -355,22 +358,25 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
     Returns:
         The fields of :class:`dllm_compile.stats.Stats` summed over its graphs; ``state_bytes``, of the rows kept of
         layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
-        :func:`dllm_compile.memory.process_peak_bytes`.
+        :func:`dllm_compile.memory.process_peak_bytes`; ``compiled``, whether any call of the model came here: not where
+        its methods or ``forward`` are called instead of itself, as the ``generate`` of some classes does.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give the module that was compiled, or nothing for all")
-    mine = None if model is None else list(model.parameters())
+    mine = None if model is None else {id(weight) for weight in model.parameters()}
     total, kept, logits = Stats(), 0, 0
+    compiled = any(mine is None or id(weight) in mine for weight in list(_PLAIN))
     for session in sessions():
         if mine is None or session.shares(mine):
+            compiled = True
             total.add(session.stats)
             kept += session.state_bytes()
             logits += session.logits_bytes()
     sizes = {"state_bytes": kept, "logits_bytes": logits, "peak_bytes": process_peak_bytes()}
-    return {**total.as_dict(), "refused": list(dict.fromkeys(_REFUSED)), **sizes}
+    return {**total.as_dict(), "compiled": compiled, "refused": list(dict.fromkeys(_REFUSED)), **sizes}
 
 
 def reset() -> None:

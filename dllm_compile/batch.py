@@ -115,6 +115,7 @@ class Batch:
         self.thread: int | None = None  # that a step in several graphs is under way on
         self.past: Past | None = None
         self.part_inputs: dict[Any, Inputs] = {}  # of graphs that are called behind the one with the ids
+        self.finished = False  # a call behind the last step filled all masks
         self.whole = False  # some part of the model cannot run for fewer rows
         self.stale = False  # what is kept is not good for the next call
         self.last: Step | None = None
@@ -166,11 +167,6 @@ class Batch:
     def logits_bytes(self) -> int:
         """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
         return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.outboxes.values())
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing was masked at the last call."""
-        return self.past is not None and not bool((self.past.ids == self.mask_id).any())
 
     # -- the ids of a call -------------------------------------------------------------------------------------------
 

@@ -17,6 +17,10 @@ IN_ORDER = {"reorder_for_locality": False}
 """A read of the rows kept that moves behind their overwriting costs a copy of all of them, there and back."""
 
 
+def _has_parts(value: object) -> bool:
+    return is_traceable_wrapper_subclass(value)
+
+
 def lower(
     module: torch.fx.GraphModule, args: Sequence[Any], how: str, free: Sequence[int] = (), writes: bool = False
 ) -> Compiled:
@@ -39,9 +43,11 @@ def lower(
     if free:
         mode = FakeTensorMode(shape_env=shapes)
         for i, value in enumerate(args):
-            if is_traceable_wrapper_subclass(value):  # a quantized weight: its parts have sizes of their own
-                example[i] = mode.from_tensor(value, static_shapes=True)  # type: ignore[arg-type]
-            elif isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if _has_parts(value):  # a quantized weight: its parts have sizes of their own
+                example[i] = mode.from_tensor(value, static_shapes=True)
+            else:
                 sizes = [DimDynamic.STATIC] * value.dim()
                 if i in free and value.shape[1] < 2:
                     raise RuntimeError(f"code for any number of rows is compiled for 2 or more, not {value.shape[1]}")

@@ -81,14 +81,15 @@ class Session:
         """Whether all weights that it was made for are alive."""
         return all([ref() is not None for ref in self.owners])
 
-    def shares(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether it belongs to a model that has some of these weights."""
-        mine = {id(ref()) for ref in self.owners} - {id(None)}
-        return any(id(weight) in mine for weight in weights)
+    def shares(self, weights: set[int]) -> bool:
+        """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
+        return any(ref() is not None and id(ref()) in weights for ref in self.owners)
 
     def drop(self) -> None:
         """Forget all sequences and free their rows."""
-        self.batches = []
+        dropped, self.batches = self.batches, []
+        for each in dropped:
+            each.drop_rows()
         self.unknown = None
 
     def state_bytes(self) -> int:
@@ -139,6 +140,9 @@ class Session:
             if each.interrupted:
                 each.begin_anew()
         batch = self._found(read.ids, candidates) or self._smaller(read.ids, beside, program, word)
+        if batch is not None and not bool((read.ids == batch.mask_id).any()):
+            batch.finished = True
+            return None
         if batch is None:
             batch = self._start(read.ids, beside, program, word)
             if batch is None:

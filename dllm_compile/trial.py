@@ -27,7 +27,7 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     """Run a unit for all rows and for every third row, and compare those.
 
     Experts that sort tokens, or a custom kernel, are token-wise as a whole although single calls in them are not. The
-    comparison is on the real weights and the real hidden state, but in float64, or in float32 where a call has no kernel
+    comparison is on the real weights and the real hidden state, in float64, or in float32 where a call has no kernel
     for that: in half precision a mean over all tokens drowns in rounding.
 
     Args:

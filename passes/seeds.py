@@ -25,11 +25,9 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
     """
     names = placeholders(graph)
     calls = [node for node in graph.nodes if node.target is attention]
-    roots = (
-        [attention_arguments(calls[0].args, calls[0].kwargs).value]
-        if calls
-        else list(output_node(graph).all_input_nodes)
-    )
+    roots = list(output_node(graph).all_input_nodes)
+    if calls:
+        roots = [attention_arguments(calls[0].args, calls[0].kwargs).value]
     behind = closure([n for n in roots if isinstance(n, torch.fx.Node)], set())
     tensors = {n: a for n, a in zip(names, args, strict=True) if n in behind and _is_input(a)}
     ids = [n for n, a in tensors.items() if a.dim() == 2 and a.dtype in (torch.int64, torch.int32) and _is_looked_up(n)]

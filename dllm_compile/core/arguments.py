@@ -46,10 +46,10 @@ def canonical(node: torch.fx.Node) -> bool:
         Whether something changed. A call whose signature is not known stays as it is.
     """
     if node.target is attention:
-        attended = attention_arguments(node.args, node.kwargs)
-        more = [name for name in Attended._fields[3:] if getattr(attended, name) != Attended._field_defaults[name]]
-        before, node.args = (node.args, node.kwargs), attended[:3]
-        node.kwargs = {name: getattr(attended, name) for name in more}
+        read = attention_arguments(node.args, node.kwargs)
+        more = [name for name in Attended._fields[3:] if getattr(read, name) != Attended._field_defaults[name]]
+        before, node.args = (node.args, node.kwargs), read[:3]
+        node.kwargs = {name: getattr(read, name) for name in more}
         return before != (node.args, node.kwargs)
     if not node.kwargs or node.op not in ("call_function", "call_method"):
         return False
@@ -58,7 +58,7 @@ def canonical(node: torch.fx.Node) -> bool:
         called = {name: _own_name(name, names) for name in given}
         if len(node.args) > len(names) or None in called.values() or set(names[: len(node.args)]) & {*called.values()}:
             continue
-        kwargs = {called[name] or name: value for name, value in node.kwargs.items()}
+        kwargs = {str(called[name]): value for name, value in node.kwargs.items()}
         args = list(node.args)
         while len(args) < required and names[len(args)] in kwargs:
             args.append(kwargs.pop(names[len(args)]))
