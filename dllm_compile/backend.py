@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import cached_backends
 from torch._guards import CompileContext
 from torch._inductor.compile_fx import compile_fx
@@ -180,7 +181,8 @@ class Backend:
 
     def _program(self, args: Sequence[Any]) -> Program | None:
         try:
-            program = self.ready.pop(self._key(args), None) or self._analyzed(args)
+            with compile_lock:
+                program = self.ready.pop(self._key(args), None) or self._analyzed(args)
             with refusing("analyzed"):
                 program.check(args)
             return program

@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from torch._dynamo.convert_frame import compile_lock
 
 from .batch import Step
 from .core.assignment import ACTIVE, KEYS, Assignment
@@ -90,8 +91,12 @@ class UnitCode:
         key = assignment if assignment.fixed else (assignment, step.signature)
         found = self.variants.get(key)
         if found is None:
-            with refusing(f"compiled for the step {assignment.name!r}"):
-                found = self.variants[key] = self._compile(assignment, step, values)
+            with (
+                compile_lock,
+                refusing(f"compiled for the step {assignment.name!r}"),
+            ):  # one thread at a time, as Dynamo
+                found = self.variants.get(key) or self._compile(assignment, step, values)
+                self.variants[key] = found
         return found
 
     def _compile(self, assignment: Assignment, step: Step, values: Values) -> Variant:

@@ -57,6 +57,8 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
     ({"mask_id": -1}, "mask_id is -1; give the token id of the mask"),
     ({"mask_id": "[MASK]"}, "mask_id is '[MASK]'; give the token id of the mask"),
     ({"shift": "no"}, "shift is 'no'; give True for samplers that read row i - 1"),
+    ({"readable": "some"}, "readable is 'some'; did you mean"),
+    ({"max_state_bytes": -1}, "max_state_bytes is -1; give a whole number of at least 0"),
     ({"verify": -1}, "verify is -1; give a number of steps between checks"),
     ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; give True or False"),
     ({"block_length": 32}, "block_length is 32, but no mechanism reads it; give cache, such as cache='dual', too"),

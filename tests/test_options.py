@@ -42,6 +42,8 @@ OFF: dict[str, Any] = {
     "whole_interval": 4,
     "mask_id": None,
     "shift": None,
+    "readable": "masked",
+    "max_state_bytes": 2**31,
     "verify": 0,
     "cuda_graphs": False,
     "lowering": "inductor",
@@ -261,6 +263,8 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "cuda_graphs": (True, False),
     "mask_id": (0, 126336, None),
     "shift": (True, False, None),
+    "readable": ("masked", "all"),
+    "max_state_bytes": (0, 1, 2**40),
     "verify": (0, 1, 100),
 }
 
@@ -336,6 +340,8 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cuda_graphs": ("give True or False", (0, 1, "yes", None)),
     "mask_id": ("give the token id of the mask", (-1, 1.0, "[MASK]", True)),
     "shift": ("give True for samplers that read row i - 1 for token i, else False", ("yes", 2, 0, 1, 0.0)),
+    "readable": ("Valid: masked, all", ("every", "", 1, None, True)),
+    "max_state_bytes": ("give a whole number of at least 0", (-1, 1.5, "2 GiB", True, None)),
     "verify": ("give a number of steps between checks, or 0 for none", (-1, 1.5, True, None)),
 }
 
