@@ -77,6 +77,10 @@ class ActiveRows:
     def next(self, call: Call) -> Plan:
         """Rows of the call; a repeated one counts."""
         self.blocks.next(call)
+        plan = self._planned(call)
+        return replace(plan, warning=self.blocks.warning) if self.blocks.warning else plan
+
+    def _planned(self, call: Call) -> Plan:
         part = self._partial(call)
         full, response = self.refreshes.next(call.number, self._begins(call, part))
         if bool((full | self.blocks.done).all()):

@@ -59,8 +59,8 @@ def dllm(
 
     Returns:
         A function of the same inputs: what Inductor makes of the graph where no cache can serve it. Where ``mode`` is
-        another one, or an option is unknown or out of range, it raises the ``ValueError`` or ``TypeError`` that says so:
-        raised here, Dynamo would wrap it in an error of its own.
+        another one, or an option is unknown or out of range, it raises the ``ValueError`` or ``TypeError`` that says
+        so: raised here, Dynamo would wrap it in an error of its own.
     """
     cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     try:

@@ -214,7 +214,7 @@ class Batch:
         return (masked == behind).all(1)
 
     def replaces(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Which sequences, ``[B]`` bool, were replaced by new ones while the others went on; ``None`` if that is not it."""
+        """Which sequences, ``[B]`` bool, were replaced by new ones while others went on; ``None`` if it is not so."""
         assert self.past is not None
         if not self.past.evidence.is_loop:
             return None
@@ -245,7 +245,7 @@ class Batch:
             self.begin_anew()
 
     def rows_of(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Which of the sequences a smaller batch ``ids`` ``[b, S]`` goes on with, ``[b]`` int64, in order; or ``None``."""
+        """Which of the sequences a smaller batch ``ids`` ``[b, S]`` goes on with: ``[b]`` int64, or ``None``."""
         assert self.past is not None
         size = len(self.past.ids)
         if not self.past.evidence.is_loop or len(ids) >= size:

@@ -1,16 +1,16 @@
 """Whether calls that look like the steps of a denoising loop are steps of one.
 
-A Monte Carlo estimate of a likelihood calls the model on one text again and again, each time with other masks. Where the
-masks of a sample lie among those of the last one, its ids look like a step that filled the rest. So a sequence that
+A Monte Carlo estimate of a likelihood calls the model on one text again and again, each time with other masks. Where
+the masks of a sample lie among those of the last one, its ids look like a step that filled the rest. So a sequence that
 nobody declared is *in doubt* at first, and its calls compute every row. It is taken for a loop once one of these shows:
 
 - *it writes what the model said*. Against the null hypothesis that the tokens filled have nothing to do with the model
-  (each has a chance of ``1/V`` to be the best), two others are held as log likelihood ratios, for rows that predict their
-  own token and, as Dream's do, the next one: greedy (the best token with a chance of 0.9) and drawn (by the model's
-  probabilities). Where a single token was filled, a surer place than those masked before it, as a sampler by confidence
-  takes, tells too;
-- *it goes on as loops do*: it began fully masked behind a prompt, and ``STEPS`` calls filled masks and did nothing else,
-  not from left to right as teacher forcing does, on a model whose runs were not begun anew before.
+  (each has a chance of ``1/V`` to be the best), two others are held as log likelihood ratios, for rows that predict
+  their own token and, as Dream's do, the next one: greedy (the best token with a chance of 0.9) and drawn (by the
+  model's probabilities). Where a single token was filled, a surer place than those masked before it, as a sampler by
+  confidence takes, tells too;
+- *it goes on as loops do*: it began fully masked behind a prompt, and ``STEPS`` calls filled masks and did nothing
+  else, not from left to right as teacher forcing does, on a model whose runs were not begun anew before.
 
 A likelihood of an answer that the model itself would give cannot be told from a loop; ``exact_calls()`` says it.
 """

@@ -101,8 +101,8 @@ class Options:
         mask_id: token id of the mask; by default the id that ends the first call.
         shift: whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of
             samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before.
-        readable: rows whose logits are current: ``"masked"``, the masked ones and, unless ``shift`` is ``False``, the row
-            before each; or ``"all"`` that a step computes, for samplers that read the logits of tokens they have filled.
+        readable: rows whose logits are current: ``"masked"``, the masked ones and, unless ``shift`` is ``False``, the
+            row before each; or ``"all"`` that a step computes, for samplers that read those of tokens they have filled.
         max_state_bytes: bytes that the sequences under way in a model may keep together; beyond them those used longest
             ago are dropped and begin anew at their next call. The one that is called always has its rows.
         verify: every so many steps the graph also runs without the method, in eager, and ``stats`` reports the

@@ -74,12 +74,12 @@ class Session:
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
         return len(weights) == len(self.owners) and all(
-            [ref() is weight for ref, weight in zip(self.owners, weights, strict=True)]
+            ref() is weight for ref, weight in zip(self.owners, weights, strict=True)
         )
 
     def lives(self) -> bool:
         """Whether all weights that it was made for are alive."""
-        return all([ref() is not None for ref in self.owners])
+        return all(ref() is not None for ref in self.owners)
 
     def shares(self, weights: set[int]) -> bool:
         """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
@@ -194,9 +194,9 @@ class Session:
         return _Read(
             host[:at].view(ids.shape),
             packed[:at].view(ids.shape),
-            weights_written=any([next(bits) for _ in written]),
+            weights_written=any(next(bits) for _ in written),
             same_inputs={
-                each: not any([next(bits) for _ in mine]) for each, mine in zip(candidates, differ, strict=True)
+                each: not any(next(bits) for _ in mine) for each, mine in zip(candidates, differ, strict=True)
             },
             found=dict(zip(doubted, numbers, strict=True)),
         )
@@ -307,8 +307,11 @@ class Session:
         if batch.whole and lossy:
             plans = Exact()
         plan = plans.next(call)
-        if lossy and not evidence.is_loop and not (call.repeat and plan.same) and not plan.assignment.computes_all:
+        known = evidence.is_loop or not lossy or (call.repeat and plan.same)
+        if not known and (plan.warning is not None or not plan.assignment.computes_all):
             missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
+        elif plan.warning is not None:
+            warnings.warn(plan.warning, stacklevel=2)
         history = (
             past.history if past.history and torch.equal(past.history[-1], read.ids) else (*past.history, read.ids)
         )
@@ -352,9 +355,9 @@ class Session:
         self.reads_filled = True
         if self.options.readable != "all" and not program.chooses:
             warnings.warn(
-                "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which so "
-                "far were those of an earlier step; from here on they are computed at every step. Give readable='all' to "
-                "have them from the first call on",
+                "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which "
+                "so far were those of an earlier step; from here on they are computed at every step. Give "
+                "readable='all' to have them from the first call on",
                 stacklevel=2,
             )
 

@@ -1,12 +1,12 @@
 """Whether tensors hold what they held before, however they were written.
 
-PyTorch counts the writes that autograd sees. ``w.data.add_()``, numpy views and ``vector_to_parameters`` go around that
-count, ``w.data = t`` puts other memory behind the same object, and a Python ``id`` is used again once its owner is dead.
-So a tensor is known by a weak reference to it, by its address, its count of writes, and by what it holds:
+PyTorch counts the writes that autograd sees. ``w.data.add_()``, numpy views and ``vector_to_parameters`` go around
+that count, ``w.data = t`` puts other memory behind the same object, and a Python ``id`` is used again once its owner is
+dead. So a tensor is known by a weak reference to it, by its address, its count of writes, and by what it holds:
 
-- *a sample*: up to ``SAMPLE`` numbers at even distances, compared at every call (two launches for all weights together).
-  It sees what merging, averaging, loading and noise do, for these write everywhere. It does not see a write that leaves
-  all of these numbers as they were, such as one to a single entry of a matrix;
+- *a sample*: about ``SAMPLE`` numbers at even distances, compared at every call (two launches for all weights of a
+  dtype). It sees what merging, averaging, loading and noise do, for these write everywhere. It does not see a write
+  that leaves all of these numbers as they were, such as one to a single entry of a matrix;
 - *a checksum*: reads all of a tensor once, and sees any write but by a chance of about 2^-60.
 
 Everything here stays on the device and is compared there, as one truth value.
@@ -59,7 +59,7 @@ class Weights:
     def are(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the very tensors, in this order."""
         return len(tensors) == len(self.refs) and all(
-            [ref() is tensor for ref, tensor in zip(self.refs, tensors, strict=True)]
+            ref() is tensor for ref, tensor in zip(self.refs, tensors, strict=True)
         )
 
     def include(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -108,7 +108,7 @@ class Weights:
         if self.whole is None:
             return True
         now = [checksum(part) for part in leaves(self.alive() or [])]
-        return len(now) != len(self.whole) or any([bool(a != b) for a, b in zip(now, self.whole, strict=True)])
+        return len(now) != len(self.whole) or any(bool(a != b) for a, b in zip(now, self.whole, strict=True))
 
 
 class Inputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from .plan import Call
@@ -23,10 +21,12 @@ class Blocks:
         active: ``[B, S]`` bool, the rows of the active block.
         moved: ``[B, 1]`` bool, whether a sequence is at another block than at the call before.
         done: ``[B, 1]`` bool, whether nothing of a sequence is masked.
+        warning: what to tell the user of the last call.
     """
 
     def __init__(self, response: torch.Tensor, length: int | None) -> None:
         self.response, self.length = response, length
+        self.warning: str | None = None
         self.at = torch.full((response.shape[0], 1), -1)
         self._number()
 
@@ -42,6 +42,7 @@ class Blocks:
 
     def next(self, call: Call) -> None:
         """Follow one call."""
+        self.warning = None
         if call.number and bool((call.filled & self.response & (self.block != self.at) & (self.at >= 0)).any()):
             self._give_up()
         beyond = self.block.max() + 1
@@ -54,10 +55,9 @@ class Blocks:
 
     def _give_up(self) -> None:
         """The loop fills tokens of any block: keep all of the response alive."""
-        warnings.warn(
+        self.warning = (
             f"dllm: a token outside of the active block of {self.length} was filled, so this loop has no such blocks; "
-            "the whole response is recomputed from here on. Give the loop's block_length, or use method='dllm-cache'",
-            stacklevel=2,
+            "the whole response is recomputed from here on. Give the loop's block_length, or use method='dllm-cache'"
         )
         self.length = None
         self._number()

@@ -49,6 +49,7 @@ class Plan:
         fresh: ``[B, S]`` bool, the rows that are never evicted, because later steps compute them.
         kept: entries that a sequence keeps of the others.
         same: whether the ids of the call before would give its result again.
+        warning: what to tell the user where the plan is followed.
     """
 
     assignment: Assignment
@@ -61,6 +62,7 @@ class Plan:
     fresh: torch.Tensor | None = None
     kept: int = 0
     same: bool = True
+    warning: str | None = None
 
 
 def with_row_before(rows: torch.Tensor) -> torch.Tensor:
