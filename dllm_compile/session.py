@@ -139,19 +139,21 @@ class Session:
         for each in candidates:
             if each.interrupted:
                 each.begin_anew()
-        batch = self._found(read.ids, candidates) or self._smaller(read.ids, beside, program, word)
+        batch, branched = self._found(read.ids, candidates)
+        if batch is None and not branched:
+            batch = self._smaller(read.ids, beside, program, word)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
             batch.finished = True
             return None
         if batch is None:
-            batch = self._start(read.ids, beside, program, word)
+            batch = self._start(read.ids, beside, program, word, branched)
             if batch is None:
                 return None
         return batch, self._step(batch, read, program)
 
     def commit(self, batch: Batch, step: Step) -> None:
-        """A step has run: it is now the last one of its sequence."""
-        batch.past = step.past
+        """A step has run, or the first of its graphs has: it is now the last one of its sequences."""
+        batch.past, batch.last, batch.finished = step.past, step, False
         if batch not in self.batches:
             self.stats.sequences += 1
         self.batches = [*(each for each in self.batches if each is not batch), batch]
@@ -179,9 +181,8 @@ class Session:
         for flag in written:
             put(flag)
         differ = [each.inputs.differ(beside) for each in candidates]
-        for flags in differ:
-            for flag in flags:
-                put(flag)
+        for flag in (flag for mine in differ for flag in mine):
+            put(flag)
         doubted = [each for each in candidates if each.expected is not None]
         for each in doubted:
             assert each.past is not None
@@ -189,15 +190,13 @@ class Session:
             put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
         packed = torch.cat(parts)
         host, at = packed.cpu(), ids.numel()
-        bits = iter(host[at : at + len(written) + sum(map(len, differ))].tolist())
+        flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), 7 * len(doubted)])
         numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
         return _Read(
             host[:at].view(ids.shape),
             packed[:at].view(ids.shape),
-            weights_written=any(next(bits) for _ in written),
-            same_inputs={
-                each: not any(next(bits) for _ in mine) for each, mine in zip(candidates, differ, strict=True)
-            },
+            weights_written=bool(flags[0].any()),
+            same_inputs={each: not bool(mine.any()) for each, mine in zip(candidates, flags[1:-1], strict=True)},
             found=dict(zip(doubted, numbers, strict=True)),
         )
 
@@ -208,21 +207,23 @@ class Session:
 
     # -- which sequence ----------------------------------------------------------------------------------------------
 
-    def _found(self, ids: torch.Tensor, candidates: list[Batch]) -> Batch | None:
-        """The sequence that a call goes on with; for some of its batch it may begin anew."""
+    def _found(self, ids: torch.Tensor, candidates: list[Batch]) -> tuple[Batch | None, bool]:
+        """The sequences that a call goes on with, and whether it is another loop that has left one of the candidates.
+
+        Some of the sequences of a batch may begin anew.
+        """
         fitting = [each for each in candidates if bool(each.goes_on(ids).all())]
         fitting.sort(key=lambda each: each.distance(ids))
         best = fitting[0] if fitting else None
-        if best is not None and best.distance(ids)[0] and best.branches(ids):
-            return None
         if best is not None:
-            return best
+            branched = best.distance(ids)[0] > 0 and best.branches(ids)
+            return (None, True) if branched else (best, False)
         for each in reversed(candidates):
             rows = each.replaces(ids)
             if rows is not None:
                 each.replace(rows, ids)
-                return each
-        return None
+                return each, False
+        return None, False
 
     def _smaller(
         self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
@@ -242,9 +243,9 @@ class Session:
         return None
 
     def _start(
-        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None, loop: bool
     ) -> Batch | None:
-        """A sequence that begins with these ids; ``None`` where nothing is masked."""
+        """Sequences that begin with these ids, known to be a ``loop`` or not; ``None`` where nothing is masked."""
         mask_id, fills, begins_with = self.mask_id, 0, ids
         if self.options.mask_id is None and (mask_id is None or not bool((ids == mask_id).any())):
             mask_id = self.mask_id = infer_mask_id(ids)
@@ -263,7 +264,7 @@ class Session:
         begins = begins_masked(begins_with == mask_id, begins_with) and not self.scores
         short = int(batch.response.sum(1).max()) < SHORT
         plans = batch.new_schedule()
-        declared_so = isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
+        declared_so = loop or isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
         evidence = Evidence(declared_so, begins, self.options.shift, short, fills)
         batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
         if begins or evidence.declared:
