@@ -182,10 +182,9 @@ class Batch:
         filled = changed & (before == self.mask_id)
         if not self.past.evidence.is_loop:
             many = filled.sum(1) * 4 > (before == self.mask_id).sum(1)
-            prompt = begins_masked(ids == self.mask_id, ids) and bool(
-                many.all()
-            )  # rather a prompt put before the masks
-            return (~changed | filled).all(1) & ~many if prompt else (~changed | filled).all(1)
+            if bool(many.all()) and begins_masked(ids == self.mask_id, ids):
+                return torch.zeros_like(many)  # rather the start of a longer prompt
+            return (~changed | filled).all(1)
         remasked = changed & (ids == self.mask_id)
         edited = changed & ~filled & ~remasked
         size = self.response.sum(1)

@@ -134,7 +134,6 @@ class Session:
         read = self._read(ids, beside, candidates, moved)
         if read.weights_written:
             self._weights_changed()
-            candidates = []
         candidates = [each for each in candidates if read.same_inputs[each]]
         for each in candidates:
             if each.interrupted:
@@ -201,8 +200,9 @@ class Session:
         )
 
     def _weights_changed(self) -> None:
-        """Nothing that was computed by the old weights is of use."""
-        self.drop()
+        """Sequences that are under way compute every row at their next call: nothing old is of use."""
+        for each in self.batches:
+            each.begin_anew()
         self.weights.look()
 
     # -- which sequence ----------------------------------------------------------------------------------------------
