@@ -138,3 +138,46 @@ def test_the_command_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, capsys:
     assert fuzz.main(["--case", case]) == 0
     assert fuzz.main(["--seconds", "1", "--seed", "2", "--without", "grad,dropout"]) == 0
     assert "0 failures" in capsys.readouterr().out
+
+
+EXACT = {"method": "exact", "mask_id": "MASK"}
+LOSSY = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5, "mask_id": "MASK"}
+START = ["start", 0, 1, 1, 3, 6]
+CALL = ["call", 0, "", ""]
+
+
+def filled(seed: int) -> list[Any]:
+    return ["fill", 0, seed, 1, "best", 0]
+
+
+def case(ops: list[Any], options: dict[str, Any] = EXACT, kind: str = "neutral", **model: Any) -> Case:
+    return {"model": {"name": "plain", **model}, "options": options, "kind": kind, "ops": ops}
+
+
+ONCE: dict[str, Case] = {
+    **{
+        f"weights written: {how}": case([START, CALL, ["weights", how, 3], CALL])
+        for how in ("data", "data=", "vector", "buffer", "numpy", "copy", "inplace", "replace")
+    },
+    "weights written in mid-sequence": case(
+        [START, CALL, filled(0), CALL, ["weights", "data", 3], filled(1), CALL], LOSSY, "lossy", layers=2
+    ),
+    "two sets of plain weights": case([START, ["functional", 0, 1], ["functional", 0, 2]], LOSSY, "lossy", layers=2),
+    "another condition": case(
+        [START, CALL, filled(0), CALL, ["cond", 0, 5], filled(1), CALL], LOSSY, "lossy", layers=2, cond="vector"
+    ),
+    "gradients": case([START, ["grad", 0, 1]], {**EXACT, "lowering": "inductor"}),
+    "dropout": case([START, ["dropout", 0, 1]], dropout=0.2),
+    "a second output": case([START, CALL, filled(0), CALL], second=True),
+    "memory that is held": case([START, ["call", 0, "storage", ""], filled(0), CALL, filled(1), CALL]),
+    "memory that was written": case([START, ["call", 0, "data", ""], filled(0), CALL, filled(1), CALL]),
+    "attention by keywords": case([START, CALL], attention="keywords"),
+}
+"""What the search, or an attack by hand, found wrong once."""
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_what_was_wrong_once_is_right(name: str) -> None:
+    wrong, calls = attempt(ONCE[name])
+    assert wrong is None, wrong
+    assert calls
