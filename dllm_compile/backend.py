@@ -266,7 +266,7 @@ class Backend:
         if program.ids is not None:
             check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
-            found = session.begin(stream, beside, program)
+            found = session.begin(stream, beside, program, [args[i] for i in program.late])
         else:
             found = session.begin_hidden(stream, beside, program)
             if found is None and session.unknown is not None:

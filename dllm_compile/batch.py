@@ -65,6 +65,7 @@ class Step:
         bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
         layer: how many layers have run in this step.
         seen: the layers that have run.
+        late: inputs that only the head reads.
         own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
         anew: rows kept are not good for this step: layers that still come compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
@@ -80,6 +81,7 @@ class Step:
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
+    late: Inputs | None = None
     own: bool = False
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -114,6 +116,7 @@ class Batch:
         self.inputs, self.model, self.word = inputs, model, word
         self.thread: int | None = None  # that a step in several graphs is under way on
         self.past: Past | None = None
+        self.late: Inputs | None = None  # what only the head read at the last call
         self.part_inputs: dict[Any, Inputs] = {}  # of graphs that are called behind the one with the ids
         self.finished = False  # a call behind the last step filled all masks
         self.whole = False  # some part of the model cannot run for fewer rows
@@ -291,7 +294,8 @@ class Batch:
         changed = before != ids
         filled = changed & ~masked & (before == self.mask_id)
         number = 0 if past is None else past.number + 1
-        repeat = past is not None and number > 0 and caller is past.caller and not bool(changed.any())
+        repeat = past is not None and number > 0 and caller is not None and caller is past.caller
+        repeat = repeat and not bool(changed.any())
         return Call(number, repeat, masked, filled, changed, filling)
 
     def expect(self, program: Program) -> None:

@@ -48,7 +48,8 @@ class Program:
         units: stem, layers and head, whichever the graph has.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
-        beside: tensors that the model reads, but its ids and parameters; not those that only the decision reads.
+        beside: tensors that stem and layers read, but the ids and parameters.
+        late: likewise those that only the head reads.
         signature: equal for graphs of the same model, which may go on with each other's rows.
         origin: what a value is called in every graph of the same signature, and of smaller batches.
     """
@@ -74,7 +75,11 @@ class Program:
         read = closure([n for unit in self.units if unit is not self.decision for n in unit.nodes], set())
         tensors = [i for n, i in self.index.items() if isinstance(args[i], torch.Tensor) and n is not self.seed]
         model = [i for i in tensors if names[i] in read or self.decision is None]
-        self.beside = [i for i in model if not isinstance(args[i], torch.nn.Parameter)]
+        given = [i for i in model if not isinstance(args[i], torch.nn.Parameter)]
+        behind = (self.head(self.vocabulary), self.decision) if self.ids is not None else (self.decision,)
+        before = closure([n for unit in self.units if unit not in behind for n in unit.nodes], set())
+        self.late = [i for i in given if names[i] not in before and self.layers]
+        self.beside = [i for i in given if i not in self.late]
         self.codes = [shared(unit, self.axes, options.lowering) for unit in self.units]
         whole = self.ids is not None
         self.origin = {

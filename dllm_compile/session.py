@@ -40,6 +40,7 @@ class _Read:
 
     ids: torch.Tensor
     on_device: torch.Tensor
+    same_late: dict[Batch, bool]
     same_inputs: dict[Batch, bool]
     found: dict[Batch, list[float]]
     weights_written: bool
@@ -112,13 +113,20 @@ class Session:
         """
         return self.begin(labels(hidden), beside, program)
 
-    def begin(self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program) -> tuple[Batch, Step] | None:
+    def begin(
+        self,
+        ids: torch.Tensor,
+        beside: Sequence[torch.Tensor],
+        program: Program,
+        late: Sequence[torch.Tensor] = (),
+    ) -> tuple[Batch, Step] | None:
         """Read one call.
 
         Args:
             ids: ``[B, S]`` integer token ids.
-            beside: the other tensors that the model reads, but its parameters.
+            beside: the other tensors that the layers read, but parameters.
             program: the graph that is called.
+            late: those that only the head reads; with others the same ids are no repetition.
 
         Returns:
             The sequence that the call belongs to and the step that it is, to be committed once it has run; ``None``
@@ -131,7 +139,7 @@ class Session:
         if moved:
             self._weights_changed()
         candidates = [each for each in self.batches if self._could_be(each, ids, beside, program, word)]
-        read = self._read(ids, beside, candidates, moved)
+        read = self._read(ids, beside, late, candidates, moved)
         if read.weights_written:
             self._weights_changed()
         candidates = [each for each in candidates if read.same_inputs[each]]
@@ -148,11 +156,13 @@ class Session:
             batch = self._start(read.ids, beside, program, word, branched)
             if batch is None:
                 return None
-        return batch, self._step(batch, read, program)
+        step = self._step(batch, read, program)
+        step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
+        return batch, step
 
     def commit(self, batch: Batch, step: Step) -> None:
         """A step has run, or the first of its graphs has: it is now the last one of its sequences."""
-        batch.past, batch.last, batch.finished = step.past, step, False
+        batch.past, batch.late, batch.last, batch.finished = step.past, step.late, step, False
         if batch not in self.batches:
             self.stats.sequences += 1
         self.batches = [*(each for each in self.batches if each is not batch), batch]
@@ -167,7 +177,14 @@ class Session:
         free = each.thread in (None, threading.get_ident())
         return alike and mine and free and each.inputs.fit(beside)
 
-    def _read(self, ids: torch.Tensor, beside: Sequence[torch.Tensor], candidates: list[Batch], looked: bool) -> _Read:
+    def _read(
+        self,
+        ids: torch.Tensor,
+        beside: Sequence[torch.Tensor],
+        late: Sequence[torch.Tensor],
+        candidates: list[Batch],
+        looked: bool,
+    ) -> _Read:
         """The ids, and what was computed on the device about them, in one transfer."""
         parts = [ids.detach().reshape(-1).long()]
         device = ids.device
@@ -180,7 +197,9 @@ class Session:
         for flag in written:
             put(flag)
         differ = [each.inputs.differ(beside) for each in candidates]
-        for flag in (flag for mine in differ for flag in mine):
+        lately = [each.late if each.late is not None and each.late.fit(late) else None for each in candidates]
+        later = [known.differ(late) if known is not None else [] for known in lately]
+        for flag in (flag for mine in (*differ, *later) for flag in mine):
             put(flag)
         doubted = [each for each in candidates if each.expected is not None]
         for each in doubted:
@@ -189,13 +208,18 @@ class Session:
             put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
         packed = torch.cat(parts)
         host, at = packed.cpu(), ids.numel()
-        flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), 7 * len(doubted)])
+        flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), *map(len, later), 7 * len(doubted)])
+        count = 1 + len(candidates)
         numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
         return _Read(
             host[:at].view(ids.shape),
             packed[:at].view(ids.shape),
+            same_late={
+                each: known is not None and not bool(mine.any())
+                for each, known, mine in zip(candidates, lately, flags[count:-1], strict=True)
+            },
+            same_inputs={each: not bool(mine.any()) for each, mine in zip(candidates, flags[1:count], strict=True)},
             weights_written=bool(flags[0].any()),
-            same_inputs={each: not bool(mine.any()) for each, mine in zip(candidates, flags[1:-1], strict=True)},
             found=dict(zip(doubted, numbers, strict=True)),
         )
 
@@ -287,13 +311,14 @@ class Session:
         past = batch.past
         assert past is not None
         device = read.on_device.device
-        call = batch.call(read.ids, program, to_be_filled(read.ids.shape))
+        caller = program if read.same_late.get(batch, False) else None
+        call = batch.call(read.ids, caller, to_be_filled(read.ids.shape))
         if call.repeat and past.number == 0 and self.weights.written_anywhere():
             self.weights.sum()  # a few numbers differ of which the sample has none
             batch.begin_anew()
             past = batch.past
             assert past is not None
-            call = batch.call(read.ids, program, call.filling)
+            call = batch.call(read.ids, caller, call.filling)
         evidence = past.evidence
         if call.number and bool(call.filled.any()) and not evidence.is_loop:
             found = read.found.get(batch)

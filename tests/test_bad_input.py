@@ -60,6 +60,7 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
     ({"shift": "no"}, "shift is 'no'; give True for samplers that read row i - 1"),
     ({"readable": "some"}, "readable is 'some'; did you mean"),
     ({"max_state_bytes": -1}, "max_state_bytes is -1; give a whole number of at least 0"),
+    ({"whole_interval": 0, "saliency_threshold": 0.9}, "whole_interval is 0; give a whole number of at least 1"),
     ({"verify": -1}, "verify is -1; give a number of steps between checks"),
     ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; give True or False"),
     ({"block_length": 32}, "block_length is 32, but no mechanism reads it; give cache, such as cache='dual', too"),
@@ -129,7 +130,7 @@ def test_options_already_made_are_options_of_torch_compile() -> None:
     made = Options(method="fast-dllm", cache="dual", block_size=2, mask_id=models.MASK, lowering="eager")
     model, x = models.build("llama", num_hidden_layers=1), models.start(5, 4)
     call = torch.compile(model, backend="dllm", options=made)  # type: ignore[call-overload]
-    with torch.no_grad():
+    with torch.no_grad(), dllm_compile.loop():
         call(x)
         x[:, 5] = 3
         call(x)
