@@ -272,8 +272,10 @@ class Session:
         """Sequences that begin with these ids, known to be a ``loop`` or not; ``None`` where nothing is masked."""
         mask_id, fills, begins_with = self.mask_id, 0, ids
         if self.options.mask_id is None and (mask_id is None or not bool((ids == mask_id).any())):
-            mask_id = self.mask_id = infer_mask_id(ids)
-            before, self.unknown = self.unknown, ids if mask_id is None else None
+            found = infer_mask_id(ids)
+            self.mask_id = mask_id = found if found is not None else self.mask_id
+            before = self.unknown
+            self.unknown = ids if mask_id is None else None
             if mask_id is None and before is not None and before.shape == ids.shape:
                 mask_id, fills, begins_with = mask_of_changes(before, ids), 1, before
         if mask_id is None or not bool((ids == mask_id).any()):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dllm_compile.session import sessions
 
 from .models import MASK, VOCABULARY, compiled_loop, start
-from .under_way import UnderWay, all_under_way
+from .under_way import UnderWay, under_way
 
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 CACHED: dict[str, Any] = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
@@ -132,7 +132,8 @@ def run(call: Callable[..., torch.Tensor], form: str, seed: int = 1) -> list[tor
 
 
 def stepping() -> UnderWay:
-    (running,) = [each for each in all_under_way() if each.number > 0]
+    running = under_way()
+    assert running.number > 0
     return running
 
 

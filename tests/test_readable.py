@@ -55,6 +55,7 @@ def test_every_row_is_current_where_all_are_readable(name: str, form: str) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
+        warnings.filterwarnings("ignore", "dllm: a token outside of the active block")
         for x, logits in remasking(call, start(response=12), 12):
             assert off(logits, model(x), everywhere(x)) < TOLERANCE
             assert off(call(x), model(x), everywhere(x)) < TOLERANCE  # a repeat
@@ -99,6 +100,8 @@ def test_lossy_methods_run_where_all_rows_are_readable(name: str) -> None:
 def test_a_loop_that_remasks_is_told_once_and_served_from_then_on(form: str, name: str) -> None:
     model = build(form)
     call = models.compiled(model, **EQUAL[name])
+    if form == "alone":  # in doubt, as no graph has its logits: every call that remasks is computed whole
+        call = models.in_a_loop(call)
     told = -1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
