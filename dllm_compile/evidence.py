@@ -2,15 +2,16 @@
 
 A Monte Carlo estimate of a likelihood calls the model on one text again and again, each time with other masks. Where
 the masks of a sample lie among those of the last one, its ids look like a step that filled the rest. So a sequence that
-nobody declared is *in doubt* at first, and its calls compute every row. It is taken for a loop once one of these shows:
+nobody declared is *in doubt* at first, and its calls compute every row. One that began fully masked behind a prompt is
+taken for a loop once one of these shows; any other (infilling, a start that is partly filled) has to be declared:
 
 - *it writes what the model said*. Against the null hypothesis that the tokens filled have nothing to do with the model
   (each has a chance of ``1/V`` to be the best), two others are held as log likelihood ratios, for rows that predict
   their own token and, as Dream's do, the next one: greedy (the best token with a chance of 0.9) and drawn (by the
   model's probabilities). Where a single token was filled, a surer place than those masked before it, as a sampler by
   confidence takes, tells too;
-- *it goes on as loops do*: it began fully masked behind a prompt, and ``STEPS`` calls filled masks and did nothing
-  else, not from left to right as teacher forcing does, on a model whose runs were not begun anew before.
+- *it goes on as loops do*: ``STEPS`` calls filled masks and did nothing else, not from left to right as teacher forcing
+  does, on a model whose runs were not begun anew before.
 
 A likelihood of an answer that the model itself would give cannot be told from a loop; ``exact_calls()`` says it.
 """
@@ -38,28 +39,31 @@ class Evidence:
 
     Attributes:
         declared: the caller said that it is a loop, or the graph that is called fills the masks itself.
-        begins: it began fully masked behind a prompt, on a model that was not seen to score texts.
+        begins: it began fully masked behind a prompt.
+        scores: the model was seen to score texts.
         shift: which row predicts a token, if that is known; see :class:`dllm_compile.Options`.
         short: the response has fewer than ``SHORT`` tokens.
         fills: calls so far that filled masks.
         in_order: each of them filled the leftmost masks.
-        scores: log likelihood ratios of greedy and drawn tokens, by rows of their own and by rows before.
-        sure: the scores sufficed.
+        ratios: log likelihood ratios of greedy and drawn tokens, by rows of their own and by rows before.
+        sure: the ratios sufficed.
     """
 
     declared: bool
     begins: bool
+    scores: bool = False
     shift: bool | None = None
     short: bool = False
     fills: int = 0
     in_order: bool = True
-    scores: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    ratios: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     sure: bool = False
 
     @property
     def is_loop(self) -> bool:
         """Whether the calls are taken for the steps of a denoising loop."""
-        return self.declared or self.sure or (self.begins and self.fills >= STEPS and not self.in_order)
+        goes_on = self.fills >= STEPS and not self.in_order and not self.scores
+        return self.declared or (self.begins and (self.sure or goes_on))
 
     def after(self, before: torch.Tensor, masked: torch.Tensor, found: list[float] | None, vocabulary: int) -> Evidence:
         """With one more call that filled masks.
@@ -75,16 +79,16 @@ class Evidence:
         if found is None:
             return more
         count, every = found[0], math.log(max(vocabulary, 2))
-        scores = list(self.scores)
+        ratios = list(self.ratios)
         for i, (hits, leads, drawn) in enumerate((found[1:4], found[4:7])):
-            scores[i] += hits * (math.log(_HIT) + every) + (count - hits) * math.log(1 - _HIT)
+            ratios[i] += hits * (math.log(_HIT) + every) + (count - hits) * math.log(1 - _HIT)
             if count == hits == 1:
-                scores[i] += _LEADS if leads == 1 else -_LEADS
-            scores[2 + i] += drawn + count * every
+                ratios[i] += _LEADS if leads == 1 else -_LEADS
+            ratios[2 + i] += drawn + count * every
         rows = {None: (0, 1), False: (0,), True: (1,)}[self.shift]
-        best = max(scores[i + kind] for i in rows for kind in (0, 2))
+        best = max(ratios[i + kind] for i in rows for kind in (0, 2))
         bar = 1.8 * every if self.short else 0.9 * every + 1.5
-        return replace(more, scores=tuple(scores), sure=self.sure or best >= bar)
+        return replace(more, ratios=tuple(ratios), sure=self.sure or best >= bar)
 
 
 class Expected:

@@ -29,7 +29,7 @@ from .program import Program
 from .stats import Stats
 from .unchanged import Inputs, Weights
 
-BATCHES = 8  # alive in one model at most
+BATCHES = 16  # alive in one model at most
 MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls
 ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 
@@ -156,6 +156,8 @@ class Session:
             batch = self._start(read.ids, beside, program, word, branched)
             if batch is None:
                 return None
+        if not batch.layers:
+            self._make_room(batch)
         step = self._step(batch, read, program)
         step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
         return batch, step
@@ -284,14 +286,12 @@ class Session:
             if each.past is not None and each.past.ids.shape == ids.shape and self._gives_up(each, ids):
                 self.scores = True
         self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
-        if self.batches:
-            self._make_room(max(bytes_of([each]) for each in self.batches))
         batch = Batch(self, ids, mask_id, Inputs(beside), program.signature, word if isinstance(word, Loop) else None)
-        begins = begins_masked(begins_with == mask_id, begins_with) and not self.scores
+        begins = begins_masked(begins_with == mask_id, begins_with)
         short = int(batch.response.sum(1).max()) < SHORT
         plans = batch.new_schedule()
         declared_so = loop or isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
-        evidence = Evidence(declared_so, begins, self.options.shift, short, fills)
+        evidence = Evidence(declared_so, begins, self.scores, self.options.shift, short, fills)
         batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
         if begins or evidence.declared:
             self.weights.sum()
@@ -302,10 +302,12 @@ class Session:
         same_prompt = bool(((ids == each.first) | each.response).all())
         return same_prompt and not each.past.evidence.is_loop and not each.finished and each.past.evidence.fills > 0
 
-    def _make_room(self, needed: int) -> None:
-        """Drop the sequences used longest ago, until so many bytes more are within what the options allow."""
-        while self.batches and bytes_of(self.batches) + needed > self.options.max_state_bytes:
-            self.batches = self.batches[1:]
+    def _make_room(self, batch: Batch) -> None:
+        """Drop rows of the sequences used longest ago, until one more of the largest has room."""
+        others = [each for each in self.batches if each is not batch and each.layers]
+        needed = max((bytes_of([each]) for each in others), default=0)
+        while others and bytes_of(others) + needed > self.options.max_state_bytes:
+            others.pop(0).begin_anew()
 
     # -- what a step computes ----------------------------------------------------------------------------------------
 
@@ -325,6 +327,12 @@ class Session:
         if call.number and bool(call.filled.any()) and not evidence.is_loop:
             found = read.found.get(batch)
             evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)
+            if evidence.sure and not evidence.is_loop and not past.evidence.sure:
+                warnings.warn(
+                    "dllm: these calls look like a denoising loop that did not begin fully masked behind a prompt, and "
+                    "run without a cache; if they are one, make them inside of `with dllm_compile.loop():`",
+                    stacklevel=2,
+                )
         lossy = not isinstance(past.schedule, Exact)
         missed = False
         if past.missed and evidence.is_loop:  # the schedule begins here
@@ -335,7 +343,8 @@ class Session:
         if batch.whole and lossy:
             plans = Exact()
         plan = plans.next(call)
-        known = evidence.is_loop or not lossy or (call.repeat and plan.same)
+        served = call.repeat and plan.same and batch.thread is None and program in batch.outputs
+        known = evidence.is_loop or not lossy or served
         if not known and (plan.warning is not None or not plan.assignment.computes_all):
             missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
         elif plan.warning is not None:

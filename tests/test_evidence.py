@@ -57,7 +57,7 @@ def test_tokens_that_are_not_the_models_do_not() -> None:
 
 def test_tokens_drawn_by_the_models_probabilities_show_a_loop_in_the_end() -> None:
     draw = torch.Generator().manual_seed(5)
-    ids, known = start(), Evidence(False, begins=False)
+    ids, known = start(), Evidence(False, begins=True, scores=True)
     for seed, place in enumerate(range(TOKENS - 18, TOKENS)):
         out = logits(seed)
         new = ids.clone()
