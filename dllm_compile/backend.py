@@ -140,12 +140,14 @@ class Backend:
             with session.lock:
                 chain.found = self._begin(program, args, session)
                 enter(chain)
-                return self._run(program, args, chain)
-        if chain.found is None:
-            return self._run(program, args, chain)
-        with chain.found[0].session.lock:
-            self._join(program, args, *chain.found)
-            return self._run(program, args, chain)
+                result = self._run(program, args, chain)
+        elif chain.found is None:
+            result = self._run(program, args, chain)
+        else:
+            with chain.found[0].session.lock:
+                self._join(program, args, *chain.found)
+                result = self._run(program, args, chain)
+        return chain.deliver() or result  # type: ignore[func-returns-value]  # no interrupt comes inside of a line
 
     def _run(self, program: Program, args: Sequence[Any], chain: Chain) -> Any:
         """Run the graph, as part of the step that its chain is."""
@@ -167,12 +169,13 @@ class Backend:
         begins, done, before = batch.last is not step, False, step.layer
         try:
             result = run(program, args, batch, step)
-            step.layer, done = before + len(program.layers), True
+            step.layer = before + len(program.layers)
+            if begins:
+                batch.session.commit(batch, step)
+            done = True
         finally:
             if not done:
                 batch.begin_anew()  # an error or an interrupt in the middle leaves rows half written
-        if begins:
-            batch.session.commit(batch, step)
         batch.layers_seen = max(batch.layers_seen, step.layer)
         batch.expect(program)
         if _verifies(self.options, step):
@@ -328,6 +331,11 @@ class Chain:
     def __init__(self) -> None:
         self.found: tuple[Batch, Step] | None = None
         self.passed: list[torch.Tensor] = []
+
+    def deliver(self) -> None:
+        """Note that the caller has the result: the very last thing that is done, as an interrupt may come before."""
+        if self.found is not None:
+            self.found[1].delivered = True
 
     def hands_on(self, stream: torch.Tensor) -> bool:
         """Whether ``stream`` is what the last graph returned."""

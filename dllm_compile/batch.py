@@ -65,6 +65,8 @@ class Step:
         bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
         layer: how many layers have run in this step.
         seen: the layers that have run.
+        counted: the name that ``stats`` has counted the step by.
+        delivered: whether the caller has its result; an interrupt may come when it is made, and before.
         late: inputs that only the head reads.
         own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
         anew: rows kept are not good for this step: layers that still come compute every row.
@@ -81,6 +83,8 @@ class Step:
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
+    counted: str | None = None
+    delivered: bool = False
     late: Inputs | None = None
     own: bool = False
     anew: bool = False
@@ -161,7 +165,10 @@ class Batch:
     @property
     def interrupted(self) -> bool:
         """Whether the last step ended before all of its layers had run, or the rows kept are no good otherwise."""
-        return self.stale or (self.last is not None and self.last.layer < self.layers_seen)
+        last = self.last
+        return self.stale or (
+            last is not None and (last.layer < self.layers_seen or (self.thread is not None and not last.delivered))
+        )
 
     def state_bytes(self) -> int:
         """Bytes of the rows kept of layers between steps."""

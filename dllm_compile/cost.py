@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 import sympy
 import torch
 import torch.fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch._dynamo.convert_frame import compile_lock
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .core.arguments import attention, attention_arguments
 from .core.assignment import EXACT, KEYS, Assignment
@@ -98,12 +101,26 @@ def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
         count = 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
     else:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
-        counter = FlopCounterMode(display=False)
-        with axes.mode, counter, torch.no_grad():
+        counter = _Counter()
+        with compile_lock, axes.mode, counter, torch.no_grad():  # fake tensors are of one thread at a time
             run_node(node, args, kwargs)
-        count = counter.get_total_flops()
+        count = counter.flops
     node.meta["flops"] = found = Fraction(count, _extent(axes, "T") * _extent(axes, "B"))
     return found
+
+
+class _Counter(TorchDispatchMode):
+    """Counts as ``torch.utils.flop_counter`` does, without its hooks on all modules, which other threads would see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.flops += formula(*args, **(kwargs or {}), out_val=out) if formula is not None else 0
+        return out
 
 
 def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy.Expr:

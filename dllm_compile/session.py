@@ -312,7 +312,7 @@ class Session:
     # -- what a step computes ----------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch, read: _Read, program: Program) -> Step:
-        past = batch.past
+        past, last = batch.past, batch.last
         assert past is not None
         device = read.on_device.device
         caller = program if read.same_late.get(batch, False) else None
@@ -323,6 +323,8 @@ class Session:
             past = batch.past
             assert past is not None
             call = batch.call(read.ids, caller, call.filling)
+        if call.repeat and last is not None and not last.delivered and program in batch.outputs:
+            return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
         evidence = past.evidence
         if call.number and bool(call.filled.any()) and not evidence.is_loop:
             found = read.found.get(batch)

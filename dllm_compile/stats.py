@@ -75,16 +75,12 @@ class Stats:
     token_flips: int = 0
     first_divergence: dict[int, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.pending: tuple[Any, str] | None = None
-
     def count(self, step: Any) -> None:
         """Note a step whose first graph has run: as a full one, until a layer runs the variant that was planned."""
         planned = "repeat" if step.repeat else step.assignment.name
         reads = reads_kept(step.assignment) or step.assignment.evict is not None
-        full = planned != "repeat" and reads and not step.own
-        self.pending = (step, planned) if full else None
-        self._add("full" if full else planned, step, 1)
+        step.counted = "full" if planned != "repeat" and reads and not step.own else planned
+        self._add(step.counted, step, 1)
 
     def ran(self, step: Any, tally: Tally, whole: float) -> None:
         """Note a call of a graph that was a part of a step.
@@ -95,10 +91,10 @@ class Stats:
             whole: FLOPs of a call of every row.
         """
         step.own |= tally.own
-        if tally.own and self.pending is not None and self.pending[0] is step:
+        if tally.own and step.counted == "full" != step.assignment.name:
             self._add("full", step, -1)
-            self._add(self.pending[1], step, 1)
-            self.pending = None
+            step.counted = step.assignment.name
+            self._add(step.counted, step, 1)
         self.layers.update(tally.layers)
         self.graphs += 1
         self.flops_whole += whole

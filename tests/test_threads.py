@@ -100,7 +100,7 @@ def test_threads_that_compile_at_the_same_time() -> None:
 )
 def test_threads_cache_as_if_alone(name: str, form: str) -> None:
     threads = 3
-    call = models.compiled(build(form), **METHODS[name])
+    call = models.compiled_loop(build(form), **METHODS[name])
     wanted: dict[tuple[int, int], list[torch.Tensor]] = {}
     with torch.no_grad():
         for thread in range(threads):
@@ -113,10 +113,11 @@ def test_threads_cache_as_if_alone(name: str, form: str) -> None:
                     x = fill(logits, x)
     torch._dynamo.reset()
     model = build(form)
-    call = models.compiled(model, **METHODS[name])
+    plain = models.compiled(model, **METHODS[name])
     wrong: list[tuple[int, int, int, float]] = []
 
     def work(thread: int) -> None:
+        call = models.in_a_loop(plain)  # where layers are alone no graph has the logits that would show it
         for turn in range(TURNS):
             x = prompts(thread, turn)
             for step, want in enumerate(wanted[thread, turn]):
@@ -127,7 +128,7 @@ def test_threads_cache_as_if_alone(name: str, form: str) -> None:
 
     together(work, threads)
     assert not wrong
-    assert partial(model) >= threads * TURNS * STEPS // 2
+    assert partial(model) >= threads * TURNS * STEPS // 3  # sparse-dllm has two full steps a block
 
 
 @pytest.mark.parametrize("name", ["neutral", "dual"])
