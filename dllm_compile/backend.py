@@ -38,6 +38,7 @@ from .unit_code import forget
 from .verify import compare
 
 _REFUSED: list[str] = []
+_MAKING = threading.Lock()  # held where a session is looked up or made
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
 _WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
 
@@ -303,14 +304,15 @@ class Backend:
 
         Weights that are no parameters are inputs of the sequences; the graph has a session of its own then.
         """
-        known: list[Session] = [*self.mine, *(sessions() if weights else ())]
-        for session in known:
-            if session.owns(weights) and session.options == options:
-                if session not in self.mine:
-                    self.mine.append(session)
-                return session
-        self.mine = [*(session for session in self.mine if session.lives()), Session(options, weights)]
-        return self.mine[-1]
+        with _MAKING:
+            known: list[Session] = [*self.mine, *(sessions() if weights else ())]
+            for session in known:
+                if session.owns(weights) and session.options == options:
+                    if session not in self.mine:
+                        self.mine.append(session)
+                    return session
+            self.mine = [*(session for session in self.mine if session.lives()), Session(options, weights)]
+            return self.mine[-1]
 
     def _run_plain(self, args: Sequence[Any]) -> Any:
         """Run the graph as Inductor alone would: its own Dynamo sees to gradients, and to sizes that change."""

@@ -101,7 +101,7 @@ def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
         count = 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
     else:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
-        counter = _Counter()
+        counter = _Counter()  # type: ignore[no-untyped-call]
         with compile_lock, axes.mode, counter, torch.no_grad():  # fake tensors are of one thread at a time
             run_node(node, args, kwargs)
         count = counter.flops
@@ -109,17 +109,21 @@ def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
     return found
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as ``torch.utils.flop_counter`` does, without its hooks on all modules, which other threads would see."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+    flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         formula = flop_registry.get(func._overloadpacket)
-        self.flops += formula(*args, **(kwargs or {}), out_val=out) if formula is not None else 0
+        if formula is None:
+            with self:
+                made_of = func.decompose(*args, **kwargs)
+            if made_of is not NotImplemented:
+                return made_of
+        out = func(*args, **kwargs)
+        self.flops += formula(*args, **kwargs, out_val=out) if formula is not None else 0
         return out
 
 

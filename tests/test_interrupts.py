@@ -100,6 +100,14 @@ def begun_at(model: Any, options: dict[str, Any], xs: list[torch.Tensor], word: 
         return [call(x).clone() for x in xs]
 
 
+def dropped_before(model: Any, options: dict[str, Any], xs: list[torch.Tensor], at: int) -> list[torch.Tensor]:
+    """Logits of the ids from the step ``at`` on, where its sequence had lost its rows to another one."""
+    call = models.compiled(model, max_state_bytes=0, **options)
+    for x in [*xs[:at], start(seed=99)]:
+        call(x)
+    return [call(x).clone() for x in xs[at:]]
+
+
 def spread(lines: Lines, points: int = POINTS) -> list[int]:
     """Lines to stop at: the first time that a line of the source is run, and the last, for some of all lines."""
     chosen = {0, lines.count - 1}
@@ -129,6 +137,8 @@ def test_an_interrupted_step_is_one_of_the_two_right_ones(name: str, interrupted
     begun = [begun_at(model, options, xs[interrupted:], word=False)]
     torch._dynamo.reset()
     begun.append(begun_at(model, options, xs[interrupted:], word=True))
+    torch._dynamo.reset()
+    begun.append(dropped_before(model, options, xs, interrupted))
     torch._dynamo.reset()
     call = models.compiled(model, **options)
     for x in xs:

@@ -12,7 +12,7 @@ from dllm_compile.ids import mask_of_changes
 
 from . import models
 from .test_explain import counted
-from .test_layers_alone import LAYERS, Model
+from .test_layers_alone import LAYERS, LoopBroken
 
 PROMPT, RESPONSE, STEPS = 9, 8, 6
 CACHED: dict[str, Any] = {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.5}
@@ -33,7 +33,7 @@ def seen(model: torch.nn.Module, **options: Any) -> dict[str, Any]:
 )
 def test_layers_that_hold_no_rows_are_no_partial_step(options: dict[str, Any], layers: int) -> None:
     """The first layer of dLLM-Cache is always computed, and layers of the same weights cannot tell rows apart."""
-    model = Model().double().eval()
+    model = LoopBroken().double().eval()
     model.layers = torch.nn.ModuleList([model.layers[0]] * layers)
     found = seen(model, **options)
     assert found["layers"] == {"cached": 0, "seen": layers * STEPS}
