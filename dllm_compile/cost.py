@@ -117,7 +117,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = flop_registry.get(func._overloadpacket)
-        if formula is None:
+        if formula is None and func.namespace == "aten":
             with self:
                 made_of = func.decompose(*args, **kwargs)
             if made_of is not NotImplemented:

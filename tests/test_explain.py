@@ -72,7 +72,7 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
         return run
 
     call = torch.compile(models.build(name), backend=counting)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dllm_compile.loop():
         for step in range(6):
             call(input_ids=ids)
             ids[:, PROMPT + step] = 7

@@ -290,7 +290,7 @@ def test_random_numbers_are_drawn_at_every_call(name: str) -> None:
 
 def test_dropout_that_is_off_is_cached() -> None:
     m = Model([Noisy(lambda x: F.dropout(x, 0.5, training=False)), Layer(False)]).double().eval()
-    steps(models.compiled(m, **PARTIAL))
+    steps(models.compiled_loop(m, **PARTIAL))
     assert dllm_compile.stats(m)["steps"]["select"] == 4
 
 

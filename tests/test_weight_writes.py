@@ -85,7 +85,8 @@ def by_numpy(model: Any) -> None:
 
 def by_storage(model: Any) -> None:
     weight = model.layers[1].qkv.weight
-    weight.untyped_storage().copy_((weight + noise(weight)).untyped_storage())
+    place = weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride()
+    weight.new_empty(0).data.set_(*place).copy_(weight + noise(weight))
 
 
 def replaced(model: Any) -> None:
