@@ -150,7 +150,12 @@ def block_options(name: str) -> dict[str, object]:
     trace = golden_models.trace(name)
     caches = {"generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual", "generate": "none"}
     block_length = trace.settings["block_length"]
-    return {"method": "fast-dllm", "cache": caches[trace.meta["function"]], "block_length": block_length}
+    cache = caches[trace.meta["function"]]
+    return (
+        {"method": "fast-dllm", "cache": cache, "block_length": block_length}
+        if cache != "none"
+        else {"method": "exact"}
+    )
 
 
 FIXED_SCHEDULE = [
