@@ -273,7 +273,7 @@ class Backend:
             found = session.begin(stream, beside, program, [args[i] for i in program.late])
         else:
             found = session.begin_hidden(stream, beside, program)
-            if found is None and session.unknown is not None:
+            if found is None and session.mask_id is None:
                 reason = "no graph of this model saw its token ids, and its hidden state does not show what is masked"
                 self._refuse(GraphRefused(reason))
         if found is None:

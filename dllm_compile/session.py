@@ -65,7 +65,8 @@ class Session:
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
         self.scores = False  # whether a run on a prompt was begun anew before it used up its masks
-        self.unknown: torch.Tensor | None = None  # rows of the last call, while nobody knows which of them are masked
+        self.mask_seen = options.mask_id is not None  # whether the mask was given, or seen to be filled
+        self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
         this = weakref.ref(self)
         self.owners = [weakref.ref(weight) for weight in weights]
@@ -91,7 +92,7 @@ class Session:
         dropped, self.batches = self.batches, []
         for each in dropped:
             each.drop_rows()
-        self.unknown = None
+        self.before = None
 
     def state_bytes(self) -> int:
         """Bytes of the rows kept of layers between steps."""
@@ -146,6 +147,7 @@ class Session:
         for each in candidates:
             if each.interrupted:
                 each.begin_anew()
+        before, self.before = self.before, read.ids if self.options.mask_id is None else None
         batch, branched = self._found(read.ids, candidates)
         if batch is None and not branched:
             batch = self._smaller(read.ids, beside, program, word)
@@ -153,7 +155,7 @@ class Session:
             batch.finished = True
             return None
         if batch is None:
-            batch = self._start(read.ids, beside, program, word, branched)
+            batch = self._start(read.ids, before, beside, program, word, branched)
             if batch is None:
                 return None
         if not batch.layers:
@@ -269,17 +271,27 @@ class Session:
         return None
 
     def _start(
-        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None, loop: bool
+        self,
+        ids: torch.Tensor,
+        before: torch.Tensor | None,
+        beside: Sequence[torch.Tensor],
+        program: Program,
+        word: Declared | None,
+        loop: bool,
     ) -> Batch | None:
-        """Sequences that begin with these ids, known to be a ``loop`` or not; ``None`` where nothing is masked."""
-        mask_id, fills, begins_with = self.mask_id, 0, ids
-        if self.options.mask_id is None and (mask_id is None or not bool((ids == mask_id).any())):
-            found = infer_mask_id(ids)
-            self.mask_id = mask_id = found if found is not None else self.mask_id
-            before = self.unknown
-            self.unknown = ids if mask_id is None else None
-            if mask_id is None and before is not None and before.shape == ids.shape:
-                mask_id, fills, begins_with = mask_of_changes(before, ids), 1, before
+        """Sequences that begin with these ids, known to be a ``loop`` or not; ``None`` where nothing is masked.
+
+        ``before`` are the ids of the last call, where the mask is inferred.
+        """
+        fills, begins_with = 0, ids
+        if self.options.mask_id is None:
+            filled = None if before is None or self.mask_seen else mask_of_changes(before, ids)
+            if before is not None and filled not in (None, self.mask_id):  # the first call ended in padding, or in text
+                self.mask_id, fills, begins_with = filled, 1, before
+            elif self.mask_id is None or not bool((ids == self.mask_id).any()):
+                found = infer_mask_id(ids)
+                self.mask_id = self.mask_id if found is None else found
+        mask_id = self.mask_id
         if mask_id is None or not bool((ids == mask_id).any()):
             return None
         for each in self.batches:  # of the same prompt, and given up: whoever does that may be scoring texts
@@ -326,6 +338,7 @@ class Session:
         if call.repeat and last is not None and not last.delivered and program in batch.outputs:
             return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
         evidence = past.evidence
+        self.mask_seen |= call.number > 0 and bool(call.filled.any())
         if call.number and bool(call.filled.any()) and not evidence.is_loop:
             found = read.found.get(batch)
             evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)

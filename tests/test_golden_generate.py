@@ -64,9 +64,7 @@ def test_evicting_generation_repeats_its_authors_code(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LLADA + DREAM if cache(golden_models.trace(n)) is not None])
 def test_cached_generation_repeats_its_authors_code(name: str) -> None:
-    of = cache(golden_models.trace(name))
-    options = {"method": "fast-dllm", "cache": of} if of != "none" else {"method": "exact"}
-    repeat(name, **options, lowering="eager")
+    repeat(name, method="fast-dllm", cache=cache(golden_models.trace(name)), lowering="eager")
 
 
 def decoded_options(trace: golden_models.Trace) -> dict[str, Any]:

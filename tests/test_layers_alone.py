@@ -274,3 +274,20 @@ def test_layers_that_share_their_weights_compute_every_row(form: str, options: d
     call = compiled_loop(model, **options)
     assert worst(run(call, form), run(model, form)) < 1e-9
     assert stepping().number == STEPS - 1
+
+
+def test_a_batch_that_is_padded_on_the_right_is_cached() -> None:
+    """No graph sees the ids, and they do not end in masks: the second call shows which they are."""
+    model = LoopBroken().double().eval()
+    for options, equal in ((NEUTRAL, True), (CACHED, False)):
+        torch._dynamo.reset()
+        call, x = compiled_loop(model, **options), start(PROMPT, RESPONSE)
+        x[0, -2:] = 7
+        x[1, -4:] = 7
+        for place in range(PROMPT, PROMPT + RESPONSE - 5):
+            got = call(x)
+            if equal:
+                assert (got - model(x))[x == MASK].abs().max() < 1e-9
+            x[:, place] = 5
+    assert stepping().stats.steps["select"] >= 1
+    assert len(stepping().layers) == LAYERS - 1
