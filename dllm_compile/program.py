@@ -145,7 +145,8 @@ class Program:
     def fills(self) -> bool:
         """Whether the graph is a whole denoising step: it returns token ids for each row."""
         decided = [node for node in self.results if self.decision is not None and node in self.decision.outputs]
-        return any(self._has_rows(node) and not self.axes.fake[node].is_floating_point() for node in decided)
+        made = [self.axes.fake[node] for node in decided]
+        return any(tuple(value.shape) == self.shape and value.dtype == torch.int64 for value in made)
 
     @cached_property
     def reads_all(self) -> bool:

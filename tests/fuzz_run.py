@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
 WRITTEN = 12288.0
 """Written into returned logits; a number of every dtype."""
 PATIENCE = 120.0
-KNOWN = inspect.signature(dllm_compile.Options).parameters
+KNOWN = {each.name for each in fields(dllm_compile.Options)}
 
 
 class Wrong(Exception):
