@@ -200,7 +200,10 @@ class Batch:
         size = self.response.sum(1)
         inside = ~(changed & ~self.response).any(1)
         again = (ids == self.first).all(1) & changed.any(1)
-        return inside & ~again & (remasked.sum(1) * 4 <= size) & (edited.sum(1) * 2 <= size)
+        few = remasked.sum(1) * 4 <= size
+        if not self.past.evidence.declared:
+            few &= edited.sum(1) * 2 <= size  # another text on the same prompt
+        return inside & ~again & few
 
     def distance(self, ids: torch.Tensor) -> tuple[int, int]:
         """How far ``ids`` are from the last call: tokens that were not just filled, and tokens at all, that changed."""

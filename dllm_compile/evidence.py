@@ -11,7 +11,7 @@ taken for a loop once one of these shows; any other (infilling, a start that is 
   model's probabilities). Where a single token was filled, a surer place than those masked before it, as a sampler by
   confidence takes, tells too;
 - *it goes on as loops do*: ``STEPS`` calls filled masks and did nothing else, not from left to right as teacher forcing
-  does, on a model whose runs were not begun anew before.
+  does, on a prompt whose runs were not begun anew before.
 
 A likelihood of an answer that the model itself would give cannot be told from a loop; ``exact_calls()`` says it.
 """
@@ -40,7 +40,7 @@ class Evidence:
     Attributes:
         declared: the caller said that it is a loop, or the graph that is called fills the masks itself.
         begins: it began fully masked behind a prompt.
-        scores: the model was seen to score texts.
+        scores: a run on its prompt was given up before.
         shift: which row predicts a token, if that is known; see :class:`dllm_compile.Options`.
         short: the response has fewer than ``SHORT`` tokens.
         fills: calls so far that filled masks.

@@ -31,6 +31,7 @@ from .unchanged import Inputs, Weights
 
 BATCHES = 16  # alive in one model at most
 MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls
+SCORED = 64  # prompts that are remembered because texts on them were scored
 ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 
 
@@ -64,7 +65,7 @@ class Session:
         self.records = False  # whether partial steps become CUDA graphs
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
-        self.scores = False  # whether a run on a prompt was begun anew before it used up its masks
+        self.scored: list[tuple[torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
         self.mask_seen = options.mask_id is not None  # whether the mask was given, or seen to be filled
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
@@ -294,25 +295,27 @@ class Session:
         mask_id = self.mask_id
         if mask_id is None or not bool((ids == mask_id).any()):
             return None
-        for each in self.batches:  # of the same prompt, and given up: whoever does that may be scoring texts
-            if each.past is not None and each.past.ids.shape == ids.shape and self._gives_up(each, ids):
-                self.scores = True
+        scores = self._scores(ids)
         self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
         batch = Batch(self, ids, mask_id, Inputs(beside), program.signature, word if isinstance(word, Loop) else None)
         begins = begins_masked(begins_with == mask_id, begins_with)
         short = int(batch.response.sum(1).max()) < SHORT
         plans = batch.new_schedule()
         declared_so = loop or isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
-        evidence = Evidence(declared_so, begins, self.scores, self.options.shift, short, fills)
+        evidence = Evidence(declared_so, begins, scores, self.options.shift, short, fills)
         batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
         if begins or evidence.declared:
             self.weights.sum()
         return batch
 
-    def _gives_up(self, each: Batch, ids: torch.Tensor) -> bool:
-        assert each.past is not None
-        same_prompt = bool(((ids == each.first) | each.response).all())
-        return same_prompt and not each.past.evidence.is_loop and not each.finished and each.past.evidence.fills > 0
+    def _scores(self, ids: torch.Tensor) -> bool:
+        """Whether texts on this prompt seem to be scored: a run on it was given up before it had used up its masks."""
+        for each in self.batches:
+            evidence = each.past.evidence if each.past is not None else None
+            given_up = evidence is not None and evidence.fills > 0 and not evidence.is_loop and not each.finished
+            if given_up and _agrees(ids, each.first, each.response):
+                self.scored = [*self.scored[-SCORED:], (each.first, each.response)]
+        return any(_agrees(ids, *pair) for pair in self.scored)
 
     def _make_room(self, batch: Batch) -> None:
         """Drop rows of the sequences used longest ago, until one more of the largest has room."""
@@ -412,6 +415,11 @@ class Session:
                 "readable='all' to have them from the first call on",
                 stacklevel=2,
             )
+
+
+def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> bool:
+    """Whether ids are those of another call outside of its response."""
+    return ids.shape == first.shape and bool(((ids == first) | response).all())
 
 
 def _again(call: Call, number: int) -> Call:
