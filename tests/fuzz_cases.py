@@ -149,7 +149,8 @@ def _streams(
         word = "loop"  # the same prompt twice
     else:
         second[2] = first[2] + 1
-        second[7] = rng.choice(("plain", "plain", "blank"))
+        word = "loop" if rng.random() < 0.3 else ""
+        second[7] = "blank" if word and rng.random() < 0.5 else "plain"  # any ids go on with one that has no prompt
     source, block = rng.choice(("best", "best", "draw")), rng.choice((0, 4))
     both = []
     for start in (first, second):

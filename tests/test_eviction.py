@@ -160,7 +160,8 @@ def test_explain_counts_kept_entries() -> None:
     found = dllm_compile.explain(model, x, mask_id=models.MASK, **EVICT, shift=False)
     assert found.lengths["E"] == (PROMPT + RESPONSE - BLOCK) // 2
     assert found.relative["sparse"] < found.relative["evict"] <= 1
-    logits_of(model, x, None, **EVICT)
+    with dllm_compile.loop():
+        logits_of(model, x, None, **EVICT)
     values = {symbol: found.lengths[symbol.name] for symbol in found.state_bytes.free_symbols}
     allocated = sum(t.numel() * t.element_size() for layer in session().layers.values() for t in layer)
     assert int(found.state_bytes.subs(values)) == allocated
