@@ -148,6 +148,5 @@ def main(argv: list[str]) -> None:
         cached = next(row for row in rows if row.name == "dllm-cache")
         print(f"realised speed-up over FLOP reduction, against eager: {cached.vs_eager * cached.flops:.2f}")
         print(_block_cost(setting, rows))
-        write(
-            {"setting": asdict(setting), **shape_bench.machine(torch.device(device)), "rows": list(map(asdict, rows))}
-        )
+        where = shape_bench.machine(torch.device(device))
+        write({"setting": asdict(setting), **where, "rows": list(map(asdict, rows))})

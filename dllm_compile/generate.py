@@ -63,21 +63,14 @@ def generate(
         ValueError: an unknown name, a value out of range, a mask token that nobody knows, or ids that the model does
             not embed.
     """
-    if generation_config is not None and not hasattr(generation_config, "return_dict_in_generate"):
-        of = type(generation_config).__name__
-        raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
-    if generation_config is not None:  # transformers has checked the names, and added inputs of its own loops
-        _warn_of_processors(settings.get("logits_processor") or ())
-        settings = {name: value for name, value in settings.items() if name in NAMES}
-        return_dict = return_dict or bool(generation_config.return_dict_in_generate)
+    if generation_config is not None:
+        settings, wants_dict = _of_transformers(settings, generation_config)
+        return_dict = return_dict or wants_dict
     others = {"return_dict": return_dict, "output_history": output_history}
     check_call(model, input_ids, attention_mask, {**others, "streamer": streamer, "generator": generator})
     how, options = settings_of(settings, generation_config, input_ids.shape[1])
     kind = family(model, how.mask_id, how.shift)
-    tokens = embedded(model)
-    check_vocabulary(kind.mask_id, tokens)
-    if how.eos:
-        check_range("eos_id", min(how.eos), max(how.eos), tokens)
+    _check_tokens(model, kind.mask_id, how.eos)
     cached = False
     if method is not None or options:
         how, options, cached = _for_backend(how, options, method, kind)
@@ -94,6 +87,27 @@ def generate(
     with loop():
         result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
     return result if return_dict or output_history else result.sequences
+
+
+def _of_transformers(settings: dict[str, Any], config: Any) -> tuple[dict[str, Any], bool]:
+    """Settings that are ours among what transformers hands over, and whether a dict is to be returned.
+
+    transformers has checked the names, and added inputs of its own loops.
+    """
+    if not hasattr(config, "return_dict_in_generate"):
+        of = type(config).__name__
+        raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
+    _warn_of_processors(settings.get("logits_processor") or ())
+    own = {name: value for name, value in settings.items() if name in NAMES}
+    return own, bool(config.return_dict_in_generate)
+
+
+def _check_tokens(model: Model, mask_id: int, eos: tuple[int, ...]) -> None:
+    """Refuse a mask or an end that the model does not embed."""
+    tokens = embedded(model)
+    check_vocabulary(mask_id, tokens)
+    if eos:
+        check_range("eos_id", min(eos), max(eos), tokens)
 
 
 def _refuse_masks(prompt: torch.Tensor, mask_id: int) -> None:
