@@ -64,24 +64,18 @@ def generate(
             not embed.
     """
     if generation_config is not None:
-        settings, wants_dict = _of_transformers(settings, generation_config)
-        return_dict = return_dict or wants_dict
-    others = {"return_dict": return_dict, "output_history": output_history}
-    check_call(model, input_ids, attention_mask, {**others, "streamer": streamer, "generator": generator})
+        settings, return_dict = _of_transformers(settings, generation_config, return_dict)
+    others = {"return_dict": return_dict, "output_history": output_history, "streamer": streamer}
+    check_call(model, input_ids, attention_mask, {**others, "generator": generator})
     how, options = settings_of(settings, generation_config, input_ids.shape[1])
     kind = family(model, how.mask_id, how.shift)
     _check_tokens(model, kind.mask_id, how.eos)
     cached = False
     if method is not None or options:
         how, options, cached = _for_backend(how, options, method, kind)
-    if cached:
-        _refuse_masks(input_ids, kind.mask_id)
+        _refuse_masks(input_ids, kind.mask_id, cached)
     x = torch.nn.functional.pad(input_ids.long(), (0, how.gen_length), value=kind.mask_id)
-    progress = Progress(how, x.shape, shift=kind.shift, cached=cached)
-    if options:
-        progress.hold((x == kind.mask_id).cpu())
-    if progress.leads and cached and not how.parallel:
-        how = replace(how, remasking="entropy")
+    progress, how = _progress(how, x == kind.mask_id, kind.shift, cached, bool(options))
     inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
     step = stepper(model, x, kind, how, options, inputs, generator)
     with loop():
@@ -89,8 +83,20 @@ def generate(
     return result if return_dict or output_history else result.sequences
 
 
-def _of_transformers(settings: dict[str, Any], config: Any) -> tuple[dict[str, Any], bool]:
-    """Settings that are ours among what transformers hands over, and whether a dict is to be returned.
+def _progress(
+    settings: Settings, masked: torch.Tensor, shift: bool, cached: bool, compiled: bool
+) -> tuple[Progress, Settings]:
+    """Where the sequences stand at the start, and the settings as a published loop has them."""
+    progress = Progress(settings, masked.shape, shift=shift, cached=cached)
+    if compiled:
+        progress.hold(masked.cpu())
+    if progress.leads and cached and not settings.parallel:
+        settings = replace(settings, remasking="entropy")
+    return progress, settings
+
+
+def _of_transformers(settings: dict[str, Any], config: Any, return_dict: bool) -> tuple[dict[str, Any], bool]:
+    """Settings that are ours among what transformers hands over, and whether it or the caller wants a dict.
 
     transformers has checked the names, and added inputs of its own loops.
     """
@@ -99,7 +105,7 @@ def _of_transformers(settings: dict[str, Any], config: Any) -> tuple[dict[str, A
         raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
     _warn_of_processors(settings.get("logits_processor") or ())
     own = {name: value for name, value in settings.items() if name in NAMES}
-    return own, bool(config.return_dict_in_generate)
+    return own, return_dict or bool(config.return_dict_in_generate)
 
 
 def _check_tokens(model: Model, mask_id: int, eos: tuple[int, ...]) -> None:
@@ -110,8 +116,8 @@ def _check_tokens(model: Model, mask_id: int, eos: tuple[int, ...]) -> None:
         check_range("eos_id", min(eos), max(eos), tokens)
 
 
-def _refuse_masks(prompt: torch.Tensor, mask_id: int) -> None:
-    if bool((prompt == mask_id).any()):
+def _refuse_masks(prompt: torch.Tensor, mask_id: int, cached: bool) -> None:
+    if cached and bool((prompt == mask_id).any()):
         raise ValueError(
             f"the prompt holds the mask {mask_id}, and block caches count blocks from the first mask; "
             "fill it, or give method='dllm-cache'"
