@@ -15,8 +15,8 @@ from . import backend
 from .cost import A, R, S, T
 from .explain import explain
 from .generate import generate
-from .loop import quota_loop
 from .memory import peak_bytes
+from .quota_loop import quota_loop
 from .sampler.decode import Generated
 from .session import sessions
 

@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from dllm_compile import stats, tiny
-from dllm_compile.loop import quota_loop
+from dllm_compile.quota_loop import quota_loop
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ import torch
 
 import dllm_compile
 from dllm_compile import tiny
-from dllm_compile.loop import quota_loop
+from dllm_compile.quota_loop import quota_loop
 from dllm_compile.session import Session, sessions
 
 from . import golden_models
 from .dyllm_model import DyLLM
 from .models import in_a_loop
 from .rounding import roundings
+from .under_way import under_way
 
 MASK_IDS = {"llada_a": 255, "llada_g": 239, "dream_a": 255}
 
@@ -46,10 +47,12 @@ def test_every_step_equals_the_plain_model(
     plain = DyLLM(model, calls[0][0] == mask_id, threshold, 3, response_only, before=bool(shift))
     options: dict[str, Any] = {"saliency_threshold": threshold, "full_steps": 3, "response_only": response_only}
     torch._dynamo.reset()
-    compiled = torch.compile(
-        model,
-        backend="dllm",
-        options={**options, "method": "dyllm", "mask_id": mask_id, "shift": shift, "lowering": "eager"},
+    compiled = in_a_loop(
+        torch.compile(
+            model,
+            backend="dllm",
+            options={**options, "method": "dyllm", "mask_id": mask_id, "shift": shift, "lowering": "eager"},
+        )
     )
     with torch.no_grad():
         for i, ids in enumerate(calls):
@@ -69,16 +72,15 @@ def test_the_prompt_is_computed_in_the_first_four_steps_and_every_so_many(whole_
     compiled = in_a_loop(
         torch.compile(model, backend="dllm", options={"method": "dyllm", **options, "lowering": "eager"})
     )
-    before = set(sessions())
     with torch.no_grad():
         for ids in calls:
             want, got = plain.step(ids), compiled(ids).logits[0]
             rows = (ids[0] == mask_id).nonzero()[:, 0]
             assert roundings(got[rows], want[rows]) <= 8
-            (session,) = set(sessions()) - before
-            assert session.step is not None
             if plain.steps[-1].kind != "full":  # the response is behind the row before it
-                assert session.step.sizes["active"] == len(plain.steps[-1].rows) + (plain.steps[-1].kind == "response")
+                assert under_way().step.sizes["active"] == len(plain.steps[-1].rows) + (
+                    plain.steps[-1].kind == "response"
+                )
     wholes = {i + 1 for i, step in enumerate(plain.steps) if step.kind == "whole"}
     assert wholes == {2, 3, 4, *(t for t in range(5, 11) if t % whole_interval == 0)}
 
@@ -89,9 +91,9 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     calls = steps_of(11, 14, mask_id, 9)
     start = Session._start
 
-    def with_room(self: Session, ids: torch.Tensor, beside: list[torch.Tensor]) -> bool:
+    def with_room(self: Session, *given: Any) -> Any:
         self.room = 2
-        return start(self, ids, beside)
+        return start(self, *given)
 
     monkeypatch.setattr(Session, "_start", with_room)
 
