@@ -229,7 +229,7 @@ class Batch:
     def replaces(self, ids: torch.Tensor) -> torch.Tensor | None:
         """Which sequences, ``[B]`` bool, were replaced by new ones while others went on; ``None`` if it is not so."""
         assert self.past is not None
-        if not self.past.evidence.is_loop:
+        if not self.past.evidence.is_loop or torch.equal(ids, self.first):
             return None
         same = self.goes_on(ids)
         changed = ids != self.past.ids

@@ -31,6 +31,7 @@ KEEP: dict[str, Any] = {"keep_ratio": RATIO, "kernel_size": None}  # pooling mak
 def _no_gradients_no_warnings() -> Iterator[None]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "dllm: this loop puts masks back")
         yield
 
 
