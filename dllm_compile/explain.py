@@ -111,6 +111,8 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
     out = Explanation()
     for backend in backends:
         out.refused += backend.refused
+        for session in backend.mine:
+            session.drop()
         for program in backend.programs.values():
             if program is not None:
                 out.graphs.append(_describe(program))
