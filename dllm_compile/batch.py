@@ -213,10 +213,15 @@ class Batch:
         return int((changed & (self.past.ids != self.mask_id)).sum()), int(changed.sum())
 
     def branches(self, ids: torch.Tensor) -> bool:
-        """Whether ``ids`` fill masks of an earlier call, not of the last one: another loop on the same prompt."""
+        """Whether ``ids`` fill masks of an earlier call, not of the last one: another loop on the same prompt.
+
+        Where the last call has another token, or one in place of a mask, the earlier one is as ``ids`` are.
+        """
         assert self.past is not None
+        undone = (ids != self.past.ids) & (self.past.ids != self.mask_id)
         return any(
-            bool(((ids == old) | (old == self.mask_id)).all() and (ids != old).any() and (old != self.first).any())
+            bool(((ids == old) | ((old == self.mask_id) & ~undone)).all() and (ids != old).any())
+            and not torch.equal(old, self.first)
             for old in self.past.history[:-1]
         )
 
