@@ -191,7 +191,7 @@ class Batch:
         changed = ids != before
         filled = changed & (before == self.mask_id)
         if not self.past.evidence.declared:
-            many = filled.sum(1) * 4 > (before == self.mask_id).sum(1)
+            many = filled.sum(1) * 4 > self.response.sum(1)
             if bool(many.all()) and begins_masked(ids == self.mask_id, ids):
                 return torch.zeros_like(many)  # rather the start of a longer prompt
         if not self.past.evidence.is_loop:
