@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from torchao import quantization
 
 import dllm_compile
 from dllm_compile import unit_code
@@ -244,7 +245,6 @@ def test_flex_attention_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quantized_weights_are_compiled_for_any_number_of_rows() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
     linear = nn.Linear(32, 32).eval()
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
     graph = torch.fx.Graph()

@@ -24,7 +24,7 @@ SOURCES = tuple(
     for package in (dllm_compile, dllm_compile.passes, dllm_compile.kernels)  # the last two may be links
     for folder in package.__path__
 )
-POINTS = 48
+POINTS = 16
 INTERRUPTED = 3  # the step that is interrupted, from 0
 AFTER = 3  # steps looked at behind it
 SETTINGS = {

@@ -17,6 +17,7 @@ import dllm_compile
 
 from . import loops, models
 from .callers import METHODS, PARTIAL, PROMPT, RESPONSE, TOLERANCE, Whole, build, fill, off, partial, start, steps
+from .grids import in_turn
 from .models import MASK
 
 SAMPLES = 256
@@ -107,12 +108,9 @@ def wrong(call: Call, model: Whole, samples: Samples) -> int:
     return sum(off(call(x), w, x == MASK) > TOLERANCE for x, w in zip(samples, want, strict=True))
 
 
-LENGTHS = (1, 2, 3, 4, 5, 8, 16, 64)
-
-
 @pytest.mark.parametrize(
     ("name", "lengths"),
-    [("dllm-cache", LENGTHS), ("dual", LENGTHS), *((name, (2, 4, 8)) for name in ("prefix", "sparse", "dyllm"))],
+    [("dllm-cache", (1, 3, 64)), ("dual", (2, 5, 16)), *((name, (8,)) for name in ("prefix", "sparse", "dyllm"))],
 )
 def test_monte_carlo_samples_one_at_a_time(name: str, lengths: tuple[int, ...]) -> None:
     model = build()
@@ -131,13 +129,13 @@ def test_monte_carlo_samples_in_batches(name: str) -> None:
     call = models.compiled(model, **METHODS[name])
     got = {}
     for protocol in (uniform, stratified):
-        for target in (1, 4, 16):
+        for target in (1, 16):
             samples = protocol(answer(model, target), SAMPLES, batch=4)
             got[protocol.__name__, target] = wrong(call, model, samples)
     assert not any(got.values()), got
 
 
-@pytest.mark.parametrize("target", [3, 11, 24, 33, 57])
+@pytest.mark.parametrize("target", [3, 24, 57])
 def test_more_lengths(target: int) -> None:
     model = build()
     for name in ("dllm-cache", "dual"):
@@ -153,7 +151,7 @@ def test_layers_alone() -> None:
         assert wrong(call, model, uniform(answer(model, target), 96)) == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_answers_to_one_question_one_behind_the_other(seed: int) -> None:
     """Four answers of one length to one prompt, as multiple choice asks."""
     model = build()
@@ -364,8 +362,7 @@ def share(loop: Loop, options: dict[str, Any], word: bool) -> float:
     return partial(model) / sum(steps(model).values())
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("name", ["dllm-cache", "dual"])
+@pytest.mark.parametrize(("loop", "name"), in_turn(LOOPS, ["dllm-cache", "dual"]))
 def test_a_denoising_loop_keeps_its_cache(name: str, loop: str) -> None:
     told = share(LOOPS[loop], METHODS[name], word=True)
     assert told > 0.3
@@ -433,9 +430,10 @@ def test_a_compiled_step_keeps_its_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 1.0}, {"remasking": "random"}], ids=["plain", "warm", "random"]
+    ("settings", "name"),
+    in_turn([{}, {"temperature": 1.0}, {"remasking": "random"}], ["dllm-cache", "dual"]),
+    ids=["plain", "warm", "random"],
 )
-@pytest.mark.parametrize("name", ["dllm-cache", "dual"])
 def test_generate_keeps_its_cache(name: str, settings: dict[str, Any]) -> None:
     model = build()
     prompt = start()[:, :PROMPT]

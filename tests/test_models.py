@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from . import loops, models
+from .grids import in_turn
 from .under_way import under_way
 
 NEUTRAL = {"prompt_interval": 1, "response_interval": 1}
@@ -22,8 +23,7 @@ def padding(ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("options", [NEUTRAL, {"method": "exact"}], ids=["neutral", "exact"])
-@pytest.mark.parametrize("name", models.BUILD)
+@pytest.mark.parametrize(("name", "options"), in_turn(models.BUILD, [NEUTRAL, {"method": "exact"}]))
 def test_neutral_equals_eager(name: str, options: dict[str, object], padded: bool) -> None:
     model = models.build(name)
     ids = models.start(9, 8)

@@ -195,7 +195,7 @@ def test_it_imports_and_runs_without_triton_and_transformers() -> None:
     code = """
 import sys
 sys.modules["triton"] = sys.modules["transformers"] = sys.modules["safetensors"] = None
-import torch, dllm_compile, dllm_compile.stats, dllm_compile.loop
+import torch, dllm_compile, dllm_compile.stats, dllm_compile.declared
 model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
 call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": 8})
 ids = torch.tensor([[1, 2, 8, 8]])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from .grids import in_turn
 from .models import MASK
 from .test_properties import Batch, Model, Shape, fresh
 
@@ -76,8 +77,7 @@ def generation(call: Any, batch: Batch, block: int, edits: bool) -> tuple[list[t
     return ids, read
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "count"), in_turn(METHODS, [1, 2]))
 def test_a_sampler_that_does_not_read_the_row_before_sees_nothing_of_it(method: str, count: int) -> None:
     seed = 2 * list(METHODS).index(method) + count
     draw = random.Random(seed)

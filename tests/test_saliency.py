@@ -14,6 +14,7 @@ from dllm_compile.session import Session, sessions
 
 from . import golden_models
 from .dyllm_model import DyLLM
+from .grids import pairwise
 from .models import in_a_loop
 from .rounding import roundings
 from .under_way import under_way
@@ -35,10 +36,10 @@ def steps_of(prompt: int, response: int, mask_id: int, calls: int, each: int = 1
     return out
 
 
-@pytest.mark.parametrize("name", ["llada_a", "llada_g", "dream_a"])
-@pytest.mark.parametrize("threshold", [0.99, 0.9, 1.0, -1.0])
-@pytest.mark.parametrize("response_only", [True, False])
-@pytest.mark.parametrize("shift", [None, True])
+@pytest.mark.parametrize(
+    ("threshold", "name", "response_only", "shift"),
+    pairwise([0.99, 0.9, 0.999999, -1.0], ["llada_a", "llada_g", "dream_a"], [True, False], [None, True]),
+)
 def test_every_step_equals_the_plain_model(
     name: str, threshold: float, response_only: bool, shift: bool | None
 ) -> None:

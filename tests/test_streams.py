@@ -32,6 +32,7 @@ from .callers import (
     start,
     steps,
 )
+from .grids import in_turn
 from .models import MASK
 from .test_layers_alone import WIDTH
 
@@ -124,8 +125,7 @@ def conditions(kind: str) -> dict[str, Any]:
     return {"a": BESIDE[kind](1), "b": null * 0, "c": BESIDE[kind](3)}
 
 
-@pytest.mark.parametrize("name", ["neutral", "dual"])
-@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize(("kind", "name"), in_turn(BESIDE, ["neutral", "dual"]))
 def test_the_same_ids_under_another_condition(kind: str, name: str) -> None:
     """Guidance one after the other; at neutral settings in mid-sequence too, else at the first call of each."""
     plain_will_do()

@@ -19,6 +19,7 @@ from dllm_compile.ids import positions
 from dllm_compile.outbox import Outbox
 
 from . import loops, models, test_layers_alone
+from .grids import in_turn
 from .rounding import roundings
 from .under_way import all_under_way
 
@@ -125,8 +126,7 @@ def same(got: Logits, want: Logits) -> bool:
     return all(roundings(mine, theirs) <= 64 for mine, theirs in zip(got, want, strict=True) if theirs.numel())
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(("options", "batch"), in_turn(METHODS.values(), [1, 2]), ids=METHODS)
 @pytest.mark.usefixtures("recording")
 def test_recorded_calls_equal_those_that_are_made(options: dict[str, Any], batch: int) -> None:
     model = models.build("llama")

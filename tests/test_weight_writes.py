@@ -30,6 +30,7 @@ from .callers import (
     start,
     steps,
 )
+from .grids import in_turn
 
 LOSSY = {name: METHODS[name] for name in ("dllm-cache", "dual", "sparse", "dyllm")}
 ALL = {**EQUAL, **LOSSY}
@@ -159,9 +160,9 @@ FIRST, MIDDLE = 1, 3  # calls before the write
 CASES = [("exact", FIRST), ("neutral", FIRST), ("dual", FIRST), ("exact", MIDDLE), *((name, MIDDLE) for name in LOSSY)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("name", "before"), CASES)
-def test_a_write_in_a_layer_is_seen_at_the_next_call(name: str, before: int, form: str) -> None:
+@pytest.mark.parametrize(("case", "form"), in_turn(CASES, FORMS))
+def test_a_write_in_a_layer_is_seen_at_the_next_call(case: tuple[str, int], form: str) -> None:
+    name, before = case
     assert not errors(name, form, IN_LAYERS, before)
 
 
