@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each worker of pytest compiles: no pool beside it
 os.environ["DLLM_DEBUG"] = "1"  # what fails in the compiler fails the test
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 

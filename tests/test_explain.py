@@ -83,9 +83,7 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
     ("name", "options", "variants"),
     [
         ("llama", OPTIONS, {"select", "response", "prompt+select"}),
-        ("qwen3", OPTIONS, {"select", "response", "prompt+select"}),
         ("modernbert", OPTIONS, {"select", "response", "prompt+select"}),
-        ("esm", OPTIONS, {"select", "response", "prompt+select"}),
         ("llama", {"cache": "dual", "block_length": 4}, {"full", "block"}),
         ("qwen3", {"cache": "prefix", "block_length": 4, "prompt_interval": 5, "shift": False}, {"full", "block"}),
         ("esm", {"cache": "decoded"}, {"block"}),

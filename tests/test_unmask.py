@@ -186,7 +186,7 @@ def test_a_step_that_also_returns_its_logits_is_right() -> None:
             assert roundings(logits[masked], want[1][masked]) <= 8
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["low_confidence", "entropy", "topk_margin"]),
     st.booleans(),
