@@ -24,7 +24,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Of the largest logit: a row of another step, or of other weights, differs by about half of it."""
 WRITTEN = 12288.0
 """Written into returned logits; a number of every dtype."""
-PATIENCE = 600.0  # seconds for the calls of a thread, also where the machine is busy
+PATIENCE = 120.0
 KNOWN = {each.name for each in fields(dllm_compile.Options)}
 
 

@@ -57,7 +57,10 @@ def only(entrants: Callable[..., list[Contender]], *names: str) -> Callable[...,
 def test_demo_writes_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = "eager", "inductor", "dllm-cache", "dual + threshold"
+    fixed = ["eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual", "sparse-dllm", "dyllm"]
+    parallel = ["threshold, eager", *(f"{name} + threshold" for name in ("dual", "sparse", "dyllm"))]
+    assert [each.name for each in demo.contenders(32)] == fixed + parallel
+    names = "eager", "inductor", "dllm-cache", "fast-dllm dual", "dual + threshold"
     monkeypatch.setattr(demo, "contenders", only(demo.contenders, *names))
     target = tmp_path / "demo.json"
     demo.main(["--problems", "2", "--batch", "2", "--json", str(target)])
@@ -65,6 +68,7 @@ def test_demo_writes_its_table(
     assert tuple(rows) == names
     assert all(rows[name]["forwards"] == tiny.RESPONSE_LENGTH for name in names[:-1])
     assert rows["dual + threshold"]["fewer"] > 2
+    assert rows["fast-dllm dual"]["flops"] < 0.6
     assert rows["dllm-cache"]["flops"] < 0.6
     assert set(rows["dllm-cache"]["steps"]) == {"full", "response", "select"}
     assert "x inductor" in capsys.readouterr().out

@@ -127,8 +127,6 @@ def test_the_folders_in_front_are_linked_into_the_package(name: str) -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a wheel, built outside of this checkout."""
-    pytest.importorskip("setuptools", minversion="77")
-    pytest.importorskip("pip")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     junk = shutil.ignore_patterns("__pycache__")
     for name in ("dllm_compile", "passes", "kernels"):
