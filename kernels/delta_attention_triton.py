@@ -45,7 +45,7 @@ def scores_of(
         mask=there[None, :] & (at[:, None] < width),
         other=0.0,
     )
-    s = tl.dot(q, k, input_precision="ieee") * scale
+    s = tl.dot(q, k, input_precision="ieee") * tl.cast(scale, tl.float32)  # Inductor gives a Python float as fp64
     if mask is not None:
         held = row_there[:, None] & there[None, :]
         where = mask + row[:, None] * mask_row + column[None, :] * mask_step
@@ -223,14 +223,16 @@ def launch(given: Arguments) -> Parts:
     sums = query.new_empty((3, batch, heads, rows), dtype=torch.float32)
     if new.numel():
         salient = salient_slots(at_queries, rows) < turned
-        order = salient.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        count = salient.sum(1)
+        place = torch.where(salient, salient.cumsum(1) - 1, count.unsqueeze(1) + (~salient).cumsum(1) - 1)
+        order = torch.empty_like(place).scatter_(1, place, torch.arange(rows, device=query.device).expand(batch, -1))
         spread = None if mask is None else mask.expand(batch, heads, rows, keys)
         tile = tile_of(width, out, query.element_size())
         sizes = (width**-0.5 if scale is None else scale, heads // key.shape[1], rows, keys, turned, width, out)
         strides = [x.stride() for x in (query, key, value, change, context)]
         strides.append((0, 0, 0, 0) if spread is None else spread.stride())
         wrap_triton(delta_attention_kernel)[(triton.cdiv(rows, tile["QUERIES"]), heads, batch)](
-            *(query, key, value, change, context, spread, at_keys.contiguous(), order, salient.sum(1)),
+            *(query, key, value, change, context, spread, at_keys.contiguous(), order, count),
             *(new, sums, *sizes, *(n for stride in strides for n in stride)),
             BOOL=mask is not None and mask.dtype == torch.bool,
             **tile,

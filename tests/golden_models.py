@@ -42,7 +42,7 @@ def computed(step: Step, tokens: int) -> torch.Tensor:
     if rows == "all":
         return torch.ones(tokens, dtype=torch.bool)
     index = step.indices[rows][0]
-    return torch.zeros(tokens, dtype=torch.bool).index_fill(0, index[index < tokens], True)
+    return torch.zeros(tokens, dtype=torch.bool).index_fill(0, index[index < tokens].cpu(), True)
 
 
 Salient = dict[int, list[torch.Tensor]]

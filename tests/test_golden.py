@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -60,15 +61,17 @@ def shifted(trace: golden_models.Trace, logits: loops.Logits) -> loops.Logits:
     return moved
 
 
-def replay(name: str, options: dict[str, object], salient: golden_models.Salient | None = None) -> None:
+def replay(
+    name: str, options: dict[str, object], salient: golden_models.Salient | None = None, device: str = "cpu"
+) -> None:
     trace = golden_models.trace(name)
-    model = golden_models.model(trace.meta["model"])
+    model = copy.deepcopy(golden_models.model(trace.meta["model"])).to(device)
     compiled = torch.compile(model, backend="dllm", options=options)
     dllm_compile.reset()
     seen: list[torch.Tensor] = []
 
     def logits(x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = compiled(input_ids=x).logits
+        out: torch.Tensor = compiled(input_ids=x.to(device)).logits.cpu()
         check_step(trace, len(seen), x, out)
         if salient is not None:
             golden_models.check_salient(trace, salient, len(seen))
@@ -103,7 +106,7 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
     for layer in range(chosen.shape[0]):
         if not chosen[layer].numel() or chosen[layer].min() < 0 or gap[layer] <= 1e-8:
             continue
-        got = running.selected[layer].sort(1).values - prompt
+        got = running.selected[layer].cpu().sort(1).values - prompt
         assert torch.equal(got, chosen[layer].long()), f"rows chosen at step {step} in layer {layer}"
 
 
@@ -116,7 +119,7 @@ def check_kept(trace: golden_models.Trace, step: int) -> None:
         return
     want, tied = trace.tensors["kept_index"][block], trace.tensors["kept_tie"][block]
     count = running.step.sizes["kept"]  # the rows of the block are behind them
-    got = [state[-1][:, :count].sort(1).values[0] for state in running.layers.values()]
+    got = [state[-1][:, :count].cpu().sort(1).values[0] for state in running.layers.values()]
     assert len(got) == len(want)
     for layer, positions in enumerate(got):
         assert tied[layer] or torch.equal(positions, want[layer].long()), f"kept at step {step} in layer {layer}"
@@ -249,3 +252,26 @@ def test_dyllm_on_dream_repeats_its_authors_code(
 @pytest.mark.parametrize("name", ["llada_dyllm__llada_b__p37_g32_b16_s16_t0.99_f2"])
 def test_dyllm_compiled_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     replay(name, saliency_options(name), golden_models.noted_salient(monkeypatch))
+
+
+ON_A_GPU = {
+    "llada_dllmcache": cache_options,
+    "dream_dllmcache": cache_options,
+    "llada_fastdllm": block_options,
+    "llada_sparse": eviction_options,
+    "llada_dkv": decoded_options,
+    "llada_dyllm": saliency_options,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    "name", [name for kind in ON_A_GPU for name in golden_models.names(kind) if "greedy" not in name][::3]
+)
+def test_traces_are_repeated_on_a_gpu(name: str, lowering: str) -> None:
+    if name.startswith("llada_fastdllm") and name not in FIXED_SCHEDULE:
+        pytest.skip("made by generate: see test_golden_generate")
+    options = next(of(name) for kind, of in ON_A_GPU.items() if name.startswith(kind))
+    replay(name, {**options, "lowering": lowering, "cuda_graphs": True}, device="cuda")
