@@ -17,6 +17,7 @@ from .evidence import Evidence, Expected, begins_masked
 from .ids import positions, response_rows
 from .method import response_of, schedule
 from .outbox import Outbox
+from .positions import Places, unpacked
 from .unchanged import Inputs
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Step:
         own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
         anew: rows kept are not good for this step: layers that still come compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
+        memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
+        places: of each of them there.
     """
 
     past: Past
@@ -89,6 +92,22 @@ class Step:
     own: bool = False
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    memory: torch.Tensor | None = None
+    places: Places = ()
+
+    @classmethod
+    def of(
+        cls, memory: torch.Tensor, places: Places, past: Past, repeat: bool, assignment: Assignment, *more: Any
+    ) -> Step:
+        """A step whose positions, counts and bound lie in ``memory``; ``more`` are ``sizes`` and ``shape``."""
+        found = unpacked(memory, places)
+        counts, bound = found.pop("counts"), found.pop("bound", None)
+        sizes, shape = more
+        return cls(past, repeat, assignment, found, sizes, counts, bound, shape, memory=memory, places=places)
+
+    def elsewhere(self, memory: torch.Tensor) -> Step:
+        """The same step, before any of its layers ran, with its positions, counts and bound in other memory."""
+        return Step.of(memory, self.places, self.past, self.repeat, self.assignment, self.sizes, self.shape)
 
     @property
     def number(self) -> int:

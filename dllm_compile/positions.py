@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -48,6 +49,35 @@ def positions_of_call(
     if plan.salient is not None:
         rows["salient"] = varying(_at(plan.salient, active, False), empty=False)
     return rows
+
+
+Places = tuple[tuple[str, torch.dtype, torch.Size], ...]
+ALIGNED = 16
+"""Bytes at whose multiples compiled code expects its inputs to begin."""
+
+
+def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Places]:
+    """Tensors of the host in one piece of memory ``[N]`` uint8 on a device: one transfer, not waited for.
+
+    Returns:
+        The memory, and what lies where in it, for :func:`unpacked`.
+    """
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
+    memory = torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGNED)) for part in parts])
+    if device.type == "cuda":
+        memory = memory.pin_memory()
+    places = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+    return memory.to(device, non_blocking=True), places
+
+
+def unpacked(memory: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:
+    """Views of the tensors that were :func:`packed`, by name."""
+    found, begin = {}, 0
+    for name, dtype, shape in places:
+        size = shape.numel() * dtype.itemsize
+        found[name] = memory[begin : begin + size].view(dtype).view(shape)
+        begin += size + -size % ALIGNED
+    return found
 
 
 def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:

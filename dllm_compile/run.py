@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.fx
 
-from . import tapes
 from .batch import Batch, Step
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYED, KEYS, NOTHING, PROMPT_SELECTED, READABLE, Assignment
 from .core.errors import refusing
@@ -43,9 +42,8 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         stats.ran(step, call.tally, program.flops)
         return call.answer(kept)
     layer, seen = step.layer, set(step.seen)
-    if call.recordable(args):
-        weights = tuple(arg.data_ptr() for arg in args if type(arg) is torch.nn.Parameter)
-        kind = step.assignment, tuple(step.sizes.items()), batch.session.room, weights
+    if call.recordable():
+        kind = step.assignment, tuple(step.sizes.items()), batch.session.room
         record = partial(_made, program, batch)
         call = batch.tapes.run(program, kind, record, args, step)
     else:
@@ -120,12 +118,12 @@ class _Call(Held):
         self.step.layer += len(self.keys)
         return {n: read_all(kept, self.program.axes.layout[n]) for n, kept in slots.items() if kept is not None}
 
-    def recordable(self, args: Sequence[Any]) -> bool:
+    def recordable(self) -> bool:
         """Whether the call may be recorded: a partial step of a whole model."""
         step, whole = self.step, self.program.ids is not None and self.head is not None
         if not (self.batch.session.records and whole) or step.repeat or step.assignment.evict is not None:
             return False
-        return self.full not in (step.assignment, self.rest) and tapes.recordable(args, step.counts.device)
+        return self.full not in (step.assignment, self.rest)
 
     def compute(self) -> None:
         """Run all units; a value is dropped behind its last reader."""

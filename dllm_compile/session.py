@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from .declared import Declared, ExactCalls, Loop, declared, to_be_filled
 from .evidence import SHORT, Evidence, begins_masked
 from .ids import infer_mask_id, labels, mask_of_changes
 from .options import Options
-from .positions import positions_of_call
+from .positions import packed, positions_of_call
 from .program import Program
 from .stats import Stats
 from .unchanged import Inputs, Weights
 
 BATCHES = 16  # alive in one model at most
-MULTIPLE = 8  # of which the rows of a recorded call are one, so that there are few kinds of calls
+MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
 SCORED = 64  # prompts that are remembered because texts on them were scored
 ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
 
@@ -76,9 +77,7 @@ class Session:
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
-        return len(weights) == len(self.owners) and all(
-            ref() is weight for ref, weight in zip(self.owners, weights, strict=True)
-        )
+        return len(weights) == len(self.owners) and all(map(is_, [ref() for ref in self.owners], weights))
 
     def lives(self) -> bool:
         """Whether all weights that it was made for are alive."""
@@ -400,16 +399,15 @@ class Session:
         rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
         if call.number == 0:
             self.room = max(self.room or 0, ROOM) if device.type != "cpu" else self.room
-        batch.fixed = {name: index.to(device) for name, index in batch.fixed.items()}
-        indices = {**batch.fixed, **{name: index.to(device) for name, index in rows.items()}}
+        indices = {**batch.fixed, **rows}
         selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
         sizes = {name: index.shape[1] for name, index in indices.items()}
         sizes["selected"] = int(selected.max())
         sizes["kept"] = plan.kept
-        counts = selected.unsqueeze(1).to(device)
-        bound = plan.bound.unsqueeze(1).to(device) if plan.bound is not None else None
+        bound = {"bound": plan.bound.unsqueeze(1)} if plan.bound is not None else {}
+        memory, places = packed({"counts": selected.unsqueeze(1), **bound, **indices}, device)
         repeat = call.repeat and plan.same
-        return Step(past, repeat, plan.assignment, indices, sizes, counts, bound, (size, tokens))
+        return Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
 
     def _tell_of_remasking(self, program: Program) -> None:
         self.reads_filled = True

@@ -1,16 +1,15 @@
 """CUDA graphs of partial steps: what a call launches, recorded once and launched as one.
 
 A partial step is hundreds of small launches, and the host takes longer to make them than the device to run them. Calls
-of one kind launch the same: as many rows, into the same state. The third call of a kind is recorded, on memory that the
-tapes own; from then on a call copies its ids and positions there and plays the tape. Tapes hold the addresses of the
-state, so they go when any of it does.
+of one kind launch the same: as many rows, into the same state. The first call of a kind compiles and allocates, and
+some kinds never come again: the second is recorded, on memory that the tapes own. From then on a call copies its ids
+and positions there and plays the tape. Tapes hold the addresses of the state, so they go when any of it does.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,9 +20,8 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 Record = Callable[[Sequence[Any], "Step"], Made]
-CALLS = 2
-"""Calls of a kind that are made before one is recorded: the first compiles and allocates, and some kinds never come
-again. A recording costs about as much as a call."""
+UNFIT = object()
+"""In place of a tape, for calls of a kind that cannot be recorded."""
 
 
 def possible(device: torch.device) -> bool:
@@ -67,23 +65,15 @@ class Tape:
     """
 
     def __init__(self, record: Record[Any], args: Sequence[Any], step: Step, pool: Any) -> None:
+        assert step.memory is not None
         with torch.inference_mode(False):  # a later call may write to it outside of inference mode
-            self.step = replace(step, **{name: value.clone() for name, value in _tensors(step).items()})
-            self.indices = {name: index.clone() for name, index in step.indices.items()}
-
-        def body() -> Any:
-            self.step.layer, self.step.seen = 0, set()
-            self.step.indices = dict(self.indices)  # layers decide some of them
-            return record(args, self.step)
-
-        self.made, self.graph = capture(body, step.counts.device, pool)
+            self.memory = step.memory.clone()
+        self.made, self.graph = capture(lambda: record(args, step.elsewhere(self.memory)), step.counts.device, pool)
 
     def play(self, step: Step) -> Any:
         """The same for another step; what it returns is good until the tape is played again."""
-        for name, index in self.indices.items():
-            index.copy_(step.indices[name])
-        for name, value in _tensors(step).items():
-            getattr(self.step, name).copy_(value)
+        assert step.memory is not None
+        self.memory.copy_(step.memory)
         self.graph.replay()
         return self.made
 
@@ -92,7 +82,7 @@ class Tapes:
     """All tapes of one sequence."""
 
     def __init__(self) -> None:
-        self.kinds: dict[Any, Tape | int | None] = {}  # a tape, or calls made; None where none can be recorded
+        self.kinds: dict[Any, Tape | object | None] = {}  # None where one call was made, and the next is to be recorded
         self.memory: dict[Any, dict[int, torch.Tensor]] = {}  # of a program's arguments, by place
 
     def clear(self) -> None:
@@ -110,46 +100,46 @@ class Tapes:
             args, step: of this call.
         """
         key = program, kind
-        found = self.kinds.get(key, 0)
-        if found is None or (isinstance(found, int) and found < CALLS):
+        if key not in self.kinds:
             made = record(args, step)
-            if found is not None:
-                self.kinds[key] = found + 1
+            self.kinds[key] = None if recordable(args, step.counts.device) else UNFIT
             return made
+        found = self.kinds[key]
+        if found is UNFIT:
+            return record(args, step)
         owned = self._owned(program, args)
-        if not isinstance(found, Tape):
-            found = self.kinds[key] = self._recorded(record, [owned.get(i, arg) for i, arg in enumerate(args)], step)
-        return record(args, step) if found is None else found.play(step)
+        if found is None:
+            found = self._recorded(record, [owned.get(i, arg) for i, arg in enumerate(args)], step)
+            self.kinds[key] = found
+        return found.play(step) if isinstance(found, Tape) else record(args, step)
 
-    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Tape | None:
+    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Tape | object:
         pool = next((tape.graph.pool() for tape in self.kinds.values() if isinstance(tape, Tape)), None)
         try:
             return Tape(record, args, step, pool)
         except RuntimeError as error:
             warnings.warn(f"dllm: steps run without a CUDA graph, as one cannot be recorded: {error}", stacklevel=2)
-            return None
+            return UNFIT
 
     def _owned(self, program: Any, args: Sequence[Any]) -> dict[int, torch.Tensor]:
         """Memory of a program's arguments that may differ from call to call, brought up to date; not parameters."""
-        given = {i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
-        given = {i: arg for i, arg in given.items() if not isinstance(arg, torch.nn.Parameter)}
-        owned = self.memory.get(program)
-        if owned is None:
+        if program not in self.memory:
             with torch.inference_mode(False):
-                owned = self.memory[program] = {i: torch.empty_like(arg) for i, arg in given.items()}
-        for i, arg in given.items():
-            owned[i].copy_(arg)
-        return owned
+                self.memory[program] = {i: torch.empty_like(args[i]) for i in _inputs(args)}
+        for i, owned in self.memory[program].items():
+            owned.copy_(args[i])
+        return self.memory[program]
 
 
 def recordable(args: Sequence[Any], device: torch.device) -> bool:
     """Whether arguments can be copied to memory of the same strides on the device, which code is compiled for."""
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    given = [arg for arg in tensors if not isinstance(arg, torch.nn.Parameter)]
+    given = [args[i] for i in _inputs(args)]
     dense = all(arg.is_contiguous() or torch.empty_like(arg, device="meta").stride() == arg.stride() for arg in given)
-    return dense and all(arg.device == device for arg in tensors)
+    return dense and all(arg.device == device for arg in args if isinstance(arg, torch.Tensor))
 
 
-def _tensors(step: Step) -> dict[str, Any]:
-    values = {each.name: getattr(step, each.name) for each in fields(step)}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+def _inputs(args: Sequence[Any]) -> list[int]:
+    """The tensors among arguments that are no parameters, by place."""
+    return [
+        i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)
+    ]

@@ -28,6 +28,7 @@ SAMPLE = 64
 SMALL = 1 << 16
 """Numbers of an input up to which it is compared as a whole."""
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _PERIOD = 65521  # a prime, so that two rows that change places are not summed into the same columns
 
 
@@ -35,7 +36,7 @@ def leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The plain tensors that tensors are made of: quantized weights and shards wrap several."""
     out: list[torch.Tensor] = []
     for tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
+        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
             out += leaves([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
         else:
             out.append(tensor)
@@ -85,7 +86,8 @@ class Weights:
         self.refs = [ref for ref in self.refs if ref() is not None]
         self.known = {id(ref()) for ref in self.refs}
         parts = leaves(self.alive() or [])
-        self.marks = _marks(parts)
+        self.counted = [not part.is_inference() for part in parts]
+        self.marks = _marks(parts, self.counted)
         self.views = _sample_views(parts)
         self.sample = _joined(self.views)
         self.whole = None
@@ -93,7 +95,10 @@ class Weights:
     def moved(self) -> bool:
         """Whether a weight is elsewhere in memory, or was written to where PyTorch counts it; reads no values."""
         tensors = self.alive()
-        return tensors is None or _marks(leaves(tensors)) != self.marks
+        if tensors is None:
+            return True
+        parts = leaves(tensors)
+        return len(parts) != len(self.counted) or _marks(parts, self.counted) != self.marks
 
     def written(self) -> list[torch.Tensor]:
         """Truth values on the devices of the weights: whether a sample of them differs."""
@@ -122,7 +127,7 @@ class Inputs:
         parts = leaves(tensors)
         self.kinds = [_kind(part) for part in parts]
         self.refs = [weakref.ref(part) for part in parts]
-        self.marks = _marks(parts)
+        self.marks = [_mark(part) for part in parts]
         self.copies = [_bits(part).clone() if part.numel() <= SMALL else None for part in parts]
         self.samples = [
             _bits(_sample_view(part)).clone() if copy is None else None
@@ -199,12 +204,15 @@ def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _mark(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _mark(tensor: torch.Tensor) -> list[int]:
+    return _marks([tensor], [not tensor.is_inference()])
 
 
-def _marks(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    return [_mark(tensor) for tensor in tensors]
+def _marks(tensors: Sequence[torch.Tensor], counted: Sequence[bool]) -> list[int]:
+    """Addresses of tensors, and how often each was written to where PyTorch counts it. Called at every step."""
+    return [tensor.data_ptr() for tensor in tensors] + [
+        t._version for t, counts in zip(tensors, counted, strict=True) if counts
+    ]
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -225,7 +225,7 @@ def launch(given: Arguments) -> Parts:
         salient = salient_slots(at_queries, rows) < turned
         count = salient.sum(1)
         place = torch.where(salient, salient.cumsum(1) - 1, count.unsqueeze(1) + (~salient).cumsum(1) - 1)
-        order = torch.empty_like(place).scatter_(1, place, torch.arange(rows, device=query.device).expand(batch, -1))
+        order = torch.empty_like(place).scatter(1, place, torch.ones_like(place).cumsum(1) - 1)
         spread = None if mask is None else mask.expand(batch, heads, rows, keys)
         tile = tile_of(width, out, query.element_size())
         sizes = (width**-0.5 if scale is None else scale, heads // key.shape[1], rows, keys, turned, width, out)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch.fx.experimental import symbolic_shapes
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -29,3 +30,11 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
         return function
 
     return register
+
+
+def expected(number: int | torch.SymInt) -> int:
+    """A number to choose tiles by: in code for any number, the one it is compiled for, which stays free."""
+    if isinstance(number, int):
+        return number
+    name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"  # until torch 2.12
+    return int(getattr(symbolic_shapes, name)(number))

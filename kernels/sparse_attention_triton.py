@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
+from .operation import expected
 from .sparse_attention import Arguments
 
 PROGRAMS = 264  # to have at work: two for each multiprocessor of an H200
@@ -208,29 +209,30 @@ def tile_of(head: int, width: int, rows: int, itemsize: int) -> tuple[Tile, int,
     return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows)))), d, v
 
 
-def splits_of(programs: int, entries: int, tile: Tile) -> tuple[int, int]:
-    """Splits of the entries for ``programs`` tiles of rows, and the entries of each, whole tiles of them."""
-    tiles = triton.cdiv(entries, tile.entries)
-    splits = min(tiles, SPLITS, triton.cdiv(PROGRAMS, programs))
-    per_split = triton.cdiv(tiles, splits)
-    return triton.cdiv(tiles, per_split), per_split * tile.entries
+def splits_of(programs: int, entries: int, tile: Tile) -> int:
+    """Splits of the entries, for ``programs`` tiles of rows."""
+    tiles = -(-entries // tile.entries)
+    splits = min(tiles, SPLITS, -(-PROGRAMS // programs))
+    return -(-tiles // -(-tiles // splits))  # none is empty
 
 
 def launch(given: Arguments) -> torch.Tensor:
     """``dllm::sparse_attention`` by the kernels above, for head sizes to 256 and all dtypes but float64.
 
-    Nothing is copied. The memory of the result is ``[B, Q, H, h_v]``, as the next projection reads it.
+    Nothing is copied. The memory of the result is ``[B, Q, H, h_v]``, as the next projection reads it. One code serves
+    any number of rows and of entries: its tile and its number of splits are good for those that it was compiled for.
     """
     query, key, value, positions, tokens, mask, scale = given
-    batch, heads, queries, head = (int(n) for n in query.shape)
-    kv_heads, entries, width = (int(n) for n in value.shape[1:])
+    batch, heads, queries, head = query.shape
+    kv_heads, entries, width = value.shape[1:]
     out = query.new_empty((batch, queries, heads, width))
     if not out.numel() or not entries:
         return out.zero_().transpose(1, 2)
     group = heads // kv_heads
-    tile, d, v = tile_of(head, width, queries * group, query.dtype.itemsize)
+    tile, d, v = tile_of(head, width, expected(queries) * group, query.dtype.itemsize)
     programs = batch * kv_heads * triton.cdiv(queries * group, tile.rows)
-    splits, per_split = splits_of(programs, entries, tile)
+    splits = splits_of(expected(programs), expected(entries), tile)
+    per_split = triton.cdiv(entries, splits * tile.entries) * tile.entries
 
     acc, sums = out, None
     if splits > 1:
