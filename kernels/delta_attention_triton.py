@@ -223,9 +223,10 @@ def launch(given: Arguments) -> Parts:
     sums = query.new_empty((3, batch, heads, rows), dtype=torch.float32)
     if new.numel():
         salient = salient_slots(at_queries, rows) < turned
-        count = salient.sum(1)
-        place = torch.where(salient, salient.cumsum(1) - 1, count.unsqueeze(1) + (~salient).cumsum(1) - 1)
-        order = torch.empty_like(place).scatter(1, place, torch.ones_like(place).cumsum(1) - 1)
+        count, rank = salient.sum(1), salient.cumsum(1)
+        number = torch.ones_like(rank).cumsum(1) - 1
+        place = torch.where(salient, rank - 1, count.unsqueeze(1) + number - rank)
+        order = torch.empty_like(place).scatter(1, place, number)
         spread = None if mask is None else mask.expand(batch, heads, rows, keys)
         tile = tile_of(width, out, query.element_size())
         sizes = (width**-0.5 if scale is None else scale, heads // key.shape[1], rows, keys, turned, width, out)
