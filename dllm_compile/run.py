@@ -43,7 +43,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         return call.answer(kept)
     layer, seen = step.layer, set(step.seen)
     if call.recordable():
-        kind = step.assignment, tuple(step.sizes.items()), batch.session.room
+        kind = step.assignment, tuple(step.sizes.items()), call.room
         record = partial(_made, program, batch)
         call = batch.tapes.run(program, kind, record, args, step)
     else:
@@ -53,6 +53,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
     stats.ran(step, call.tally, program.flops)
+    batch.selected.update(call.selected)
     results = call.results
     if call.head is not None or program.ids is not None:
         batch.outputs[program] = results
@@ -81,7 +82,10 @@ class _Call(Held):
         super().__init__(program, args, batch, step)
         self.results: dict[torch.fx.Node, Any] = {}
         self.tally = Tally()
+        self.selected: dict[int, torch.Tensor] = {}  # rows that each layer chose
+        self.room = batch.session.room(step)
         self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
+        self.most = 0  # salient rows of any layer, where they are counted on the host
         self.full = step.past.schedule.variants[0]
         self.rest = step.assignment
         self.first = step.past.schedule.first or self.rest
@@ -123,7 +127,7 @@ class _Call(Held):
         step, whole = self.step, self.program.ids is not None and self.head is not None
         if not (self.batch.session.records and whole) or step.repeat or step.assignment.evict is not None:
             return False
-        return self.full not in (step.assignment, self.rest)
+        return self.full not in (step.assignment, self.rest) and (self.room is not None or not step.assignment.salient)
 
     def compute(self) -> None:
         """Run all units; a value is dropped behind its last reader."""
@@ -143,11 +147,13 @@ class _Call(Held):
 
     def spilled(self) -> bool:
         """Whether a layer had more salient rows than there was room for; then there is more from now on."""
-        session = self.batch.session
+        session, step = self.batch.session, self.step
+        if self.room is None and session.records and step.assignment.salient:
+            session.make_room(step, 2 * self.most)
         most = int(torch.stack(self.turned).max()) if self.turned else 0  # the one read of a step
-        if session.room is None or most <= session.room:
+        if self.room is None or most <= self.room:
             return False
-        session.room = 1 << (most - 1).bit_length()
+        session.make_room(step, most)
         self.batch.tapes.clear()  # they have the old one
         session.stats.spills += 1
         return True
@@ -175,7 +181,7 @@ class _Call(Held):
         return ALL if unit.stream is None else self.have.get(unit.stream, ALL)
 
     def _layer(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
-        step, batch = self.step, self.batch
+        step = self.step
         number, step.layer = step.layer, step.layer + 1
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
@@ -186,7 +192,7 @@ class _Call(Held):
         self._count(code, variant, assignment)
         outs = variant(values)
         if assignment.pick:
-            batch.selected[number] = outs[-1]
+            self.selected[number] = outs[-1]
         if variant.turns:
             self._turn(outs[-2], outs[-1])
         if self.batch.narrows(step.past.schedule) and (step.number == 0 or code.narrows is None):
@@ -234,9 +240,10 @@ class _Call(Held):
 
     def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
         """Rows whose contexts turned: those that the MLP and the next layer's keys and values are computed for."""
-        room = self.batch.session.room
+        room = self.room
         if room is None:
             room = int(counts.max())
+            self.most = max(self.most, room)
             self.batch.session.stats.salient += room
             self.batch.session.stats.salient_layers += 1
         else:

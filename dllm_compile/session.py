@@ -33,7 +33,7 @@ from .unchanged import Inputs, Weights
 BATCHES = 16  # alive in one model at most
 MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
 SCORED = 64  # prompts that are remembered because texts on them were scored
-ROOM = 64  # salient rows that a layer has room for at first, where their number stays on the device
+ROOM = 64  # salient rows that a recorded layer has room for at least
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Session:
         self.stats = Stats()
         self.vocabulary: int | None = None
         self.tied: set[Any] = set()  # layers that run more than once in a step
-        self.room: int | None = None  # salient rows that a layer may have; on a CPU they are counted instead
+        self.rooms: dict[int, int] = {}  # see :meth:`room`
         self.records = False  # whether partial steps become CUDA graphs
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
@@ -86,6 +86,18 @@ class Session:
     def shares(self, weights: set[int]) -> bool:
         """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
         return any(ref() is not None and id(ref()) in weights for ref in self.owners)
+
+    def room(self, step: Step) -> int | None:
+        """Salient rows that a layer of a step has room for where their number stays on the device; ``None`` elsewhere.
+
+        The first step of as many active rows is counted on the host, layer by layer, and tells what to expect.
+        """
+        return self.rooms.get(step.sizes.get("active", 0)) if self.records else None
+
+    def make_room(self, step: Step, rows: int) -> None:
+        """From now on have room for at least so many salient rows in steps of as many active rows."""
+        active = step.sizes["active"]
+        self.rooms[active] = min(active, max(ROOM, 1 << (rows - 1).bit_length()))
 
     def drop(self) -> None:
         """Forget all sequences and free their rows."""
@@ -397,8 +409,6 @@ class Session:
         every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
         multiple = MULTIPLE if self.records else 1
         rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
-        if call.number == 0:
-            self.room = max(self.room or 0, ROOM) if device.type != "cpu" else self.room
         indices = {**batch.fixed, **rows}
         selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
         sizes = {name: index.shape[1] for name, index in indices.items()}

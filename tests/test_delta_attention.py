@@ -291,15 +291,16 @@ def test_the_interpreted_kernel_equals_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "kind", "size", "width", "mask"),
+    ("capability", "kind", "size", "width", "mask", "scale"),
     [
-        (80, "fp32", 4, 256, "i1"),
-        (80, "bf16", 2, 64, None),
-        (90, "bf16", 2, 128, "i1"),
-        (100, "fp16", 2, 256, "fp16"),
+        (80, "fp32", 4, 256, "i1", "fp32"),
+        (80, "bf16", 2, 64, None, "fp64"),
+        (90, "bf16", 2, 128, "i1", "fp64"),
+        (100, "fp16", 2, 256, "fp16", "fp32"),
     ],
 )
-def test_the_kernel_compiles(capability: int, kind: str, size: int, width: int, mask: str | None) -> None:
+def test_the_kernel_compiles(capability: int, kind: str, size: int, width: int, mask: str | None, scale: str) -> None:
+    """Called from Python its scale is a float32 number, called from Inductor's code a float64 one."""
     from dllm_compile.kernels.delta_attention_triton import delta_attention_kernel as kernel
     from dllm_compile.kernels.delta_attention_triton import tile_of
 
@@ -309,7 +310,7 @@ def test_the_kernel_compiles(capability: int, kind: str, size: int, width: int, 
     constants = {**tile, **contiguous, "mask_step": 1, "BOOL": mask == "i1"} | ({} if mask else {"mask": None})
     kinds = dict.fromkeys(("query", "key", "value", "change", "context", "new"), f"*{kind}")
     kinds |= dict.fromkeys(("at_keys", "order", "counts"), "*i64") | {"mask": f"*{mask}", "sums": "*fp32"}
-    kinds |= {"scale": "fp32"}
+    kinds |= {"scale": scale}
     compiled = built(kernel, kinds, constants, capability, options)
     assert compiled.metadata.shared <= 160 * 1024  # what a block may have on sm_80, the least of the three
 

@@ -13,6 +13,7 @@ import dllm_compile
 
 from . import golden_models, loops
 from .grids import in_turn
+from .recorded_calls import Graph
 from .under_way import under_way
 
 
@@ -72,7 +73,7 @@ def replay(
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = compiled(input_ids=x.to(device)).logits.cpu()
-        check_step(trace, len(seen), x, out)
+        check_step(trace, len(seen), x, out, CLOSE[device])
         if salient is not None:
             golden_models.check_salient(trace, salient, len(seen))
         return out
@@ -84,7 +85,12 @@ def replay(
     assert len(seen) == trace.tensors["tokens"].shape[0] - 1 == int(trace.tensors["nfe"])
 
 
-def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torch.Tensor) -> None:
+CLOSE = {"cpu": 1e-4, "cuda": 1e-3}
+"""How close logits of up to 30 are to the recorded ones. Rotary tables are float32: a rounding of theirs, which another
+processor makes differently, moves the logits of ``llada_a`` by 7e-5."""
+
+
+def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torch.Tensor, close: float = 1e-4) -> None:
     """Logits of the recorded steps on the rows a sampler reads; the rows each layer chose."""
     want = trace.tensors.get(f"logits_step_{step}")
     if want is not None:
@@ -93,7 +99,7 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
         rows = torch.cat([masked[:, 1:], masked[:, :1] & False], 1) if shift else masked
         given = trace.tensors["rows"][step].bool()
         rows = rows[:, given]
-        assert (out[:, given][rows] - want[rows]).abs().max() < 1e-4
+        assert (out[:, given][rows] - want[rows]).abs().max() < close
     if "kept_index" in trace.tensors:
         check_kept(trace, step)
     if "_dkv__" in trace.name:
@@ -264,14 +270,30 @@ ON_A_GPU = {
 }
 
 
+# a GPU breaks ties of what to keep as its topk does, not as the authors' processor did
+UNTIED = [
+    name
+    for kind in ON_A_GPU
+    for name in golden_models.names(kind)
+    if not golden_models.trace(name).tensors.get("kept_tie", torch.zeros(1)).any()
+    and (name in FIXED_SCHEDULE or not name.startswith("llada_fastdllm"))
+    and "greedy" not in name
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
-@pytest.mark.parametrize(
-    "name", [name for kind in ON_A_GPU for name in golden_models.names(kind) if "greedy" not in name][::3]
-)
+@pytest.mark.parametrize(("name", "lowering"), in_turn(UNTIED, ["eager", "inductor"]))
 def test_traces_are_repeated_on_a_gpu(name: str, lowering: str) -> None:
-    if name.startswith("llada_fastdllm") and name not in FIXED_SCHEDULE:
-        pytest.skip("made by generate: see test_golden_generate")
     options = next(of(name) for kind, of in ON_A_GPU.items() if name.startswith(kind))
     replay(name, {**options, "lowering": lowering, "cuda_graphs": True}, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "name", [*golden_models.names("llada_dyllm")[::2], *golden_models.names("llada_dllmcache")[::4]]
+)
+@pytest.mark.usefixtures("recording")
+def test_recorded_calls_repeat_their_authors_code(name: str) -> None:
+    options = saliency_options(name) if "dyllm" in name else cache_options(name)
+    replay(name, {**options, "lowering": "eager", "cuda_graphs": True})
+    assert Graph.played > 0

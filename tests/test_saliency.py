@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import tiny
+from dllm_compile import session, tiny
 from dllm_compile.quota_loop import quota_loop
-from dllm_compile.session import Session, sessions
+from dllm_compile.session import Session
 
 from . import golden_models
 from .dyllm_model import DyLLM
@@ -90,13 +90,8 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     """As on a GPU, where the number of salient rows is not read before the step ends."""
     model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
     calls = steps_of(11, 14, mask_id, 9)
-    start = Session._start
-
-    def with_room(self: Session, *given: Any) -> Any:
-        self.room = 2
-        return start(self, *given)
-
-    monkeypatch.setattr(Session, "_start", with_room)
+    monkeypatch.setattr(Session, "room", lambda self, step: self.rooms.get(step.sizes.get("active"), 2))
+    monkeypatch.setattr(session, "ROOM", 2)
 
     def run(threshold: float, **more: Any) -> list[torch.Tensor]:
         torch._dynamo.reset()
@@ -108,7 +103,7 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     got = run(0.999)
     spills = dllm_compile.stats(model)["spills"]
     assert 0 < spills < 5
-    assert max(session.room or 0 for session in sessions()) > 2
+    assert max(room for each in session.sessions() for room in each.rooms.values()) > 2
     every = run(0.999, response_interval=1)
     exact = [step for step in range(4, 9) if torch.equal(got[step], every[step])]
     assert len(exact) >= 1

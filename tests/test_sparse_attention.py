@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dllm_compile.kernels.sparse_attention import DTYPES, Arguments, reference, sparse_attention
 
@@ -318,6 +319,24 @@ def test_cuda_tensors_take_the_kernels(dtype: torch.dtype) -> None:
     given = Arguments(query, key, key, at, 2000, mask)
     graph = make_fx(launch, _allow_non_fake_inputs=True)(given).graph
     assert grids(graph) == [[(56, 5, 1) if dtype == torch.float32 else (32, 8, 1)], [(2 * 32 * 28, 1, 1)]]
+
+
+def test_one_code_serves_any_number_of_rows_and_entries() -> None:
+    from dllm_compile.kernels.sparse_attention_triton import launch
+
+    shapes = ShapeEnv(duck_shape=False)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * 2])
+    rows, entries = (
+        mode.from_tensor(torch.empty(2, count, heads, 64, device="meta"), symbolic_context=free).size(1)
+        for count, heads in ((40, 4), (900, 2))
+    )
+    with mode:
+        query = torch.empty(2, rows, 4, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        key = torch.empty(2, entries, 2, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    graph = make_fx(launch, _allow_non_fake_inputs=True)(Arguments(query, key, key, None, 2000)).graph
+    assert not shapes.replacements
+    assert all(isinstance(first, torch.fx.Node) for ((first, *_),) in grids(graph))  # computed from the free sizes
 
 
 @pytest.mark.gpu

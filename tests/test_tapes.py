@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm_compile
 from dllm_compile import session, tapes
-from dllm_compile.batch import Step
 from dllm_compile.ids import positions
-from dllm_compile.outbox import Outbox
 
 from . import loops, models, test_layers_alone
 from .grids import in_turn
+from .recorded_calls import Graph
 from .rounding import roundings
 from .under_way import all_under_way
 
@@ -36,72 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "all three": {"method": "sparse-dllm", "saliency_threshold": 0.9, "full_steps": 1, "block_length": BLOCK},
     "decoded": {"method": "dkv-cache", "shift": False},
 }
-
-
-def rows() -> list[torch.Tensor]:
-    """All that sessions keep between steps."""
-    return [t for s in all_under_way() for group in (*s.layers.values(), s.kept.values()) for t in group]
-
-
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
-
-
-class Unread(TorchDispatchMode):
-    """No value reaches the host: on CUDA that would end a recording."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ not in READS, f"{func} reads a value of the device"
-        return func(*args, **(kwargs or {}))
-
-
-class Graph:
-    """What is recorded leaves no trace; a replay does it, and fills what the recording returned."""
-
-    played = 0
-
-    def __init__(self, body: Callable[[], Any]) -> None:
-        before = [row.clone() for row in rows()]
-        with Unread():
-            self.body, self.made = body, body()
-        for row, value in zip(rows(), before, strict=True):
-            row.copy_(value)
-
-    def pool(self) -> None:
-        """CUDA's alone."""
-
-    def replay(self) -> None:
-        Graph.played += 1
-        made = self.body()
-        for node, value in self.made.results.items():
-            value.copy_(made.results[node])
-        for value, now in zip(self.made.turned, made.turned, strict=True):
-            value.copy_(now)
-
-
-@pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: salient rows are not counted on the host, and logits are copied whole."""
-
-    def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Graph]:
-        graph = Graph(body)
-        return graph.made, graph
-
-    begin = session.Session._step
-
-    def with_room(self: session.Session, *args: Any) -> Step:
-        step = begin(self, *args)
-        self.room = max(self.room or 0, ROOM["rows"])
-        return step
-
-    monkeypatch.setattr(tapes, "possible", lambda device: True)
-    monkeypatch.setattr(tapes, "capture", capture)
-    monkeypatch.setattr(session, "MULTIPLE", 4)
-    monkeypatch.setattr(session.Session, "_step", with_room)
-    monkeypatch.setattr(Outbox, "copy", lambda self, value: value.clone())
-    monkeypatch.setattr(Graph, "played", 0)
-
-
-ROOM = {"rows": 64}
 
 
 def denoised(model: torch.nn.Module, batch: int, extra: dict[str, Any] | None = None, **options: Any) -> Logits:
@@ -185,7 +117,8 @@ def test_recorded_calls_of_generate_equal_those_that_are_made() -> None:
 @pytest.mark.parametrize("name", ["saliency", "all three"])
 @pytest.mark.usefixtures("recording")
 def test_a_call_with_too_many_salient_rows_is_made_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ROOM, "rows", 2)
+    monkeypatch.setattr(session.Session, "room", lambda self, step: self.rooms.get(step.sizes.get("active"), 2))
+    monkeypatch.setattr(session, "ROOM", 2)
     model, options = models.build("llama"), METHODS[name]
     want = denoised(model, 2, **options)
     spills = dllm_compile.stats(model)["spills"]
