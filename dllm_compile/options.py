@@ -108,7 +108,7 @@ class Options:
         verify: every so many steps the graph also runs without the method, in eager, and ``stats`` reports the
             difference; 0 never.
         cuda_graphs: whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on
-            CUDA; ``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 8.
+            CUDA; ``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 32.
         lowering: ``"inductor"``, or ``"eager"``, which runs the rewritten graphs uncompiled.
 
     Raises:
