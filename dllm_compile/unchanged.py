@@ -57,12 +57,6 @@ class Weights:
         self.whole: list[torch.Tensor] | None = None
         self._add(tensors)
 
-    def are(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the very tensors, in this order."""
-        return len(tensors) == len(self.refs) and all(
-            ref() is tensor for ref, tensor in zip(self.refs, tensors, strict=True)
-        )
-
     def include(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Watch these too; whether all of them were watched already."""
         new = [tensor for tensor in tensors if id(tensor) not in self.known]  # one that dies takes its number along

@@ -69,12 +69,9 @@ def test_rows_that_change_places_change_the_checksum() -> None:
     assert checksum(torch.arange(9).view(3, 3)[:, 1:].t().to(torch.int8)).shape == ()
 
 
-def test_another_object_is_another_weight_and_a_dead_one_is_told() -> None:
+def test_a_dead_weight_is_told() -> None:
     tensors, told = matrices(), []
     weights = Weights(tensors, lambda: told.append(1))
-    assert weights.are(tensors)
-    assert not weights.are([*tensors[:2], Parameter(tensors[2].data)])
-    assert not weights.are(tensors[:2])
     del tensors[1]
     gc.collect()
     assert told
