@@ -298,6 +298,7 @@ class Backend:
                 known = False
         if not known and step.number > 0:
             step.anew = batch.stale = True
+            step.repeat = False  # the ids are those of the call before, and the result is not
 
     def _session(self, weights: list[torch.Tensor], options: Options) -> Session:
         """The session of some weights. A graph that Dynamo traced anew goes on with the same session.

@@ -335,8 +335,8 @@ class Batch:
 
     def expect(self, program: Program) -> None:
         """While this may be no loop, see what the logits handed out say of the tokens to come."""
-        head = program.head(self.session.vocabulary)
-        logits = self.outputs.get(program, {}).get(head.outputs[0]) if head is not None else None
+        made = program.logits(self.session.vocabulary)
+        logits = self.outputs.get(program, {}).get(made) if made is not None else None
         if self.past is None or self.past.evidence.is_loop:
             self.expected = None
         elif logits is not None:

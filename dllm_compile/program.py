@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -148,31 +149,34 @@ class Program:
         made = [self.axes.fake[node] for node in decided]
         return any(tuple(value.shape) == self.shape and value.dtype == torch.int64 for value in made)
 
-    @cached_property
-    def reads_all(self) -> bool:
+    def logits(self, vocabulary: int | None) -> torch.fx.Node | None:
+        """What the head makes for each token of the vocabulary; another head may be wider, and may come first."""
+        head = self.head(vocabulary)
+        if head is None or vocabulary is None:
+            return None
+        wide = [node for node in head.outputs if self._width(node) >= vocabulary]
+        return min(wide, key=self._width, default=None)
+
+    def reads_all(self, vocabulary: int | None) -> bool:
         """Whether something other than logits and token ids is made of each row behind the layers, such as a quality.
 
-        What no sampler can read may be old. That is known of logits, and of ids in place of those that were given.
+        What no sampler can read may be old. That is known of logits, and of ids in place of those that were given. The
+        head need not be in the graph that begins a step, so each graph is asked for itself, with the vocabulary of the
+        model.
         """
-        vocabulary = self.vocabulary or 0
-        behind = {
-            node
-            for unit in self.units
-            if unit in (self.head(vocabulary or None), self.decision)
-            for node in unit.outputs
-        }
-        for node in self.results:
-            if node in behind and self._has_rows(node):
-                value = self.axes.fake[node]
-                ids = (
-                    node in (self.decision.outputs if self.decision is not None else []) and value.dtype == torch.int64
-                )
-                if not ids and size(self.axes.layout[node][-1]) < vocabulary:
-                    return True
-        return False
+        head, logits = self.head(vocabulary), self.logits(vocabulary)
+        decided = self.decision.outputs if self.decision is not None else []
+        ids = [node for node in decided if self.axes.fake[node].dtype == torch.int64]
+        behind = [*decided, *(head.outputs if head is not None else [])]
+        read = [node for node in self.results if node in behind and node not in ids and self._has_rows(node)]
+        return any(logits is None or self._width(node) != self._width(logits) for node in read)
 
     def _has_rows(self, node: torch.fx.Node) -> bool:
         return position(self.axes.layout.get(node, ()), "T") is not None
+
+    def _width(self, node: torch.fx.Node) -> int:
+        """Numbers that a value has for each row."""
+        return prod(factor.size for dim in self.axes.layout.get(node, ()) for factor in dim if factor.kind == "")
 
     @cached_property
     def flops(self) -> float:

@@ -56,6 +56,8 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     batch.selected.update(call.selected)
     results = call.results
     if call.head is not None or program.ids is not None:
+        if program.ids is not None and not step.repeat:
+            batch.outputs.clear()  # graphs behind made theirs of other ids, and may not all be called this time
         batch.outputs[program] = results
     elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
@@ -251,14 +253,17 @@ class _Call(Held):
         self.step.indices["salient"] = places[:, : max(room, 2)].contiguous()
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
-        """The readable rows; those kept of the other rows stand beside them."""
+        """The readable rows, or all at hand where not only logits are read; beside them those kept of the others."""
         rows, readable = self._at_hand(unit), self.step.indices["readable"]
         values = self._values(unit)
         wanted = _entering(HEAD, rows)
         new = self._slot(unit.outputs[0]) is None and not self.program.chooses
-        if rows == ALL and (new or readable.shape[1] > self.step.shape[1] * MOST):
+        every = self.program.reads_all(self.batch.session.vocabulary)
+        if rows == ALL and (every or new or readable.shape[1] > self.step.shape[1] * MOST):
             wanted = EXACT
-        if not readable.shape[1]:
+        elif every:
+            wanted = _entering(TAIL, rows)
+        elif not readable.shape[1]:
             return [None] * unit.leaving, [NONE] * unit.leaving
         variant = code.variant(wanted, self.step, values)
         self._count(code, variant, wanted)

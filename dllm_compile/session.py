@@ -405,7 +405,7 @@ class Session:
         self.records = self.options.cuda_graphs and tapes.possible(device)
         if bool((call.changed & call.masked).any()) and past.number > 0 and not self.reads_filled:
             self._tell_of_remasking(program)
-        every = self.options.readable == "all" or self.reads_filled or program.reads_all
+        every = self.options.readable == "all" or self.reads_filled or program.reads_all(self.vocabulary)
         every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
         multiple = MULTIPLE if self.records else 1
         rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
