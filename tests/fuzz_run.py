@@ -21,6 +21,9 @@ from .models import MASK, VOCABULARY
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
+SINGLE = 1e-5
+"""In place of 1e-9 for transformers' models through Inductor: their norms are float32 in any dtype, and Inductor alone
+differs from eager by up to 4e-6 in logits of up to 6."""
 """Of the largest logit: a row of another step, or of other weights, differs by about half of it."""
 WRITTEN = 12288.0
 """Written into returned logits; a number of every dtype."""
@@ -104,6 +107,9 @@ class Run:
         self.case, self.stop, self.calls = case, stop, 0
         self.dtype = DTYPES[case.get("dtype", "float64")]
         self.plain = case["model"].get("name", "plain") == "plain"
+        self.tolerance = TOLERANCE[self.dtype]
+        if case["model"].get("name", "plain") != "plain" and case.get("lowering") == "inductor":
+            self.tolerance = max(self.tolerance, SINGLE)
         self.model = fuzz_models.build(case["model"], self.dtype)
         self.options = {name: value for name, value in case["options"].items() if name in KNOWN or name == "preset"}
         if self.options.get("mask_id") == "MASK":
@@ -213,7 +219,7 @@ class Run:
             if rows.any():
                 a, b = a.double(), b.double()
                 worst = (a - b)[rows & ~b.isnan().any(-1)].abs().nan_to_num(torch.inf)
-                if worst.numel() and worst.max() > TOLERANCE[self.dtype] * max(1.0, b.nan_to_num().abs().max().item()):
+                if worst.numel() and worst.max() > self.tolerance * max(1.0, b.nan_to_num().abs().max().item()):
                     which = "unmasked ids" if idle else "readable rows" if number == 0 else "second output"
                     raise Wrong(f"wrong {which}", f"by {worst.max():.3g}")
 
@@ -475,7 +481,7 @@ class Run:
             if (got is None) != (want is None):
                 raise Wrong("gradients are lost", name)
             if got is not None and want is not None:
-                most = 10 * TOLERANCE[self.dtype] * max(1.0, want.abs().max().item())
+                most = 10 * self.tolerance * max(1.0, want.abs().max().item())
                 if (got - want).abs().max().item() > most:
                     raise Wrong("wrong gradients", name)
 
