@@ -142,9 +142,10 @@ def _describe(program: Program) -> str:
         ]
         if unit.mixing(program.axes):
             lines.append("    has calls whose rows may mix; narrowed only after a trial on the real weights")
-    head = program.head(program.vocabulary)
+    head, logits = program.head(program.vocabulary), program.logits(program.vocabulary)
+    rows = "every row" if program.reads_all(program.vocabulary) else "readable rows"
     lines.append(
-        f"  head: {head.outputs[0].name!r}, computed for readable rows" if head else "  head: none in this graph"
+        f"  head: {(logits or head.outputs[0]).name!r}, computed for {rows}" if head else "  head: none in this graph"
     )
     return "\n".join(lines)
 

@@ -291,3 +291,42 @@ def test_a_batch_that_is_padded_on_the_right_is_cached() -> None:
             x[:, place] = 5
     assert stepping().stats.steps["select"] >= 1
     assert len(stepping().layers) == LAYERS - 1
+
+
+class Parts(Model):
+    """Breaks behind the embedding. What it is given beside the ids reaches the layer alone; ``sign`` turns logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = self.layers[:1]
+
+    def forward(  # type: ignore[override]
+        self, ids: torch.Tensor, condition: torch.Tensor | None = None, sign: bool = False
+    ) -> torch.Tensor:
+        x = self.embed(ids)
+        torch._dynamo.graph_break()
+        for layer in self.layers:
+            x, _ = layer(x if condition is None else x + condition[:, None], None)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return -logits if sign else logits
+
+
+@pytest.mark.parametrize("options", [EXACT, NEUTRAL])
+def test_the_same_ids_under_another_condition_of_the_layers(options: dict[str, Any]) -> None:
+    model = Parts().double().eval()
+    call = compiled_loop(model, **options)
+    conditions = torch.randn(2, 2, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for x in denoise(start(PROMPT, RESPONSE)):
+        for condition in (*conditions, *conditions.flip(0)):
+            got, want = call(x, condition), model(x, condition)
+            assert (got - want)[x == MASK].abs().max() < 1e-9
+
+
+def test_a_repeat_does_not_give_what_a_graph_made_of_earlier_ids() -> None:
+    """One graph has the ids, and either of two may follow."""
+    model = Parts().double().eval()
+    call = compiled_loop(model, **EXACT)
+    for step, x in enumerate(denoise(start(PROMPT, RESPONSE))):
+        for sign in (True,) if step == 0 else (False, True, False):
+            got, want = call(x, sign=sign), model(x, sign=sign)
+            assert (got - want)[x == MASK].abs().max() < 1e-9

@@ -223,3 +223,71 @@ def test_the_hidden_state_beside_the_logits_is_current() -> None:
         assert off(got[0], want[0], x == MASK) < TOLERANCE
         assert off(got[1], want[1], everywhere(x)) < TOLERANCE
         x = fill(want[0], x)
+
+
+class Beside(Whole):
+    """Another output is made behind the logits: ``kind`` says of what, ``cut`` where the graph breaks."""
+
+    def __init__(self, kind: str, cut: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.kind, self.cut = kind, cut
+        self.second = torch.nn.Linear(WIDTH, {"quality": 3, "wide": models.VOCABULARY + 3}.get(kind, 1))
+
+    def forward(self, ids: torch.Tensor, mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        x = self.embed(ids)
+        if self.cut == "embed":
+            torch._dynamo.graph_break()
+        for layer in self.layers:
+            x = layer(x, None)[0]
+        if self.cut == "head":
+            torch._dynamo.graph_break()
+        x = self.norm(x)
+        logits = self.head(x)
+        if self.kind == "confidence":
+            return logits, logits.softmax(-1).amax(-1)
+        return logits, self.second(x).squeeze(-1)
+
+
+def both_heads(model: Any, x: torch.Tensor) -> None:
+    """A loop that fills from the left, in which logits of masks and all of the other output are eager's."""
+    call: Any = models.compiled_loop(model, **EQUAL["exact"])
+    for _ in range(4):
+        got, want = call(x), model(x)
+        assert off(got[0], want[0], x == MASK) < TOLERANCE
+        assert off(got[1], want[1], everywhere(x)) < TOLERANCE
+        x = fill(want[0], x)
+
+
+@pytest.mark.filterwarnings("ignore:dllm. a graph broke at .* part by part")
+@pytest.mark.parametrize(
+    ("kind", "cut"),
+    [
+        ("quality", ""),
+        ("quality", "embed"),
+        ("quality", "head"),
+        ("value", "embed"),
+        ("confidence", "embed"),
+        ("wide", ""),
+    ],
+)
+def test_a_second_head_behind_the_logits_is_current(kind: str, cut: str) -> None:
+    """The graph that begins a step need not be the one with the heads; logits need not be the widest."""
+    both_heads(Beside(kind, cut).double().eval(), start())
+
+
+def test_a_number_a_row_is_no_logits_of_a_small_vocabulary() -> None:
+    both_heads(Beside("value").double().eval(), start(response=models.VOCABULARY))
+
+
+def test_a_loop_shows_by_its_logits_and_not_by_a_second_head() -> None:
+    """Nobody declares it: the tokens of the first run are not what the logits say, and those of the second are."""
+    model: Any = Beside("quality").double().eval()
+    call: Any = models.compiled(model, **METHODS["dllm-cache"])
+    for seed, greedy in enumerate((False, True)):
+        x = start(seed=seed)
+        for place in range(PROMPT, PROMPT + 6):
+            logits = call(x)[0]
+            x = x.clone()
+            x[:, place] = (logits if greedy else -logits)[:, place, :MASK].argmax(-1)
+        assert bool(partial(model)) == greedy
