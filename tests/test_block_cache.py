@@ -20,7 +20,7 @@ from dllm_compile import unit_code
 from dllm_compile.lower import lower
 from dllm_compile.session import Session, sessions
 
-from . import models
+from . import models, shared
 from .models import MASK
 from .test_layers_alone import FORMS, LoopBroken, mask_of
 from .test_properties import EXAMPLES, SHAPES, Batch, Model, Shape, batches, fresh, turned
@@ -31,6 +31,7 @@ METHOD: dict[str, Any] = {"method": "fast-dllm"}
 Call = Callable[[torch.Tensor], torch.Tensor]
 EARLIER: set[Session] = set()
 FEW = settings(EXAMPLES, max_examples=4)
+pytestmark = pytest.mark.shares_graphs
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,11 @@ def _no_gradients_no_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
         warnings.filterwarnings("ignore", "dllm: this loop puts masks back")
         yield
+
+
+def compiled(model: torch.nn.Module, **options: Any) -> Call:
+    """As ``fresh``, with graphs that Dynamo may have traced in an earlier test; calls of other sizes get their own."""
+    return models.in_a_loop(shared.compiled(model, lowering="eager", mask_id=MASK, **options))
 
 
 # -- the definition ---------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def counted(what: str) -> dict[str, int]:
 def test_every_step_equals_the_plain_model(cache: str, block: int | None, shift: bool | None) -> None:
     model, batch = Model(SHAPE), Batch([6, 4, 6], [2, 0, 0], 8, 3)
     ids, extra = batch.ids(), batch.extra()
-    call = fresh(model, **METHOD, cache=cache, block_length=block, shift=shift)
+    call = compiled(model, **METHOD, cache=cache, block_length=block, shift=shift)
     plains = plains_of(model, ids, extra, cache, block, None, shift)
     assert follow(call, plains, filled(ids, block, [1, 2, 3]), **extra) >= 8
 
@@ -251,13 +257,15 @@ def test_any_loop_with_blocks_equals_the_plain_model(shape: Shape, batch: Batch,
 def test_masks_inside_the_prompt_are_blocks_too(cache: str) -> None:
     model, ids = Model(SHAPE), start()
     ids[0, 2], ids[0, 8] = MASK, 9
-    follow(fresh(model, **METHOD, cache=cache, block_length=2), [Plain(model, ids[0], cache, 2)], filled(ids, 2, [1]))
+    follow(
+        compiled(model, **METHOD, cache=cache, block_length=2), [Plain(model, ids[0], cache, 2)], filled(ids, 2, [1])
+    )
 
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_guidance_halves_equal_the_plain_model(cache: str) -> None:
     model, ids = Model(SHAPE), start()
-    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    call = compiled(model, **METHOD, cache=cache, block_length=4)
     blank = ids.clone().fill_(MASK)
     plains = [Plain(model, half[0], cache, 4, None, None, list(range(5, 13))) for half in (ids, blank)]
     calls = (torch.cat([x, torch.where(ids == MASK, x, MASK)]) for x in filled(ids, 4, [1]))
@@ -311,7 +319,7 @@ def test_a_refresh_at_every_step_equals_eager(name: str) -> None:
 @given(SHAPES, batches(ragged=True), st.sampled_from(CACHES))
 def test_neutral_settings_equal_eager(shape: Shape, batch: Batch, cache: str) -> None:
     model, extra = Model(shape), batch.extra()
-    call = fresh(model, **METHOD, block_length=2, cache=cache, refresh_interval=1)
+    call = compiled(model, **METHOD, block_length=2, cache=cache, refresh_interval=1)
     for x in filled(batch.ids(), 2, [1, 2, 3][: len(batch.prompts)], batch.seed):
         assert (call(x, **extra) - model(x, **extra))[x == MASK].abs().max() < 1e-9
 
@@ -322,7 +330,7 @@ def test_neutral_settings_equal_eager(shape: Shape, batch: Batch, cache: str) ->
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_loop_without_blocks_is_told_once_and_then_served_the_whole_response(cache: str) -> None:
     model, ids = Model(SHAPE), start(2)
-    call = fresh(model, **METHOD, cache=cache, block_length=2)
+    call = compiled(model, **METHOD, cache=cache, block_length=2)
     call(ids)
     x = put(ids, 6)
     with pytest.warns(UserWarning, match="outside of the active block of 2") as told:
@@ -337,7 +345,7 @@ def test_a_loop_without_blocks_is_told_once_and_then_served_the_whole_response(c
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_token_masked_again_goes_back_to_its_block_in_full(cache: str) -> None:
     model, ids = Model(SHAPE), start()
-    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    call = compiled(model, **METHOD, cache=cache, block_length=4)
     for x in (ids, put(ids, 0, 1, 2, 3), put(ids, 0, 1, 2, 3, 5)):
         call(x)
     back = put(ids, 0, 2, 3, 5)
@@ -350,7 +358,7 @@ def test_a_token_masked_again_goes_back_to_its_block_in_full(cache: str) -> None
 @pytest.mark.parametrize(("cache", "back"), [("prefix", False), ("dual", False), ("dual", True)])
 def test_an_edited_token_outside_of_the_active_rows_is_exact_at_that_step(cache: str, back: bool) -> None:
     model, ids = Model(SHAPE), start()
-    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    call = compiled(model, **METHOD, cache=cache, block_length=4)
     calls = [ids, put(ids, 0, 1, 2, 3), put(ids, 0, 1, 2, 3, 4)]
     for x in [*calls, put(ids, 1, 2, 3, 4)] if back else calls:
         call(x)
@@ -363,7 +371,7 @@ def test_an_edited_token_outside_of_the_active_rows_is_exact_at_that_step(cache:
 def test_a_sequence_without_a_response_costs_nothing(cache: str) -> None:
     model, ids = Model(SHAPE), start(2)
     ids[0, 5:] = 9
-    call = fresh(model, **METHOD, cache=cache, block_length=8)
+    call = compiled(model, **METHOD, cache=cache, block_length=8)
     plain = Plain(model, ids[1], cache, 8)
     for x in filled(ids, 8, [1, 1]):
         assert (call(x)[1] - plain.step(x[1]))[plain.blocks.readable(x[1])].abs().max() < 1e-9
@@ -372,7 +380,7 @@ def test_a_sequence_without_a_response_costs_nothing(cache: str) -> None:
 
 def test_a_finished_sequence_costs_nothing_when_blocks_are_given_up() -> None:
     model, ids = Model(SHAPE), start(2, prompt=16)
-    call = fresh(model, **METHOD, cache="dual", block_length=4)
+    call = compiled(model, **METHOD, cache="dual", block_length=4)
     call(ids)
     x = ids.clone()
     x[0, 16:], x[1, 23] = 7, 7
@@ -391,10 +399,10 @@ def test_a_row_of_a_batch_equals_the_row_alone(cache: str) -> None:
     model, batch = Model(SHAPE), Batch([5, 3, 5], [0, 0, 2], 8, 1)
     ids, extra = batch.ids(), batch.extra()
     options = {**METHOD, "cache": cache, "block_length": 3, "refresh_interval": 2}
-    call = fresh(model, **options)
+    call = compiled(model, **options)
     calls = list(filled(ids, 3, [1, 2, 4]))
     together = [call(x, **extra).clone() for x in calls]
-    alone = fresh(model, **options)
+    alone = compiled(model, **options)
     for row in range(3):
         dllm_compile.reset()
         only = {"mask": extra["mask"][row : row + 1]}
@@ -407,7 +415,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(cache: str) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_repeat_gives_the_same_logits_to_the_bit(cache: str) -> None:
     model, ids = Model(SHAPE), start(2)
-    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    call = compiled(model, **METHOD, cache=cache, block_length=4)
     plains = [Plain(model, row, cache, 4, None) for row in ids]
     for x in filled(ids, 4, [1, 2]):
         once = call(x).clone()
@@ -444,7 +452,7 @@ def test_a_second_sequence_is_as_if_it_were_the_first(cache: str, between: str) 
 @pytest.mark.parametrize("cache", CACHES)
 def test_an_edited_prompt_starts_a_sequence(cache: str) -> None:
     model, ids = Model(SHAPE), start()
-    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    call = compiled(model, **METHOD, cache=cache, block_length=4)
     for x in (ids, put(ids, 1), put(ids, 1, 2)):
         call(x)
     edited = put(ids, 1, 2)
@@ -516,7 +524,7 @@ class Extras(Model):
 @pytest.mark.parametrize("cache", ["prefix"])
 def test_further_outputs_are_those_of_the_kept_rows(cache: str) -> None:
     model, ids = Extras(SHAPE), start(2)
-    call = fresh(model, **METHOD, cache=cache, block_length=4)
+    call = compiled(model, **METHOD, cache=cache, block_length=4)
     by_hand = ByHand(lambda x: model(x)["logits"], ids, cache, 4)
     for x in filled(ids, 4, [1, 2]):
         got: Any = call(x)
@@ -537,7 +545,7 @@ def test_further_outputs_are_those_of_the_kept_rows(cache: str) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_step_inside_a_block_computes_its_rows(cache: str, shift: bool | None, rows: int) -> None:
     model, ids = Model(SHAPE), start(2, response=12)
-    call = fresh(model, **METHOD, cache=cache, block_length=4, shift=shift)
+    call = compiled(model, **METHOD, cache=cache, block_length=4, shift=shift)
     for x in filled(ids, 4, [1, 1]):
         call(x)
     assert counted("steps") == {"full": 3, "block": 9}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import dllm_compile
-
-from . import golden_models, loops
+from . import golden_models, loops, shared
 from .grids import in_turn
 from .recorded_calls import Graph
 from .under_way import under_way
+
+pytestmark = pytest.mark.shares_graphs
 
 
 def run(trace: golden_models.Trace, logits: loops.Logits) -> Iterator[torch.Tensor]:
@@ -66,9 +65,11 @@ def replay(
     name: str, options: dict[str, object], salient: golden_models.Salient | None = None, device: str = "cpu"
 ) -> None:
     trace = golden_models.trace(name)
-    model = copy.deepcopy(golden_models.model(trace.meta["model"])).to(device)
-    compiled = torch.compile(model, backend="dllm", options=options)
-    dllm_compile.reset()
+    model = golden_models.model(trace.meta["model"]).to(device)
+    if options.get("lowering") == "eager":
+        compiled = shared.compiled(model, **options)
+    else:
+        compiled = torch.compile(model, backend="dllm", options=options)
     seen: list[torch.Tensor] = []
 
     def logits(x: torch.Tensor) -> torch.Tensor:

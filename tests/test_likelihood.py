@@ -15,14 +15,16 @@ import torch
 
 import dllm_compile
 
-from . import loops, models
+from . import loops, models, shared
 from .callers import METHODS, PARTIAL, PROMPT, RESPONSE, TOLERANCE, Whole, build, fill, off, partial, start, steps
 from .grids import in_turn
 from .models import MASK
 
-SAMPLES = 256
+SAMPLES = 128
 Call = Callable[[torch.Tensor], torch.Tensor]
 Samples = list[torch.Tensor]
+
+pytestmark = pytest.mark.shares_graphs
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,11 @@ def _no_gradients_no_warnings() -> Iterator[None]:
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
         yield
+
+
+def compiled(model: Whole, *, dynamic: bool = True, **options: Any) -> Call:
+    """The model behind the backend: one graph for texts of all lengths, or one for each."""
+    return shared.compiled(model, dynamic=dynamic, lowering="eager", mask_id=MASK, **options)
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ def wrong(call: Call, model: Whole, samples: Samples) -> int:
 )
 def test_monte_carlo_samples_one_at_a_time(name: str, lengths: tuple[int, ...]) -> None:
     model = build()
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     got = {target: wrong(call, model, uniform(answer(model, target), SAMPLES)) for target in lengths}
     assert not any(got.values()), got
 
@@ -126,7 +133,7 @@ def test_monte_carlo_samples_of_dkv_cache() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_monte_carlo_samples_in_batches(name: str) -> None:
     model = build()
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     got = {}
     for protocol in (uniform, stratified):
         for target in (1, 16):
@@ -139,14 +146,13 @@ def test_monte_carlo_samples_in_batches(name: str) -> None:
 def test_more_lengths(target: int) -> None:
     model = build()
     for name in ("dllm-cache", "dual"):
-        torch._dynamo.reset()
-        call = models.compiled(model, **METHODS[name])
+        call = compiled(model, **METHODS[name])
         assert wrong(call, model, stratified(answer(model, target), 64, seed=target)) == 0
 
 
 def test_layers_alone() -> None:
     model = build("alone")
-    call = models.compiled(model, **METHODS["dual"])
+    call = compiled(model, **METHODS["dual"])
     for target in (4, 16):  # the mask is seen only where it ends a sequence twice; one seen is one known
         assert wrong(call, model, uniform(answer(model, target), 96)) == 0
 
@@ -155,7 +161,7 @@ def test_layers_alone() -> None:
 def test_answers_to_one_question_one_behind_the_other(seed: int) -> None:
     """Four answers of one length to one prompt, as multiple choice asks."""
     model = build()
-    call = models.compiled(model, **METHODS["dllm-cache"])
+    call = compiled(model, **METHODS["dllm-cache"])
     prompt = start(1, seed, response=4)
     for choice in range(4):
         x = torch.where(prompt == MASK, answer(model, 4, seed=10 + choice), prompt)
@@ -165,7 +171,7 @@ def test_answers_to_one_question_one_behind_the_other(seed: int) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_one_token_a_call_masked_alone(name: str) -> None:
     model = build()
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     got = {target: wrong(call, model, one_at_a_time(answer(model, target))) for target in (4, 16)}
     assert not any(got.values()), got
 
@@ -173,7 +179,7 @@ def test_one_token_a_call_masked_alone(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_teacher_forcing(name: str) -> None:
     model = build()
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     got = {target: wrong(call, model, forced(answer(model, target))) for target in (4, 16)}
     assert not any(got.values()), got
 
@@ -187,7 +193,7 @@ CASES = [*((name, "whole") for name in METHODS), ("dual", "alone")]
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_exact_calls_serve_nothing_whatever_the_answer(name: str, form: str) -> None:
     model = build(form)
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     with dllm_compile.exact_calls():
         for x in (own(model, 6), answer(model, 6)):
             assert wrong(call, model, uniform(x, 64)) == 0
@@ -201,13 +207,12 @@ def test_exact_calls_serve_nothing_whatever_the_answer(name: str, form: str) -> 
 def test_exact_calls_leave_a_live_generation_alone(name: str, form: str) -> None:
     options = METHODS[name]
     x, wanted = start(), []
-    call = models.compiled(build(form), **options)
+    call = compiled(build(form), **options)
     for _ in range(RESPONSE):
         wanted.append(call(x).clone())
         x = fill(wanted[-1], x)
-    torch._dynamo.reset()
     model = build(form)
-    call = models.compiled(model, **options)
+    call = compiled(model, **options)
     scored = [answer(model, 5, seed=3), own(model, RESPONSE, seed=1)]
     x = start()
     for turn, want in enumerate(wanted):
@@ -228,7 +233,7 @@ def count(counted: Counter[str]) -> int:
 
 def test_exact_calls_inside_a_loop_and_a_loop_inside_exact_calls() -> None:
     model = build()
-    call = models.compiled(model, **METHODS["dual"])
+    call = compiled(model, **METHODS["dual"])
     x = start()
     with dllm_compile.loop():
         x = fill(call(x), x)
@@ -349,9 +354,8 @@ LOOPS: dict[str, Loop] = {
 
 def share(loop: Loop, options: dict[str, Any], word: bool) -> float:
     """The share of partial steps of a loop on a fresh compiled model."""
-    torch._dynamo.reset()
     model = build()
-    call = models.compiled(model, **options)
+    call = compiled(model, dynamic=False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # some loops remask, or fill outside of the block
         if word:
@@ -395,16 +399,15 @@ def infilling() -> torch.Tensor:
 @pytest.mark.parametrize("name", METHODS)
 def test_infilling_keeps_its_cache_in_a_loop_and_is_exact_without_the_word(name: str) -> None:
     model = build()
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     x = infilling()
     warnings.filterwarnings("ignore", "dllm: these calls look like a denoising loop")
     while (x == MASK).any():
         logits = call(x).clone()
         assert off(logits, model(x), x == MASK) < TOLERANCE
         x = fill(logits, x)
-    torch._dynamo.reset()
     model = build()
-    call = models.compiled(model, **METHODS[name])
+    call = compiled(model, **METHODS[name])
     x, calls = infilling(), 0
     with dllm_compile.loop():
         while (x == MASK).any():

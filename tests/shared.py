@@ -1,0 +1,47 @@
+"""Models that Dynamo traces once for all options: its graph does not depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dllm_compile.backend import dllm
+
+_CHOSEN: list[dict[str, Any]] = []  # options of the call under way
+
+
+def _by_options(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend for Dynamo: what ``dllm`` makes of one graph for the options of each call."""
+    made: dict[str, Callable[..., Any]] = {}
+
+    def run(*args: Any) -> Any:
+        options = _CHOSEN[-1]
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = dllm(module, example_inputs, options=options)
+        return made[key](*args)
+
+    return run
+
+
+def compiled(model: torch.nn.Module, *, dynamic: bool = False, **options: Any) -> Callable[..., Any]:
+    """The model behind the backend; Dynamo's graphs are those of all earlier models of one shape.
+
+    Args:
+        model: whose class, sizes and settings tell which graph it gets.
+        dynamic: whether one graph serves calls of all sizes. It is said, since what Dynamo chooses by itself depends on
+            the calls before, which other tests may have made.
+        options: of the backend.
+    """
+    traced = torch.compile(model, backend=_by_options, dynamic=dynamic)
+
+    def call(*args: Any, **more: Any) -> Any:
+        _CHOSEN.append(options)
+        try:
+            return traced(*args, **more)
+        finally:
+            _CHOSEN.pop()
+
+    return call
