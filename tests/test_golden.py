@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -65,7 +66,8 @@ def replay(
     name: str, options: dict[str, object], salient: golden_models.Salient | None = None, device: str = "cpu"
 ) -> None:
     trace = golden_models.trace(name)
-    model = golden_models.model(trace.meta["model"]).to(device)
+    model = golden_models.model(trace.meta["model"])
+    model = model if device == "cpu" else copy.deepcopy(model).to(device)
     if options.get("lowering") == "eager":
         compiled = shared.compiled(model, **options)
     else:

@@ -110,7 +110,7 @@ def test_dkv_generation_repeats_its_authors_code(name: str, steps: list[Step], m
         assert torch.equal(golden_models.computed(step, want.shape[0]), want), f"rows computed at call {at}"
 
 
-@pytest.mark.parametrize("name", golden_models.names("llada_dyllm")[::2])
+@pytest.mark.parametrize("name", golden_models.names("llada_dyllm"))
 def test_dyllm_generation_repeats_its_authors_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     salient = golden_models.noted_salient(monkeypatch)
     repeat(name, method="dyllm", lowering="eager")
