@@ -20,7 +20,7 @@ from .callers import METHODS, PARTIAL, PROMPT, RESPONSE, TOLERANCE, Whole, build
 from .grids import in_turn
 from .models import MASK
 
-SAMPLES = 128
+SAMPLES = 256
 Call = Callable[[torch.Tensor], torch.Tensor]
 Samples = list[torch.Tensor]
 
@@ -137,7 +137,7 @@ def test_monte_carlo_samples_in_batches(name: str) -> None:
     got = {}
     for protocol in (uniform, stratified):
         for target in (1, 16):
-            samples = protocol(answer(model, target), SAMPLES, batch=4)
+            samples = protocol(answer(model, target), SAMPLES // 2, batch=4)
             got[protocol.__name__, target] = wrong(call, model, samples)
     assert not any(got.values()), got
 
