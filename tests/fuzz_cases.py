@@ -15,7 +15,7 @@ NEUTRAL: tuple[dict[str, Any], ...] = (
     {"method": "exact"},
     {"prompt_interval": 1, "response_interval": 1},
     {"prompt_interval": -1, "response_interval": 1, "transfer_ratio": 0.5},
-    {"response_interval": 1, "transfer_ratio": 0.0},
+    {"prompt_interval": 1, "response_interval": 1, "transfer_ratio": 0.0},
     {"prompt_interval": 1, "response_interval": 1, "keep_ratio": 0.5},
     {"method": "fast-dllm", "refresh_interval": 1},
     {"method": "fast-dllm", "cache": "dual", "refresh_interval": 1},
