@@ -66,7 +66,7 @@ class Session:
         self.records = False  # whether partial steps become CUDA graphs
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
-        self.scored: list[tuple[torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
+        self.scored: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
         self.mask_seen = options.mask_id is not None  # whether the mask was given, or seen to be filled
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
@@ -311,9 +311,10 @@ class Session:
         mask_id = self.mask_id
         if mask_id is None or not bool((ids == mask_id).any()):
             return None
-        scores = self._scores(ids)
+        inputs = Inputs(beside)
+        scores = self._scores(ids, inputs)
         self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
-        batch = Batch(self, ids, mask_id, Inputs(beside), program.signature, word if isinstance(word, Loop) else None)
+        batch = Batch(self, ids, mask_id, inputs, program.signature, word if isinstance(word, Loop) else None)
         begins = begins_masked(begins_with == mask_id, begins_with)
         short = int(batch.response.sum(1).max()) < SHORT
         plans = batch.new_schedule()
@@ -324,14 +325,18 @@ class Session:
             self.weights.sum()
         return batch
 
-    def _scores(self, ids: torch.Tensor) -> bool:
-        """Whether texts on this prompt seem to be scored: a run on it was given up before it had used up its masks."""
+    def _scores(self, ids: torch.Tensor, inputs: Inputs) -> bool:
+        """Whether texts on this prompt seem to be scored: a run on it was given up before it had used up its masks.
+
+        A run beside other inputs is another stream, which may well go on.
+        """
         for each in self.batches:
             evidence = each.past.evidence if each.past is not None else None
             given_up = evidence is not None and evidence.fills > 0 and not evidence.is_loop and not each.finished
             if given_up and _agrees(ids, each.first, each.response):
-                self.scored = [*self.scored[-SCORED:], (each.first, each.response)]
-        return any(_agrees(ids, *pair) for pair in self.scored)
+                self.scored = [*self.scored[1 - SCORED :], (each.first, each.response, each.inputs.checksums())]
+        alike = [sums for first, response, sums in self.scored if _agrees(ids, first, response)]
+        return bool(alike) and any(torch.equal(sums, inputs.checksums()) for sums in alike)
 
     def _make_room(self, batch: Batch) -> None:
         """Drop rows of the sequences used longest ago, until one more of the largest has room."""

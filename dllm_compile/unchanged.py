@@ -150,6 +150,12 @@ class Inputs:
                 out.append(checksum(part) != known)
         return out
 
+    def checksums(self) -> torch.Tensor:
+        """What tells these inputs from others when they are gone: ``[N]`` int64, one of each tensor, on the CPU."""
+        pairs = zip(self.copies, self.sums, strict=True)
+        sums = [known if copy is None else checksum(copy) for copy, known in pairs]
+        return torch.tensor([int(each) for each in sums if each is not None], dtype=torch.int64)
+
     def of_sequences(self, index: torch.Tensor, batch: int) -> Inputs | None:
         """Those of some sequences of a batch.
 

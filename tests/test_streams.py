@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -234,6 +235,24 @@ def null_condition(call: Any) -> Stream:
     return llada(lambda x: call(x, 0 * BESIDE["modulated"](1)), start())
 
 
+def drawn(call: Callable[[torch.Tensor], torch.Tensor]) -> Stream:
+    """Tokens that are not the model's, in any order: for four calls it is in doubt whether this is a loop."""
+    x, draw = start(seed=5), torch.Generator().manual_seed(5)
+    for place in (PROMPT + torch.randperm(RESPONSE, generator=draw)).tolist():
+        logits = call(x)
+        x = x.clone()
+        x[:, place] = logits[:, place, :MASK].argsort(-1)[:, torch.randint(MASK // 2, (), generator=draw)]
+        yield x
+
+
+def drawn_at_first_condition(call: Any) -> Stream:
+    return drawn(lambda x: call(x, BESIDE["modulated"](1)))
+
+
+def drawn_at_null_condition(call: Any) -> Stream:
+    return drawn(lambda x: call(x, 0 * BESIDE["modulated"](1)))
+
+
 STREAMS: dict[str, tuple[list[Any], Any]] = {
     "prompts": ([prompts, other_prompts], build),
     "batch": ([prompts, other_batch], build),
@@ -251,6 +270,21 @@ def test_streams_that_take_turns_go_as_if_alone(name: str, kind: str) -> None:
     wanted = [alone(begin, build_it, METHODS[name]) for begin in begins]
     got, model = interleaved(begins, build_it, METHODS[name])
     assert [same(a, b) for a, (b, _) in zip(got, wanted, strict=True)] == [True] * len(begins)
+    assert partial(model) == sum(count for _, count in wanted) > 0
+
+
+def test_a_stream_that_is_in_doubt_was_not_given_up() -> None:
+    begins = [drawn_at_first_condition, drawn_at_null_condition]
+    wanted = [alone(begin, lambda: told("modulated"), METHODS["dual"]) for begin in begins]
+    torch._dynamo.reset()
+    model = told("modulated")
+    call = models.compiled(model, **METHODS["dual"])
+    first, second = (begin(call) for begin in begins)
+    got: tuple[list[torch.Tensor], list[torch.Tensor]] = [next(first), next(first)], []
+    for a, b in zip_longest(first, second):
+        got[0].extend([a] if a is not None else [])
+        got[1].append(b)
+    assert [same(a, b) for a, (b, _) in zip(got, wanted, strict=True)] == [True, True]
     assert partial(model) == sum(count for _, count in wanted) > 0
 
 
