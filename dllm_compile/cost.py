@@ -51,7 +51,7 @@ Terms = dict[tuple[str, ...], Fraction]
 
 def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
     """FLOPs of a unit for an assignment, as an expression in the symbols above (a multiply-add counts as 2)."""
-    computed = emit(unit, axes, assignment, {"selected": 1}, CHOICES).rows
+    computed = emit(unit, axes, assignment, CHOICES).rows
     found = terms(unit, axes, assignment, computed).items()
     products = (sympy.Rational(count) * B * prod(ROWS[name] for name in names) for names, count in found)
     return sympy.expand(sum(products, sympy.Integer(0)))
@@ -134,7 +134,7 @@ def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy
     compact = bool(keys) and any(variant.compact for variant in variants)
     total = 8 * B * (E + F) if compact else sympy.Integer(0)
     for node in kept:
-        _, _, *rest = shape(axes.layout[node], 1)
+        _, _, *rest = shape(axes.layout[node], 1, 1)
         rows = E + F if compact and node in keys else S
         total += B * (rows + 1) * prod(rest) * axes.fake[node].element_size()
     return total
@@ -150,7 +150,7 @@ def live_bytes(unit: Unit, axes: Axes, assignment: Assignment, lengths: dict[sym
         assignment: for which rows it runs.
         lengths: a number for each symbol.
     """
-    computed = emit(unit, axes, assignment, {"selected": 1}, CHOICES).rows
+    computed = emit(unit, axes, assignment, CHOICES).rows
     order = [n for n in unit.nodes if n in computed and isinstance(axes.fake[n], torch.Tensor)]
     place = {n: i for i, n in enumerate(order)}
     made: dict[int, tuple[int, float]] = {}

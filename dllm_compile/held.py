@@ -75,7 +75,7 @@ class Held:
         kept = self._slot(node)
         if kept is None:
             self.batch.tapes.clear()
-            (kept,) = allocate([node], self.program.axes, self.step.counts.device)
+            (kept,) = allocate([node], self.program.axes, self.step.shape, self.step.counts.device)
             self.batch.kept[self._slot_key(node)] = kept
         if node not in self.stored and rows == ALL:
             store_rows(kept, value, layout)

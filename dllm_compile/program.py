@@ -18,7 +18,6 @@ from .core.graph import fingerprint, fix_sizes, outline, output_node, placeholde
 from .core.layout import position, size
 from .core.units import Unit, closure
 from .cost import whole
-from .lower import Compiled
 from .options import Options
 from .passes import cut, normalized
 from .passes.causal import refuse_causal_masks
@@ -91,7 +90,6 @@ class Program:
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude_reads = [n for n in names if any(user in constants for user in n.users)]
         self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
-        self.prelude_run: Compiled | None = None
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
@@ -100,7 +98,7 @@ class Program:
         parts = [unit.nodes for unit in self.units if unit is not self.decision]
         self.signature = Signature(
             tuple(unit.key for unit in self.units if unit is not self.decision),
-            fingerprint(constants, self.prelude_reads, self.constants, self.axes.fake),
+            fingerprint(constants, self.prelude_reads, self.constants, self.axes),
             tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
         )
 

@@ -13,13 +13,11 @@ import torch.fx
 
 from .batch import Batch, Step
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYED, KEYS, NOTHING, PROMPT_SELECTED, READABLE, Assignment
-from .core.errors import refusing
 from .core.rows import ALL, NONE, RowSet, read_all
 from .core.state import allocate
 from .core.units import Unit
 from .cost import terms
 from .held import Held
-from .lower import lower
 from .passes.feature_cache import KEEP
 from .passes.saliency import thorough
 from .program import Program
@@ -136,10 +134,7 @@ class _Call(Held):
         program = self.program
         if program.prelude is not None:
             given = [self.env[n] for n in program.prelude_reads]
-            if program.prelude_run is None:
-                with refusing("compiled"):
-                    program.prelude_run = lower(program.prelude, given, program.options.lowering)
-            self.env.update(zip(program.constants, program.prelude_run(*given), strict=True))
+            self.env.update(zip(program.constants, program.prelude(*given), strict=True))
         for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
             self.unit(unit, code)
             for node in dead:
@@ -232,12 +227,13 @@ class _Call(Held):
             return []
         key, step, layers = self.keys[id(unit)], self.step, self.batch.layers
         compact = unit.anchors(KEYS) if assignment.compact else []
-        rows = step.sizes["kept"] + step.sizes.get("fresh", 0)
+        rows = step.entries
         if key in layers and (not compact or layers[key][-1].shape[1] == rows):
             return layers[key]
         layers.pop(key, None)  # free the old ones first
         self.batch.tapes.clear()
-        layers[key] = allocate(unit.anchors(assignment.keep), self.program.axes, step.counts.device, compact, rows)
+        anchors, size = unit.anchors(assignment.keep), step.shape
+        layers[key] = allocate(anchors, self.program.axes, size, step.counts.device, compact, rows)
         return layers[key]
 
     def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
@@ -298,7 +294,7 @@ class _Call(Held):
         if name in self.step.indices:
             return self.step.indices[name].shape[1]
         if name == KEYED.name:
-            return sizes["kept"] + sizes.get("fresh", 0)
+            return self.step.entries
         if name == PROMPT_SELECTED.name:
             return sizes["prompt"] + sizes["selected"]
         return sizes.get(name, self.step.shape[1])

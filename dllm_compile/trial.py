@@ -44,14 +44,13 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     assert tokens is not None
     count = stream.shape[1]
     index = torch.arange(0, count, 3, device=stream.device).expand(stream.shape[0], -1)
-    sizes = {"response": index.shape[1]}
     try:
-        probe = emit(unit, axes, _PROBE, sizes, Choices())
+        probe = emit(unit, axes, _PROBE, Choices())
     except GraphRefused:
         return False
-    whole = emit(unit, axes, EXACT, sizes, Choices())
-    state = allocate(unit.anchors(), axes, stream.device)
-    given = {"stream": stream, "index:response": index}
+    whole = emit(unit, axes, EXACT, Choices())
+    state = allocate(unit.anchors(), axes, (stream.shape[0], count), stream.device)
+    given = {"stream": stream, "index:response": index, "tokens": count, "batch": stream.shape[0]}
     given |= {f"input:{i}": v for i, v in enumerate(inputs)} | {f"state:{i}": v for i, v in enumerate(state)}
     for dtype in (torch.float64, torch.float32):
         if dtype.itemsize < stream.dtype.itemsize:

@@ -9,9 +9,11 @@ A cut is a place where a single token-dependent value is alive: the residual str
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 import torch.fx
+from torch.utils._pytree import tree_leaves
 
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes, linear
@@ -269,19 +271,35 @@ def _narrowest(node: object, axes: Axes) -> torch.fx.Node:
 
 
 def _place_constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> None:
-    """A constant that one unit alone uses is computed there; the others are left to ``constants``."""
+    """A constant that one unit alone uses is computed there; the others are left to ``constants``.
+
+    So are those that have as many entries as there are tokens or sequences: code of a unit serves any number.
+    """
     wanted: dict[torch.fx.Node, set[int]] = {}
     for i, unit in enumerate(units):
         for node in closure(unit.nodes, set()):
             if node not in axes.live and node.op != "placeholder":
                 wanted.setdefault(node, set()).add(i)
     order = {node: i for i, node in enumerate(graph.nodes)}
+    sized = _sized(wanted, axes)
     for node in graph.nodes:
         users = wanted.get(node, set())
-        if len(users) == 1:
+        if len(users) == 1 and node not in sized:
             units[next(iter(users))].nodes.append(node)
     for unit in units:
         unit.nodes.sort(key=lambda n: order[n])
+
+
+def _sized(nodes: Iterable[torch.fx.Node], axes: Axes) -> set[torch.fx.Node]:
+    """Constants with an extent that is the number of tokens or of sequences, and all they are made of."""
+    numbers = {n for n in axes.size if n > 1}
+    made = [
+        node
+        for node in nodes
+        if node in axes.made
+        or any(isinstance(leaf, torch.Tensor) and numbers & {*leaf.shape} for leaf in tree_leaves(axes.fake[node]))
+    ]
+    return closure(made, set())
 
 
 def constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> list[torch.fx.Node]:

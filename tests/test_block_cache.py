@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import dllm_compile
 from dllm_compile import unit_code
-from dllm_compile.lower import lower
+from dllm_compile.lower import Code
 from dllm_compile.session import Session, sessions
 
 from . import models, shared
@@ -558,9 +558,9 @@ def test_code_does_not_grow_with_the_number_of_blocks(cache: str) -> None:
     model, ids = Model(SHAPE), start(2, response=24)
     made: list[Any] = []
 
-    def noted(module: Any, *args: Any) -> Any:
+    def noted(module: Any, *args: Any) -> Code:
         made.append(args)
-        return module
+        return Code(module)
 
     with mock.patch.object(unit_code, "lower", noted):
         call = fresh(model, **METHOD, cache=cache, block_length=4)
@@ -568,16 +568,6 @@ def test_code_does_not_grow_with_the_number_of_blocks(cache: str) -> None:
             call(x)
     assert counted("steps")["block"] > 12
     assert len(made) <= 7  # stem, layer and head, in full and for active rows, and a head for few readable ones
-
-
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor where the number of rows is free; the other code is compiled by every method's tests."""
-
-    def chosen(module: Any, args: Any, how: str, free: Any, *more: Any) -> Any:
-        return lower(module, args, "inductor" if free else "eager", free, *more)
-
-    monkeypatch.setattr(unit_code, "lower", chosen)
 
 
 class Further(Model):
@@ -590,12 +580,11 @@ class Further(Model):
         return super().forward(ids, mask) + number * 0
 
 
-@pytest.mark.usefixtures("inductor")
 def test_inductor_serves_any_number_of_rows() -> None:
     model, batch = Further(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=1)), Batch([3, 2], [1, 0], 8, 1)
     ids, extra = batch.ids(), batch.extra()
     for cache, block, shift in (("prefix", 3, False), ("dual", 3, None), ("dual", 1, False)):
-        call = fresh(model, **METHOD, cache=cache, block_length=block, shift=shift)
+        call = fresh(model, **METHOD, cache=cache, block_length=block, shift=shift, lowering="inductor")
         plains = plains_of(model, ids, extra, cache, block, None, shift)
         for x in filled(ids, block, [1, 2 if block > 1 else 1]):
             for number in (1.0, 2.0):  # the second call is no repeat: it runs the rows of the block again

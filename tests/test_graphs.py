@@ -16,6 +16,7 @@ from torchao import quantization
 
 import dllm_compile
 from dllm_compile import unit_code
+from dllm_compile.core.sizes import Size
 from dllm_compile.lower import lower
 from dllm_compile.unit_code import UnitCode
 
@@ -252,7 +253,8 @@ def test_quantized_weights_are_compiled_for_any_number_of_rows() -> None:
     graph.output((graph.call_function(F.linear, (x, weight, bias)),))
     module = torch.fx.GraphModule(nn.Module(), graph)
     with torch.no_grad():
-        run = lower(module, [torch.randn(2, 5, 32), linear.weight, linear.bias], "inductor", [0])
+        given = [torch.randn(2, 5, 32), linear.weight, linear.bias]
+        run, _ = lower(module, given, "inductor", [(2, Size(("rows",)), 32), None, None])
         for rows in (5, 9):
             given = torch.randn(2, rows, 32)
             torch.testing.assert_close(run(given, linear.weight, linear.bias)[0], linear(given))

@@ -12,7 +12,7 @@ from . import rows as row_ops
 from .arguments import attention_arguments
 from .assignment import KEYS, SALIENT
 from .errors import GraphRefused
-from .graph import free_tokens
+from .graph import open_sizes
 from .rows import ALL
 from .writing import Writing
 
@@ -36,7 +36,7 @@ class AttentionForms(Writing):
         change = self._moved(att.value, value, self._change())
         change = self._call(torch.transpose, (change, 1, 2))
         active, at = self.slot["index:active"], self.slot["index:salient"]
-        former = self._call(row_ops.former_rows, (self.state[node], active, self.axes.layout[node]))
+        former = self._call(row_ops.former_rows, (self.state[node], active, self._layout(node)))
         read = attention_arguments(args, kwargs)
         mask = read.attn_mask
         if self.entries is not None and (mask is not None or self.assignment.gaps):
@@ -52,7 +52,7 @@ class AttentionForms(Writing):
             if len(self.unit.attentions) > 1:
                 raise GraphRefused("a layer with several attention calls has no single context", self.unit.outputs[0])
             anchor = self.unit.attentions[0].value
-            at, fresh, layout = self._written(anchor, SALIENT), self._raw(anchor), self.axes.layout[anchor]
+            at, fresh, layout = self._written(anchor, SALIENT), self._raw(anchor), self._layout(anchor)
             if self.computed[anchor] != SALIENT:  # with the queries, by one projection
                 fresh = self._call(row_ops.gather_rows, (fresh, self._index(SALIENT, self.computed[anchor]), layout))
             self.changed = self._call(row_ops.changed_rows, (self.state[anchor], at, fresh, layout))
@@ -65,7 +65,7 @@ class AttentionForms(Writing):
         (before,) = [n for n in end.all_input_nodes if n in self.axes.live]
         moved = self._moved(start, before, value)
         args, kwargs = torch.fx.map_arg((end.args, end.kwargs), lambda n: moved if n is before else self._plain(n))
-        args = free_tokens(end, args, self.axes.layout[end]) if end in self.axes.layout else args
+        args = open_sizes(end, args, self._layout(end), self._batch) if end in self.axes.layout else args
         return self.graph.create_node(end.op, end.target, args, kwargs)
 
     def _evict(self) -> None:
@@ -83,4 +83,4 @@ class AttentionForms(Writing):
         at = self._call(self.choices.keep, chosen)
         self._call(torch.Tensor.copy_, (self.entries, at))
         for node in self.unit.anchors(KEYS):
-            self._call(row_ops.keep_rows, (self.state[node], self._available(node), at, self.axes.layout[node]))
+            self._call(row_ops.keep_rows, (self.state[node], self._available(node), at, self._layout(node)))

@@ -33,6 +33,7 @@ class Axes:
 
     Attributes:
         mode: the mode of the fake tensors.
+        size: sequences and tokens of the seed, 0 where there is none.
         fake: value of each node on fake tensors (tensors, numbers, tuples of them).
         layout: of each node that is a tensor depending on the seed.
         live: nodes that depend on the seed.
@@ -43,6 +44,7 @@ class Axes:
     """
 
     mode: FakeTensorMode
+    size: tuple[int, int] = (0, 0)
     fake: dict[torch.fx.Node, Any] = field(default_factory=dict)
     layout: dict[torch.fx.Node, Layout] = field(default_factory=dict)
     live: dict[torch.fx.Node, None] = field(default_factory=dict)
@@ -142,6 +144,8 @@ def follow(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMo
         GraphRefused: a node changes a value that depends on the tokens in place.
     """
     axes = Axes(fake_mode)
+    for batch, tokens, *_ in seeds.values():
+        axes.size = size(batch), size(tokens)
     mode = _Follow(Known())
     feed = iter(inputs)
     with fake_mode, torch.no_grad():

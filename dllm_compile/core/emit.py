@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 import torch.fx
@@ -25,8 +26,8 @@ from .attention_forms import AttentionForms
 from .axes import Axes
 from .demand import at_hand, rows_read
 from .errors import GraphRefused
-from .graph import free_tokens
-from .layout import position, resized
+from .graph import open_sizes
+from .layout import opened, position
 from .rows import ALL, NONE, RowSet
 from .units import Unit
 from .writing import Choices
@@ -42,7 +43,8 @@ class Emitted:
         takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``,
             ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"`` and
             ``"index:stored"`` (where the active rows are in the state of keys and of other roles), ``"counts"``,
-            ``"bound"``. Where entries are evicted, the last state has the positions of those kept.
+            ``"bound"``, and the numbers ``"tokens"``, ``"batch"``, ``"selected"`` and ``"entries"``. Where entries are
+            evicted, the last state has the positions of those kept.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
         leaves: the row set of each output.
         turns: whether the last two outputs are the rows that are salient from here on, ``[B, K]`` places among the
@@ -56,20 +58,19 @@ class Emitted:
     turns: bool = False
 
 
-def emit(unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], choices: Choices) -> Emitted:
+def emit(unit: Unit, axes: Axes, assignment: Assignment, choices: Choices) -> Emitted:
     """Write ``unit`` for ``assignment``.
 
     Args:
         unit: a sealed unit.
         axes: what following the axes of its graph found.
         assignment: the row set of each role.
-        sizes: rows in each named set that occurs (``"response"``, ``"selected"``, ...).
         choices: how the rows are chosen that are decided inside.
 
     Raises:
         GraphRefused: the unit has a shape that cannot be written for fewer rows.
     """
-    return _Writer(unit, axes, assignment, sizes, choices).write()
+    return _Writer(unit, axes, assignment, choices).write()
 
 
 class _Writer(AttentionForms):
@@ -90,7 +91,7 @@ class _Writer(AttentionForms):
         self.graph.output(tuple(outs))
         takes = self.takes
         for name, node in self.slot.items():
-            if not node.users:
+            if not node.users and name not in ("tokens", "entries"):  # the state has one more than those
                 self.graph.erase_node(node)
                 takes = [t for t in takes if t != name]
         module = torch.fx.GraphModule(torch.nn.Module(), self.graph)
@@ -108,14 +109,14 @@ class _Writer(AttentionForms):
             return base
         if (node, rows) not in self.narrowed:
             index = self._index(rows, have)
-            self.narrowed[node, rows] = self._call(row_ops.gather_rows, (base, index, self.axes.layout[node]))
+            self.narrowed[node, rows] = self._call(row_ops.gather_rows, (base, index, self._layout(node)))
         return self.narrowed[node, rows]
 
     def _beside(self, node: torch.fx.Node) -> torch.fx.Node:
         """``node`` on the active rows: the salient ones fresh, whether or not they enter the state, the others kept."""
         if (node, ACTIVE) not in self.narrowed:
             at = self.slot["index:active"], self._index(SALIENT, ACTIVE)
-            fresh, layout = self._raw(node), self.axes.layout[node]
+            fresh, layout = self._raw(node), self._layout(node)
             self.narrowed[node, ACTIVE] = self._call(row_ops.replace_rows, (self.state[node], *at, fresh, layout))
         return self.narrowed[node, ACTIVE]
 
@@ -130,7 +131,7 @@ class _Writer(AttentionForms):
             return self.env[node]
         if node not in self.anchors:
             return self._raw(node)
-        rows, layout, state = self.anchors[node], self.axes.layout[node], self.state[node]
+        rows, layout, state = self.anchors[node], self._layout(node), self.state[node]
         if self.unit.attentions and node is self.unit.attentions[0].value:
             if self.assignment.pick:
                 self._choose()  # compares with the state before it is overwritten
@@ -160,8 +161,8 @@ class _Writer(AttentionForms):
             return self._constant(n, node, rows)
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
-        if rows != ALL and node in self.axes.layout:
-            args = free_tokens(node, args, self.axes.layout[node])
+        if node in self.axes.layout:
+            args = open_sizes(node, args, self._layout(node), self._batch)
         if node.target is attention and self.assignment.salient:
             copied = self._delta(node, args, kwargs)
         elif node.target is attention and self.assignment.keys == KEYED:
@@ -182,13 +183,15 @@ class _Writer(AttentionForms):
                 key = (node, RowSet(f"{rows.name}:{len(layout)}"))
                 if key not in self.narrowed:
                     self.narrowed[key] = self._call(
-                        row_ops.gather_rows, (self._plain(node), self._index(rows, ALL), layout)
+                        row_ops.gather_rows, (self._plain(node), self._index(rows, ALL), opened(layout))
                     )
                 return self.narrowed[key]
             if user in self.axes.unproven and node in self.axes.made:
                 if node.target is not torch.arange or (len(node.args) > 1 and (node.args[0], *node.args[2:]) != (0,)):
                     raise GraphRefused("a constant sized by the tokens cannot be made for fewer", node)
-                (per_row,) = resized(self.axes.made[node], 1)
+                ((*factors,),) = opened(self.axes.made[node])
+                several = prod(factor.size for factor in factors if factor.size)
+                per_row = self._batch(several) if any((f.kind, f.size) == ("B", 0) for f in factors) else several
                 count = self._call(torch.ops.aten.sym_size.int, (self._index(rows, ALL), 1))
                 extent = self._call(operator.mul, (count, per_row))
                 return self.graph.create_node("call_function", torch.arange, (extent,), node.kwargs)

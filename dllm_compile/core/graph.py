@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_any
 
-from .axes import run_node
+from .axes import Axes, run_node
 from .errors import GraphRefused
-from .layout import Layout, holds, size
+from .layout import Dim, Layout, is_open, opened
+from .sizes import of_constant, of_layout, order, packed
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -116,14 +118,20 @@ def outline(
 
 
 def fingerprint(
-    nodes: Sequence[torch.fx.Node], inputs: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node], fake: Any
+    nodes: Sequence[torch.fx.Node], inputs: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node], axes: Axes
 ) -> str:
-    """A hash that two parts share when one's compiled code can serve the other with other inputs."""
+    """A hash that two parts share when one's compiled code can serve the other, of whatever length and batch."""
     name = {node: f"in{i}" for i, node in enumerate(inputs)}
-    lines = [f"in{i} {_signature(fake[node])}" for i, node in enumerate(inputs)]
+    lines = [f"in{i} {_signature(node, axes)}" for i, node in enumerate(inputs)]
     for i, node in enumerate(nodes):
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
-        lines.append(f"n{i} {node.op} {target_name(node)} {_spell(args, name)} {_spell(kwargs, name)}")
+        layout, args = axes.layout.get(node), node.args
+        if layout is not None:
+            args = open_sizes(node, args, opened(layout), "batch * {}".format)
+        args, kwargs = torch.fx.map_arg((args, node.kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
+        beside = [axes.beside.get((node, n)) for n in node.all_input_nodes]
+        rows = [opened(layout) if layout is not None else "", *map(_kinds, beside)]
+        how = "mixing" if node in axes.unproven else ""
+        lines.append(f"n{i} {node.op} {target_name(node)} {_spell(args, name)} {_spell(kwargs, name)} {rows} {how}")
         name[node] = f"n{i}"
     lines.append(" ".join(name[node] for node in outputs))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -148,9 +156,17 @@ def _spell(value: Any, name: dict[torch.fx.Node, str]) -> str:
     return repr(value)
 
 
-def _signature(value: Any) -> str:
+def _kinds(layout: Layout | None) -> list[list[str]]:
+    """Where rows and sequences are in a constant, and whether it has one entry for all of them."""
+    return [[f.kind if f.size != 1 else f"one {f.kind}" for f in dim] for dim in layout or ()]
+
+
+def _signature(node: torch.fx.Node, axes: Axes) -> str:
+    value = axes.fake[node]
     if isinstance(value, FakeTensor):
-        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
+        layout = axes.layout.get(node, axes.made.get(node))
+        extents = of_layout(layout) if layout is not None else of_constant(value, *axes.size)
+        return f"{type(value)} {value.dtype} {extents} {order(value)} {packed(value)} {value.device}"
     return repr(value)
 
 
@@ -165,10 +181,18 @@ def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[An
 _SIZED_METHODS = {"view", "reshape", "expand", "broadcast_to", "unflatten"}
 
 
-def free_tokens(node: torch.fx.Node, args: tuple[Any, ...], layout: Layout) -> tuple[Any, ...]:
-    """Free the token dimension where it stands as a number among the arguments of ``node``.
+def open_sizes(
+    node: torch.fx.Node, args: tuple[Any, ...], layout: Layout, batch: Callable[[int], Any]
+) -> tuple[Any, ...]:
+    """Take the numbers of tokens and of sequences out of the sizes among the arguments of ``node``.
 
-    It becomes -1, and a -1 elsewhere becomes the size it stood for, so that one code serves any number of rows.
+    The dimension of the tokens becomes -1, and a -1 elsewhere the size it stood for, so that one code serves any.
+
+    Args:
+        node: any call.
+        args: its arguments.
+        layout: of its result, with the sizes that may be any open.
+        batch: gives the number of sequences times a number.
     """
     name = getattr(node.target, "__name__", str(node.target))
     if name not in _SIZED_METHODS:
@@ -180,6 +204,13 @@ def free_tokens(node: torch.fx.Node, args: tuple[Any, ...], layout: Layout) -> t
     packed = isinstance(args[first], (tuple, list, torch.Size))
     given = list(args[first]) if packed else list(args[first:])
     dims = layout[offset : offset + len(given)]
-    if any(holds(dim, "T") and given[i] != -1 for i, dim in enumerate(dims)):
-        given = [-1 if holds(dim, "T") else size(dim) for dim in dims]
+    if not any(is_open(dim) and given[i] != -1 for i, dim in enumerate(dims)):
+        return args
+
+    def extent(dim: Dim) -> Any:
+        several = prod(factor.size for factor in dim if factor.size)
+        return batch(several) if is_open(dim) else several
+
+    tokens = [any(factor.kind == "T" and not factor.size for factor in dim) for dim in dims]
+    given = [-1 if any_number else extent(dim) for any_number, dim in zip(tokens, dims, strict=True)]
     return (*args[:first], tuple(given)) if packed else (*args[:first], *given)

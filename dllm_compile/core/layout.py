@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Factor(NamedTuple):
-    """``kind`` is ``"B"`` (batch), ``"T"`` (tokens) or ``""`` (anything else); ``size`` is its extent."""
+    """``kind`` is ``"B"`` (batch), ``"T"`` (tokens) or ``""`` (anything else); ``size`` is its extent, 0 for any."""
 
     kind: str
     size: int
@@ -43,9 +43,14 @@ def position(layout: Layout, kind: str) -> int | None:
     return next((i for i, dim in enumerate(layout) if holds(dim, kind)), None)
 
 
-def resized(layout: Layout, tokens: int) -> tuple[int, ...]:
-    """Sizes of the same tensor computed for ``tokens`` rows."""
-    return tuple(prod(tokens if f.kind == "T" else f.size for f in dim) for dim in layout)
+def opened(layout: Layout) -> Layout:
+    """The same for any number of tokens, and for any batch of two or more: their sizes are 0."""
+    return tuple(tuple(Factor(f.kind, 0) if f.kind and f.size > 1 else f for f in dim) for dim in layout)
+
+
+def is_open(dim: Dim) -> bool:
+    """Whether the extent of a dimension depends on a size that may be any."""
+    return any(factor.size == 0 for factor in dim)
 
 
 def regroup(layout: Layout, sizes: Sequence[int]) -> Layout | None:

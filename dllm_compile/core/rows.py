@@ -10,6 +10,7 @@ has.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -44,18 +45,26 @@ def join(a: RowSet, b: RowSet) -> RowSet:
     return a if b.within(a) else ALL
 
 
-def rows_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Bring a tensor to ``[B, T, ...]``. Missing leading dimensions of ``x`` count as size 1."""
+def rows_first(x: torch.Tensor, layout: Layout, batch: int = 0) -> torch.Tensor:
+    """Bring a tensor to ``[B, T, ...]``. Missing leading dimensions of ``x`` count as size 1.
+
+    Args:
+        x: with any number of tokens.
+        layout: of its dimensions.
+        batch: sequences, where ``layout`` leaves it open.
+    """
     x = x.reshape((1,) * (len(layout) - x.dim()) + tuple(x.shape))
     split: list[int] = []
     factors: list[Factor] = []
     for extent, dim in zip(x.shape, layout, strict=True):
-        known = 1
-        for factor in dim:
-            known *= 1 if factor.kind == "T" else factor.size
-        for factor in dim:
-            factors.append(factor)
-            split.append(extent // known if factor.kind == "T" else factor.size)
+        if len(dim) == 1:
+            factors.append(dim[0])
+            split.append(extent)
+            continue
+        sizes = [batch if (factor.kind, factor.size) == ("B", 0) else factor.size for factor in dim]
+        known = prod(n for n, factor in zip(sizes, dim, strict=True) if factor.kind != "T")
+        factors += dim
+        split += [extent // known if factor.kind == "T" else n for n, factor in zip(sizes, dim, strict=True)]
     kinds = [factor.kind for factor in factors]
     return x.reshape(split).movedim((kinds.index("B"), kinds.index("T")), (0, 1))
 
@@ -112,13 +121,13 @@ def merge_rows(state: torch.Tensor, index: torch.Tensor, fresh: torch.Tensor, la
         layout: where the batch and token axes are.
     """
     batch = torch.arange(state.shape[0], device=state.device).unsqueeze(1)
-    state.index_put_((batch, index), rows_first(fresh, layout).to(state.dtype))
+    state.index_put_((batch, index), rows_first(fresh, layout, state.shape[0]).to(state.dtype))
     return read_all(state, layout)
 
 
 def store_rows(state: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Write all ``S`` rows of ``fresh`` into ``state`` ``[B, S + 1, ...]`` in place; returns ``fresh``."""
-    rows = rows_first(fresh, layout)
+    rows = rows_first(fresh, layout, state.shape[0])
     state[:, : rows.shape[1]].copy_(rows)
     return fresh
 
@@ -130,7 +139,7 @@ def read_all(state: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def take_rows(x: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Rows ``index`` ``[B, K]`` of ``x`` as ``[B, K, ...]``; a number past the last reads the last."""
-    rows = rows_first(x, layout)
+    rows = rows_first(x, layout, index.shape[0])
     return _take(rows, index.clamp(max=rows.shape[1] - 1))
 
 
@@ -141,7 +150,7 @@ def keep_rows(state: torch.Tensor, x: torch.Tensor, index: torch.Tensor, layout:
 
 def changed_rows(state: torch.Tensor, index: torch.Tensor, fresh: torch.Tensor, layout: Layout) -> torch.Tensor:
     """How far ``fresh`` rows are from those in ``state`` at ``index`` ``[B, K]``, in the layout of ``fresh``."""
-    return rows_back(rows_first(fresh, layout) - _take(state, index), layout)
+    return rows_back(rows_first(fresh, layout, index.shape[0]) - _take(state, index), layout)
 
 
 def former_rows(state: torch.Tensor, index: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -160,7 +169,7 @@ def replace_rows(
     spare = state[:, -1:]
     rows = torch.cat([_take(state, index), spare], 1)
     batch = torch.arange(index.shape[0], device=state.device).unsqueeze(1)
-    rows.index_put_((batch, places.clamp(max=count)), rows_first(fresh, layout).to(rows.dtype))
+    rows.index_put_((batch, places.clamp(max=count)), rows_first(fresh, layout, index.shape[0]).to(rows.dtype))
     return rows_back(rows[:, :count], layout)
 
 

@@ -11,21 +11,15 @@ from .axes import Axes
 from .layout import Layout
 
 
-def shape(layout: Layout, rows: int) -> tuple[int, ...]:
+def shape(layout: Layout, batch: int, rows: int) -> tuple[int, ...]:
     """``[B, rows + 1, ...]`` for a value with this layout: one spare row takes what belongs to no row."""
-    factors = [factor for dim in layout for factor in dim]
-    batch = next(f.size for f in factors if f.kind == "B")
-    return (batch, rows + 1, *(f.size for f in factors if f.kind == ""))
-
-
-def tokens(layout: Layout) -> int:
-    """The token count of a value with this layout."""
-    return next(factor.size for dim in layout for factor in dim if factor.kind == "T")
+    return (batch, rows + 1, *(factor.size for dim in layout for factor in dim if factor.kind == ""))
 
 
 def allocate(
     nodes: Iterable[torch.fx.Node],
     axes: Axes,
+    size: tuple[int, int],
     device: torch.device,
     compact: Sequence[torch.fx.Node] = (),
     rows: int = 0,
@@ -35,6 +29,7 @@ def allocate(
     Args:
         nodes: values of a unit.
         axes: of its graph.
+        size: sequences ``B`` and tokens ``S``.
         device: where the rows are kept.
         compact: those of ``nodes`` that have ``rows`` rows instead of ``S``; then a last tensor has their positions,
             ``[B, rows]`` int64.
@@ -43,8 +38,7 @@ def allocate(
     out: list[torch.Tensor] = []
     with torch.inference_mode(False):  # a later call may write to it outside of inference mode
         for node in nodes:
-            layout = axes.layout[node]
-            extent = shape(layout, rows if node in compact else tokens(layout))
+            extent = shape(axes.layout[node], size[0], rows if node in compact else size[1])
             out.append(torch.zeros(extent, dtype=axes.fake[node].dtype, device=device))
         if compact:
             out.append(torch.zeros((out[0].shape[0], rows), dtype=torch.int64, device=device))

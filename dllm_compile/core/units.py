@@ -74,7 +74,7 @@ class Unit:
         used = (n for node in self.nodes for n in node.all_input_nodes)
         self.inputs = list(dict.fromkeys(n for n in used if n not in skip))
         entering = [*([self.stream] if self.stream is not None else []), *self.inputs]
-        self.key = fingerprint(self.nodes, entering, [*self.outputs, *self.anchors()], axes.fake)
+        self.key = fingerprint(self.nodes, entering, [*self.outputs, *self.anchors()], axes)
         return self
 
     def anchors(self, keep: frozenset[str] = FEATURES) -> list[torch.fx.Node]:

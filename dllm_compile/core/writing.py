@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SALIENT,
 from .axes import Axes
 from .demand import COUNTED, find_demand
 from .errors import GraphRefused
+from .layout import Layout, opened
 from .rows import ALL, NONE, RowSet
-from .state import tokens
 from .units import Unit
 
 
@@ -45,8 +46,8 @@ class Choices:
 class Writing(ABC):
     """A unit being written; see :func:`dllm_compile.core.emit.emit`."""
 
-    def __init__(self, unit: Unit, axes: Axes, assignment: Assignment, sizes: dict[str, int], choices: Choices) -> None:
-        self.unit, self.axes, self.assignment, self.sizes, self.choices = unit, axes, assignment, sizes, choices
+    def __init__(self, unit: Unit, axes: Axes, assignment: Assignment, choices: Choices) -> None:
+        self.unit, self.axes, self.assignment, self.choices = unit, axes, assignment, choices
         self.graph = torch.fx.Graph()
         self.kept = unit.anchors(assignment.keep)
         self.keys = set(unit.anchors(KEYS))
@@ -79,6 +80,7 @@ class Writing(ABC):
         names += ["bound"] if self.assignment.salient else []
         names += ["index:block", "index:outside", "index:fresh"] if self.assignment.evict is not None else []
         names += [f"index:{s.name}@{parent.name}" for s, parent in COUNTED if s in sets and parent in sets]
+        names += ["tokens", "batch", "selected", *(["entries"] if compact else [])]
         for name in dict.fromkeys(names):
             self.takes.append(name)
             self.slot[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
@@ -132,19 +134,27 @@ class Writing(ABC):
         if self.chosen is None:
             assert self.choices.pick is not None
             anchor = self.unit.attentions[0].value
-            layout = self.axes.layout[anchor]
+            layout = self._layout(anchor)
             at = self.slot["index:response"]
             old = self._call(row_ops.read_rows, (self.state[anchor], self._written(anchor, RESPONSE)))
             fresh = self._raw(anchor)
             if self.computed[anchor] == ALL:
                 fresh = self._call(row_ops.gather_rows, (fresh, at, layout))
-            fresh = self._call(row_ops.rows_first, (fresh, layout))
-            picked = self._call(self.choices.pick, (fresh, old, at, self._tokens(), self.sizes["selected"]))
+            fresh = self._call(row_ops.rows_first, (fresh, layout, self.slot["batch"]))
+            picked = self._call(self.choices.pick, (fresh, old, at, self._tokens(), self.slot["selected"]))
             self.chosen = picked, self._call(row_ops.positions_of, (picked, at, self.slot["counts"], self._tokens()))
         return self.chosen
 
-    def _tokens(self) -> int:
-        return tokens(self.axes.layout[self.unit.outputs[0]])
+    def _tokens(self) -> torch.fx.Node:
+        return self.slot["tokens"]
+
+    def _batch(self, times: int) -> torch.fx.Node:
+        batch = self.slot["batch"]
+        return batch if times == 1 else self._call(operator.mul, (batch, times))
+
+    def _layout(self, node: torch.fx.Node) -> Layout:
+        """Layout of a value, for any number of tokens and sequences."""
+        return opened(self.axes.layout[node])
 
     def _call(self, target: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.Node:
         return self.graph.call_function(target, args)
