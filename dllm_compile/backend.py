@@ -37,6 +37,8 @@ from .unchanged import Inputs
 from .unit_code import forget
 from .verify import compare
 
+PROGRAMS = 64
+"""Input shapes of a graph whose analysis is kept."""
 _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
@@ -125,10 +127,13 @@ class Backend:
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
         key = self._key(args)
-        if key not in self.programs:
-            self.programs[key] = self._program(args)
-            self._tell_of_break(self.programs[key], args)
-        program = self.programs[key]
+        if key in self.programs:
+            program = self.programs.get(key)  # another thread may have dropped it
+        else:
+            for oldest in list(self.programs)[: 1 - PROGRAMS]:  # code is shared, and stays
+                self.programs.pop(oldest, None)
+            program = self.programs[key] = self._program(args)
+            self._tell_of_break(program, args)
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
         stream = args[program.index[program.seed]]

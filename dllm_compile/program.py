@@ -31,9 +31,9 @@ class Signature:
     """What tells the graphs of one model from those of others.
 
     Attributes:
-        units: keys of stem, layers and head, which say all that they compute, and for which sizes.
+        units: keys of stem, layers and head, which say all that they compute, for one sequence or for several.
         constants: the same of what they read that does not depend on tokens.
-        family: names of all that is called, in order: equal for other sizes too.
+        family: names of all that is called, in order: equal for one sequence and for several.
     """
 
     units: tuple[str, ...]

@@ -46,6 +46,8 @@ class Variant:
             return True
         good = self.assumes({**step.numbers, BATCH: step.shape[0], TOKENS: step.shape[1]})
         if good:
+            if len(self.served) == SERVED:
+                self.served.clear()
             self.served.add(step.lengths)
         return good
 
@@ -81,6 +83,8 @@ class Values:
 
 CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, salient_rows)
 
+SERVED = 1000
+"""Sizes that a variant remembers to be good for."""
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
 
 

@@ -53,11 +53,6 @@ class Assignment:
     evict: tuple[float, int | None] | None = None
 
     @cached_property
-    def fixed(self) -> bool:
-        """Whether one code serves any sequence: each row set is all, none, or one of any number of rows."""
-        return self.sets() <= {ALL, NONE, READABLE, ACTIVE, SALIENT, KEYED}
-
-    @cached_property
     def salient(self) -> bool:
         """Whether ``SALIENT`` rows come in, and others go out, chosen by how far the contexts turned."""
         return SALIENT in self.sets()
