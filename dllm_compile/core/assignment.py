@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from .rows import ALL, NONE, RowSet
+from .rows import ALL, RowSet
 
 RESPONSE = RowSet("response")
 SELECTED = RowSet("selected", RESPONSE)
