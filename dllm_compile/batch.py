@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,24 +115,9 @@ class Step:
         return self.past.number
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Sequences, tokens, and rows of each set."""
-        return (*self.shape, *self.sizes.values(), *(index.shape[1] for index in self.indices.values()))
-
-    @property
     def entries(self) -> int:
         """Keys that are kept where others are evicted, and those of rows computed since."""
         return self.sizes["kept"] + self.sizes.get("fresh", 0)
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """Rows of each set, and entries that attention reads, by name."""
-        return {**self.sizes, "entries": self.entries, **{name: index.shape[1] for name, index in self.indices.items()}}
-
-    @cached_property
-    def small(self) -> tuple[int, ...]:
-        """The same with 2 for any greater one: compiled code serves any size but 0 and 1."""
-        return tuple(min(length, 2) for length in self.lengths)
 
 
 class Batch:

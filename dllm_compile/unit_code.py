@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -23,37 +23,23 @@ from .kernels.kept_entries import kept_and_fresh
 from .kernels.row_change import pick_rows
 from .kernels.salient_rows import salient_rows
 from .kernels.sparse_attention import sparse_attention
-from .lower import Code, SizeFixed, lower
+from .lower import Code, SizesFixed, lower
 from .trial import rows_are_independent
 
 
 class Variant:
     """Compiled code of a unit for one assignment, and where its arguments lie in a call's values."""
 
-    def __init__(self, code: Code, emitted: Emitted, values: Values) -> None:
-        self.run, self.assumes = code
-        self.served: set[tuple[int, ...]] = set()
+    def __init__(self, code: Code, emitted: Emitted, pick: Pick) -> None:
+        self.code, self.pick = code, pick
         self.rows = emitted.leaves
         self.computed = emitted.rows
         self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
         self.turns = emitted.turns
-        pick = itemgetter(*[values.slot(name) for name in emitted.takes])
-        self.pick = pick if len(emitted.takes) > 1 else lambda flat: (pick(flat),)
-
-    def serves(self, step: Step) -> bool:
-        """Whether the code is good for the sizes of a step."""
-        if self.assumes is None or step.lengths in self.served:
-            return True
-        good = self.assumes({**step.numbers, BATCH: step.shape[0], TOKENS: step.shape[1]})
-        if good:
-            if len(self.served) == SERVED:
-                self.served.clear()
-            self.served.add(step.lengths)
-        return good
 
     def __call__(self, values: Values) -> Any:
         """Run it; returns the unit's outputs, then the picked rows if there are any."""
-        return self.run(*self.pick(values.flat))
+        return self.code.run(*self.pick(values.flat))
 
 
 class Values:
@@ -73,6 +59,11 @@ class Values:
         numbers = tokens, batch, step.sizes["selected"], step.entries
         self.flat = [stream, step.counts, step.bound, *numbers, *sets, *inputs, *state]
 
+    def pick(self, names: Sequence[str]) -> Pick:
+        """Takes the arguments of these names out of a call's values."""
+        take = itemgetter(*map(self.slot, names))
+        return take if len(names) > 1 else lambda flat: (take(flat),)
+
     def slot(self, name: str) -> int:
         """Where an argument of an emitted unit lies."""
         if name in self.FIXED:
@@ -83,8 +74,9 @@ class Values:
 
 CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, salient_rows)
 
-SERVED = 1000
-"""Sizes that a variant remembers to be good for."""
+MOST = 32
+"""Codes that are kept of a unit for one assignment: more than one where some size had to be compiled as a number."""
+Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
 
 
@@ -103,42 +95,52 @@ class UnitCode:
 
     def __init__(self, unit: Unit, axes: Axes, lowering: str) -> None:
         self.unit, self.axes, self.lowering = unit, axes, lowering
-        self.variants: dict[Any, Variant] = {}
-        self.for_one: set[Any] = set()  # kinds of calls whose code cannot be written for any size
+        self.variants: dict[Assignment, list[Variant]] = {}
+        self.fixed: dict[Assignment, set[str]] = {}  # sizes that cannot be left open
         self.written: dict[tuple[Assignment, ...], bool] = {}
         self.mixing = unit.mixing(axes)
         self.narrows: bool | None = None if self.mixing else True
 
     def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
         """Compiled on first use, for any sizes of two or more."""
-        found = self._found(assignment, step)
+        found = self._found(assignment, values)
         if found is None:
             with compile_lock, refusing(f"compiled for the step {assignment.name!r}"):  # as Dynamo
-                found = self._found(assignment, step) or self._compile(assignment, step, values)
+                found = self._found(assignment, values) or self._compile(assignment, step, values)
         return found
 
-    def _found(self, assignment: Assignment, step: Step) -> Variant | None:
-        found = self.variants.get((assignment, step.small))
-        return found if found and found.serves(step) else self.variants.get((assignment, step.lengths))
+    def _found(self, assignment: Assignment, values: Values) -> Variant | None:
+        known = self.variants.get(assignment)
+        if not known:
+            return None
+        args = known[0].pick(values.flat)
+        return next((each for each in reversed(known) if each.code.serves(args)), None)
 
     def _compile(self, assignment: Assignment, step: Step, values: Values) -> Variant:
-        """Compile for any sizes, and where that is not possible, or did not make code for these, for these alone."""
-        emitted = emit(self.unit, self.axes, assignment, CHOICES)
-        args = [values.flat[values.slot(name)] for name in emitted.takes]
-        writes = any(name.startswith("state:") for name in emitted.takes)
-        extents: list[tuple[Extent, ...] | None] = []
-        key: Any = assignment, step.small
-        if key not in self.variants and key not in self.for_one:
+        """Compile for any sizes but those that cannot be left open, which are found by trying."""
+        fixed = self.fixed.setdefault(assignment, set())
+        while True:
+            emitted = emit(self.unit, self.axes, assignment, CHOICES)
+            pick = values.pick(emitted.takes)
+            args = pick(values.flat)
+            writes = any(name.startswith("state:") for name in emitted.takes)
             extents = [self._extents(n, value, assignment, step) for n, value in zip(emitted.takes, args, strict=True)]
-        try:
-            code = lower(emitted.module, args, self.lowering, extents, writes)
-        except SizeFixed:
-            self.for_one.add(key)
-            code = lower(emitted.module, args, self.lowering, (), writes)
-        if not extents or key in self.for_one:
-            key = assignment, step.lengths
-        found = self.variants[key] = Variant(code, emitted, values)
-        return found
+            try:
+                code = lower(emitted.module, args, self.lowering, extents, writes, fixed)
+                break
+            except SizesFixed as found:
+                fixed |= found.names
+            except Exception:
+                names = {
+                    name for given in extents for each in given or () if isinstance(each, Size) for name in each.names
+                }
+                if fixed >= names:
+                    raise
+                fixed |= names  # the compiler fails with symbols; what it does without them is to be seen
+        variants = self.variants.setdefault(assignment, [])
+        del variants[: 1 - MOST]
+        variants.append(Variant(code, emitted, pick))
+        return variants[-1]
 
     def narrow(self, values: Values) -> bool:
         """Whether the unit may run for fewer rows: known, or tried once on real values."""
@@ -173,7 +175,7 @@ class UnitCode:
         if kind == "input":
             node = self.unit.inputs[int(which)]
             layout = self.axes.layout.get(node, self.axes.made.get(node))
-            return of_layout(layout) if layout is not None else of_constant(value, *step.shape)
+            return of_layout(layout) if layout is not None else of_constant(value, *step.shape, name)
         if kind == "index":
             return Size((BATCH,)), Size((Values.SAME.get(which, which),))
         if kind != "state":

@@ -254,10 +254,10 @@ def test_quantized_weights_are_compiled_for_any_number_of_rows() -> None:
     module = torch.fx.GraphModule(nn.Module(), graph)
     with torch.no_grad():
         given = [torch.randn(2, 5, 32), linear.weight, linear.bias]
-        run, _ = lower(module, given, "inductor", [(2, Size(("rows",)), 32), None, None])
+        code = lower(module, given, "inductor", [(2, Size(("rows",)), 32), None, None])
         for rows in (5, 9):
             given = torch.randn(2, rows, 32)
-            torch.testing.assert_close(run(given, linear.weight, linear.bias)[0], linear(given))
+            torch.testing.assert_close(code.run(given, linear.weight, linear.bias)[0], linear(given))
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------

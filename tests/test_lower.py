@@ -33,8 +33,8 @@ def test_rows_that_are_read_before_they_are_overwritten_are_not_copied() -> None
         args, want = [state.clone(), index, fresh], state.clone()
         module = make_fx(corrected)(state.clone(), index, fresh)
         with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
-            (run, _), (code,) = run_and_get_code(lower, module, args, "inductor", (), writes)
-        (got,) = run(*args)
+            made, (code,) = run_and_get_code(lower, module, args, "inductor", (), writes)
+        (got,) = made.run(*args)
         (expected,) = corrected(want, index, fresh)
         torch.testing.assert_close(got, expected)
         assert torch.equal(args[0], want)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_any
 from .axes import Axes, run_node
 from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
-from .sizes import of_constant, of_layout, order, packed
+from .sizes import form, of_constant, of_layout
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -166,7 +166,7 @@ def _signature(node: torch.fx.Node, axes: Axes) -> str:
     if isinstance(value, FakeTensor):
         layout = axes.layout.get(node, axes.made.get(node))
         extents = of_layout(layout) if layout is not None else of_constant(value, *axes.size)
-        return f"{type(value)} {value.dtype} {extents} {order(value)} {packed(value)} {value.device}"
+        return f"{type(value)} {value.dtype} {extents} {form(value)} {value.device}"
     return repr(value)
 
 
@@ -197,12 +197,14 @@ def open_sizes(
     name = getattr(node.target, "__name__", str(node.target))
     if name not in _SIZED_METHODS:
         return args
-    first = 1
-    offset = 0
-    if name == "unflatten":
-        first, offset = 2, args[1] % len(layout)
+    first = 2 if name == "unflatten" else 1
+    if len(args) <= first:  # named by keywords
+        return args
     packed = isinstance(args[first], (tuple, list, torch.Size))
     given = list(args[first]) if packed else list(args[first:])
+    if not all(isinstance(each, (int, torch.fx.Node)) for each in given):  # view(dtype)
+        return args
+    offset = args[1] % (len(layout) - len(given) + 1) if name == "unflatten" else 0
     dims = layout[offset : offset + len(given)]
     if not any(is_open(dim) and given[i] != -1 for i, dim in enumerate(dims)):
         return args

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -34,38 +33,37 @@ def of_layout(layout: Layout, rows: str = TOKENS) -> tuple[Extent, ...]:
     return tuple(out)
 
 
-def of_constant(value: torch.Tensor, batch: int, tokens: int) -> tuple[Extent, ...]:
-    """Extents of a tensor that does not depend on the tokens, told by their values; of weights, as they are.
+def of_constant(value: torch.Tensor, batch: int, tokens: int, name: str = "") -> tuple[Extent, ...]:
+    """Extents of a tensor that does not depend on the tokens; of weights, as they are.
 
-    A size that is the token count by chance comes out fixed when code is compiled for it.
+    An extent that is the number of tokens or of sequences now may be so by chance, so it has a name of its own that
+    begins with ``name``: what the compiler takes for granted of it is seen to at each call.
     """
     if type(value) is torch.nn.Parameter:
         return tuple(value.shape)
-    out: list[Extent] = []
-    for i, extent in enumerate(value.shape):
-        many = extent > 1
-        if many and extent == batch and (i == 0 or batch != tokens):
-            out.append(Size((BATCH,)))
-        else:
-            out.append(Size((TOKENS,)) if many and extent == tokens else int(extent))
-    return tuple(out)
+    numbers = {n for n in (batch, tokens) if n > 1}
+    return tuple(Size((f"{name}:{i}",)) if n in numbers else int(n) for i, n in enumerate(value.shape))
 
 
-def order(value: torch.Tensor) -> tuple[Any, ...]:
-    """How a tensor lies in memory, whatever its sizes: its dimensions by stride, those of one entry left out."""
-    wide = [i for i, extent in enumerate(value.shape) if extent > 1]
-    still = [i for i in wide if value.stride(i) == 0]
-    strides = value.stride()
-    return tuple(sorted(wide, key=lambda i: -strides[i])), tuple(still)
+PACKED, SPARE, BROADCAST = -1, -2, 0
 
 
-def packed(value: torch.Tensor) -> Sequence[bool]:
-    """Of each dimension, whether its stride is the product of the smaller ones, as of a copy or a broadcast one."""
-    found = [True] * value.dim()
-    expected = 1
-    for i in reversed(order(value)[0]):
-        if value.stride(i) == 0:
+def form(value: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """How a tensor lies in memory, whatever its sizes.
+
+    Returns:
+        Its dimensions of more than one entry by stride, the smallest first, and of each how its stride is told:
+        ``PACKED``, the product of the smaller sizes; ``SPARE``, as if the dimension before had one entry more, as rows
+        without the spare one of the state have; ``BROADCAST``, 0; else the stride itself.
+    """
+    out: list[tuple[int, int]] = []
+    below, last = 1, None
+    for i in sorted((i for i, n in enumerate(value.shape) if n > 1), key=lambda i: (value.stride(i), -i)):
+        stride = value.stride(i)
+        if stride == 0:
+            out.append((i, BROADCAST))
             continue
-        found[i] = value.stride(i) == expected
-        expected = value.stride(i) * value.shape[i]
-    return found
+        spare = last is not None and stride == (value.shape[last] + 1) * value.stride(last)
+        out.append((i, PACKED if stride == below else SPARE if spare else stride))
+        below, last = stride * value.shape[i], i
+    return tuple(out)
