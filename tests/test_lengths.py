@@ -10,6 +10,8 @@ import torch
 
 import dllm_compile
 from dllm_compile import unit_code
+from dllm_compile.core.sizes import Size
+from dllm_compile.lower import lower
 
 from . import models
 from .models import MASK
@@ -74,3 +76,117 @@ def test_inductor_makes_code_for_any_length(method: str, name: str) -> None:
     for size, wanted in zip(sizes, want, strict=True):
         got = logits(model, size, 5, **options, lowering="inductor")
         assert all(roundings(a, b, torch.float32) <= 32 for a, b in zip(got, wanted, strict=True)), size
+
+
+# -- what else a size or a stride may be ------------------------------------------------------------------------------
+
+
+def test_a_decision_that_reads_kept_logits_serves_any_length() -> None:
+    """The logits of all rows lie in memory that has one row more."""
+    model = models.build("llama", num_hidden_layers=2)
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = model(x).logits
+        return torch.where(x == MASK, found.argmax(-1), x), found
+
+    options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "refresh_interval": 1, "mask_id": MASK}
+    call = models.in_a_loop(torch.compile(step, backend="dllm", options=options))
+    with torch.no_grad():
+        for prompt, response, batch in ((9, 8, 2), (11, 8, 2), (14, 16, 2), (9, 8, 3)):
+            x = models.start(prompt, response, batch)
+            for filled in range(3):
+                tokens, found = call(x)
+                wanted_tokens, wanted = step(x)
+                assert torch.equal(tokens, wanted_tokens)
+                assert roundings(found[x == MASK], wanted[x == MASK], torch.float32) <= 32
+                x[:, prompt + filled] = 3
+
+
+def test_ids_may_be_a_part_of_a_larger_tensor() -> None:
+    model = models.build("llama", num_hidden_layers=2)
+    call = models.compiled_loop(model, **METHODS["dual"], lowering="inductor")
+    with torch.no_grad():
+        for prompt, response, spare in ((9, 8, 0), (11, 8, 3), (11, 8, 0), (12, 8, 5), (13, 8, 6)):
+            room = torch.zeros(2, prompt + response + spare, dtype=torch.int64)
+            room[:, : prompt + response] = models.start(prompt, response, 2)
+            x = room[:, : prompt + response]
+            got, want = call(x).logits, model(x).logits
+            assert roundings(got[x == MASK], want[x == MASK], torch.float32) <= 32
+
+
+class Spelled(torch.nn.Module):
+    """A model that writes a size in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.embed, self.head = how, torch.nn.Embedding(models.VOCABULARY, 32), torch.nn.Linear(32, 61)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 96) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        batch, tokens = ids.shape
+        for layer in self.layers:
+            parts = [part.view(batch, tokens, 4, 8).transpose(1, 2) for part in layer(x).chunk(3, -1)]
+            y = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+            if self.how == "dtype":
+                y = y.reshape(batch, tokens, 32).view(torch.int32).view(torch.float32)
+            elif self.how == "negative":
+                y = y.reshape(batch * tokens, 32).unflatten(-2, (batch, tokens))
+            elif self.how == "keyword":
+                y = torch.reshape(y, shape=(batch, tokens, 32))
+            elif self.how == "scale":
+                y = y.reshape(batch, tokens, 32) / tokens
+            x = x + y
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize("how", ["dtype", "negative", "keyword", "scale"])
+def test_a_size_however_it_is_written(how: str) -> None:
+    model = Spelled(how).eval()
+    call = models.compiled_loop(model, method="exact")
+    with torch.no_grad():
+        for prompt, response, batch in ((9, 8, 2), (11, 8, 2), (11, 8, 3), (8, 24, 32), (14, 12, 1), (20, 8, 1)):
+            x = models.start(prompt, response, batch)
+            assert roundings(call(x), model(x)) <= 8
+    assert not dllm_compile.stats(model)["refused"]
+
+
+def test_sequences_and_tokens_may_be_one_dimension() -> None:
+    model = models.build("llama", num_hidden_layers=2)
+
+    def best(x: torch.Tensor) -> torch.Tensor:
+        flat = torch.softmax(model(x).logits.view(-1, models.VOCABULARY), -1)
+        return flat.max(-1).values.topk(3).values
+
+    call = models.in_a_loop(torch.compile(best, backend="dllm", options={"mask_id": MASK, "method": "exact"}))
+    with torch.no_grad():
+        for prompt, response, batch in ((9, 8, 2), (11, 8, 2), (7, 8, 3)):
+            x = models.start(prompt, response, batch)
+            assert roundings(call(x), best(x), torch.float32) <= 32
+    assert not dllm_compile.stats(model)["refused"]
+
+
+def test_code_says_which_arguments_it_is_good_for() -> None:
+    graph = torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    graph.output((graph.call_function(torch.add, (x, y)),))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    sizes = (Size(("batch",)), Size(("rows",)), 4)
+
+    def of(batch: int, rows: int, spare: int = 0) -> torch.Tensor:
+        return torch.randn(batch, rows + spare, 4)[:, :rows]
+
+    code = lower(module, [of(2, 3), of(2, 3)], "inductor", [sizes, sizes])
+    assert code.serves([of(5, 7), of(5, 7)])
+    assert not code.serves([of(5, 7, 1), of(5, 7)])
+    assert not code.serves([of(5, 1), of(5, 1)])
+    spare = lower(module, [of(2, 3, 1), of(2, 3)], "inductor", [sizes, sizes])
+    assert spare.serves([of(5, 7, 1), of(5, 7)])
+    assert not spare.serves([of(5, 7, 2), of(5, 7)])
+    given = [of(5, 7, 1), of(5, 7)]
+    assert torch.equal(spare.run(*given)[0], given[0] + given[1])
+    fixed = lower(module, [of(2, 3), of(2, 3)], "inductor", [sizes, sizes], fixed={"rows"})
+    assert fixed.serves([of(5, 3), of(5, 3)])
+    assert not fixed.serves([of(5, 7), of(5, 7)])
