@@ -153,16 +153,19 @@ def live_bytes(unit: Unit, axes: Axes, assignment: Assignment, lengths: dict[sym
     computed = emit(unit, axes, assignment, CHOICES).rows
     order = [n for n in unit.nodes if n in computed and isinstance(axes.fake[n], torch.Tensor)]
     place = {n: i for i, n in enumerate(order)}
-    made: dict[int, tuple[int, float]] = {}
-    last: dict[int, int] = {}
+    made: dict[torch.fx.Node, tuple[int, float]] = {}
+    last: dict[torch.fx.Node, int] = {}
     for i, node in enumerate(order):
-        store = axes.fake[node].untyped_storage()
+        owner = node
+        while axes.shares.get(owner) in place:
+            owner = axes.shares[owner]
+        nbytes = axes.fake[owner].untyped_storage().nbytes()
         rows = ROWS[computed[node].name] if node in axes.layout else S
         share = float(rows.subs(lengths)) / _extent(axes, "T")
-        made.setdefault(store._cdata, (i, store.nbytes() * share))
+        made.setdefault(owner, (i, nbytes * share))
         ends = [place[user] for user in node.users if user in place]
         ends += [len(order)] if node in unit.outputs else []
-        last[store._cdata] = max([last.get(store._cdata, i), i, *ends])
+        last[owner] = max([last.get(owner, i), i, *ends])
     alive = (sum(b for at, (first, b) in made.items() if first <= i <= last[at]) for i in range(len(order)))
     return int(max(alive, default=0.0))
 

@@ -57,7 +57,7 @@ class Program:
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
         self.options = options
         given, args = args, fake_like(args, fake_mode := FakeTensorMode())
-        graph = normalized(fix_sizes(module.graph, args, fake_mode, given), args, fake_mode)
+        graph = normalized(*fix_sizes(module.graph, args, fake_mode, given))
         self.graph = graph
         names = placeholders(graph)
         self.seed, layout = find_seed(graph, args)

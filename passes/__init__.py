@@ -14,24 +14,22 @@ Passes never import each other; only this page names them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dllm_compile.core.axes import Axes, follow
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.units import Unit
 from dllm_compile.passes.normalize import name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.spelled_attention import spelled_attention
 
 
-def normalized(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> torch.fx.Graph:
-    """Passes 1 and 2, in place, on a graph whose sizes are numbers."""
+def normalized(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> torch.fx.Graph:
+    """Passes 1 and 2, in place, on a graph whose sizes are numbers and whose nodes have ``fake`` values."""
     name_arguments(graph)
-    normalize(graph, follow(graph, inputs, fake_mode, {}).fake)
-    spelled_attention(graph, follow(graph, inputs, fake_mode, {}).fake)
+    normalize(graph, fake)
+    spelled_attention(graph, fake)
     graph.lint()
     return graph
 

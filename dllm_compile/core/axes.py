@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .arguments import attention, attention_arguments
 from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
+from .once import Once
 
 linear = torch.nn.functional.linear
 
@@ -41,6 +43,7 @@ class Axes:
         beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank.
         made: constants sized by the token count that an unproven node writes or reads by position.
         random: nodes that draw random numbers, live or not.
+        shares: the operand in whose memory a node's value lies; nodes that are alike may have one fake value.
     """
 
     mode: FakeTensorMode
@@ -52,6 +55,7 @@ class Axes:
     beside: dict[tuple[torch.fx.Node, torch.fx.Node], Layout] = field(default_factory=dict)
     made: dict[torch.fx.Node, Layout] = field(default_factory=dict)
     random: dict[torch.fx.Node, None] = field(default_factory=dict)
+    shares: dict[torch.fx.Node, torch.fx.Node] = field(default_factory=dict)
 
 
 class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -147,6 +151,7 @@ def follow(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMo
     for batch, tokens, *_ in seeds.values():
         axes.size = size(batch), size(tokens)
     mode = _Follow(Known())
+    once = Once(mode.known.of)
     feed = iter(inputs)
     with fake_mode, torch.no_grad():
         for node in graph.nodes:
@@ -158,7 +163,9 @@ def follow(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMo
                     mode.known.tag(value, seeds[node.name])
                     axes.live[node] = None
             else:
-                value = _step(mode, node, axes)
+                found = once.get(node, axes.fake, partial(_step, mode, node, axes))
+                value = found.value
+                _note(axes, node, found)
             axes.fake[node] = value
             layout = mode.known.of(value)
             if layout is not None:
@@ -166,48 +173,76 @@ def follow(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMo
     return axes
 
 
-def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> Any:
-    """Run one node; remember which of its constant operands have a token axis."""
+def _note(axes: Axes, node: torch.fx.Node, found: _Found) -> None:
+    operands = node.all_input_nodes
+    if found.live:
+        axes.live[node] = None
+    if found.unproven:
+        axes.unproven.add(node)
+    if found.random:
+        axes.random[node] = None
+    axes.beside.update({(node, operands[i]): layout for i, layout in found.beside})
+    axes.made.update({operands[i]: layout for i, layout in found.made})
+    if found.shares is not None:
+        axes.shares[node] = operands[found.shares]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of running one node; operands are told by their places among ``all_input_nodes``."""
+
+    value: Any
+    live: bool
+    unproven: bool = False
+    random: bool = False
+    beside: tuple[tuple[int, Layout], ...] = ()
+    made: tuple[tuple[int, Layout], ...] = ()
+    shares: int | None = None
+
+
+def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> _Found:
+    """Run one node; see which of its constant operands have a token axis."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
-    live = any(n in axes.live for n in node.all_input_nodes)
-    mode.random = False
-    if not live:
-        with mode:
-            value = run_node(node, args, kwargs)
-        _note_random(mode, node, axes)
-        return value
-    axes.live[node] = None
+    operands = node.all_input_nodes
+    live = any(n in axes.live for n in operands)
+    mode.random = mode.unproven = False
     mode.known.beside.clear()
     mode.sized.clear()
-    mode.unproven = False
-    value = _role_call(mode, node, args, kwargs)
+    value = _role_call(mode, node, args, kwargs) if live else None
     if value is None:
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        mode.given = {leaf.untyped_storage()._cdata for leaf in operands}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        mode.given = {leaf.untyped_storage()._cdata for leaf in given} if live else set()
         try:
             with mode:
                 value = run_node(node, args, kwargs)
         except GraphRefused as refusal:
             raise GraphRefused(refusal.reason, node) from refusal
-        _note_random(mode, node, axes)
-    if isinstance(value, torch.Tensor) and mode.known.of(value) is None:
+    if live and isinstance(value, torch.Tensor) and mode.known.of(value) is None:
         raise GraphRefused("the tokens cannot be followed through this call", node)
-    if mode.unproven:
-        axes.unproven.add(node)
-    for operand in node.all_input_nodes:
-        if operand in axes.live:
-            continue
-        if id(axes.fake[operand]) in mode.known.beside:
-            axes.beside[node, operand] = mode.known.beside[id(axes.fake[operand])]
-        if id(axes.fake[operand]) in mode.sized:
-            axes.made[operand] = mode.sized[id(axes.fake[operand])]
-    return value
+    constants = [(i, id(axes.fake[operand])) for i, operand in enumerate(operands) if operand not in axes.live and live]
+    return _Found(
+        value,
+        live,
+        live and mode.unproven,
+        _draws(mode, node),
+        tuple((i, mode.known.beside[key]) for i, key in constants if key in mode.known.beside),
+        tuple((i, mode.sized[key]) for i, key in constants if key in mode.sized),
+        next((i for i, operand in enumerate(operands) if _share(value, axes.fake[operand])), None),
+    )
 
 
-def _note_random(mode: _Follow, node: torch.fx.Node, axes: Axes) -> None:
-    """Kernels of attention count as seeded whether they drop out or not."""
-    if mode.random and (node.target is not attention or attention_arguments(node.args, node.kwargs).dropout_p):
-        axes.random[node] = None
+def _share(a: Any, b: Any) -> bool:
+    """Whether two values share memory."""
+    stores = [
+        {leaf.untyped_storage()._cdata for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)}
+        for each in (a, b)
+    ]
+    return not stores[0].isdisjoint(stores[1])
+
+
+def _draws(mode: _Follow, node: torch.fx.Node) -> bool:
+    """Whether random numbers were drawn; kernels of attention count as seeded whether they drop out or not."""
+    return mode.random and (node.target is not attention or bool(attention_arguments(node.args, node.kwargs).dropout_p))
 
 
 def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_any
 from .axes import Axes, run_node
 from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
+from .once import Once, written
 from .sizes import form, of_constant, of_layout
 
 
@@ -50,7 +52,7 @@ def _reads_number(node: torch.fx.Node) -> bool:
 
 def fix_sizes(
     graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any] = ()
-) -> torch.fx.Graph:
+) -> tuple[torch.fx.Graph, dict[torch.fx.Node, Any]]:
     """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
     A graph that Dynamo traced with symbolic sizes becomes one with fixed sizes; placeholders stay as they are, so that
@@ -61,8 +63,12 @@ def fix_sizes(
         inputs: fake tensors and numbers, one a placeholder.
         fake_mode: the mode of the fake tensors.
         given: what ``inputs`` stand for, to read the numbers of.
+
+    Returns:
+        The copy, and the fake value of each of its nodes.
     """
     inputs_of = placeholders(graph)
+    once = Once(off=written(graph))
     scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
     out = torch.fx.Graph()
     env: dict[torch.fx.Node, Any] = {}
@@ -82,7 +88,7 @@ def fix_sizes(
                     if _reads_number(node) and node.args[0] in scalars:
                         fake[node] = scalars[node.args[0]]
                     else:
-                        fake[node] = run_node(node, args, kwargs)
+                        fake[node] = once.get(node, fake, partial(run_node, node, args, kwargs))
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
                     raise GraphRefused("a size or a number here depends on the values of a tensor", node) from error
                 if has_tensor(fake[node]) or fake[node] is None or not _is_literal(fake[node]):
@@ -91,7 +97,7 @@ def fix_sizes(
                 else:
                     value = fake[node]
                     env[node] = tuple(value) if isinstance(value, torch.Size) else value
-    return out
+    return out, {copied: fake[node] for node, copied in env.items() if isinstance(copied, torch.fx.Node)}
 
 
 def _is_known(value: Any) -> bool:

@@ -1,0 +1,103 @@
+"""Layers repeat: what a graph calls with the same kinds of values again is run on fake tensors once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+_PLAIN = (FakeTensor, torch.nn.Parameter)
+_NUMBERS = (int, float, bool, complex, str, bytes, type(None), type(...))
+_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Unknown(Exception):
+    """A value whose kind nobody can tell."""
+
+
+class Once:
+    """What came of a call, by what is called and by the kinds of the values it is given.
+
+    Values of one kind have the same results, so nodes of repeated layers share theirs: which of them share memory is
+    not to be read off them.
+
+    Args:
+        more: what belongs to the kind of a tensor beside its form, such as its layout.
+        off: make everything anew.
+    """
+
+    def __init__(self, more: Callable[[torch.Tensor], Hashable] = lambda _: None, off: bool = False) -> None:
+        self.more, self.off = more, off
+        self.results: dict[Hashable, Any] = {}
+        self.kinds: dict[int, Hashable] = {}
+        self.alive: list[torch.Tensor] = []  # an identity is unique only while its tensor lives
+
+    def get(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], make: Callable[[], Any]) -> Any:
+        """What ``make`` makes of a node whose operands have ``values``, or made of one like it."""
+        key = None if self.off else self._key(node, values)
+        if key is None:
+            return make()
+        if key not in self.results:
+            self.results[key] = make()
+        return self.results[key]
+
+    def _key(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Hashable | None:
+        """What a node calls and the kinds of its operands; ``None`` where that cannot be told, or they hold no tensor.
+
+        A call without one may be made for its effect, such as on autocast.
+        """
+        if not any(isinstance(leaf, torch.Tensor) for n in node.all_input_nodes for leaf in tree_leaves(values[n])):
+            return None
+        places = {operand: i for i, operand in enumerate(node.all_input_nodes)}
+
+        def kind(value: Any) -> Hashable:
+            if isinstance(value, torch.fx.Node):
+                return places[value], kind(values[value])
+            if isinstance(value, torch.Tensor):
+                return self._tensor(value)
+            if isinstance(value, (tuple, list)):
+                return type(value), *map(kind, value)
+            if isinstance(value, dict):
+                return dict, *((name, kind(each)) for name, each in value.items())
+            if isinstance(value, slice):
+                return slice, kind(value.start), kind(value.stop), kind(value.step)
+            if isinstance(value, (*_NUMBERS, *_TORCH)):
+                return type(value), value
+            raise Unknown
+
+        try:
+            return node.op, node.target, kind(node.args), kind(node.kwargs)
+        except Unknown:
+            return None
+
+    def _tensor(self, value: torch.Tensor) -> Hashable:
+        known = self.kinds.get(id(value))
+        if known is None:
+            if type(value) not in _PLAIN:
+                raise Unknown  # a quantized weight has parts
+            known = type(value), value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
+            self.kinds[id(value)] = known
+            self.alive.append(value)
+        return known, self.more(value)
+
+
+def writes(node: torch.fx.Node) -> bool:
+    """Whether a call may change its operands in place."""
+    name = getattr(node.target, "__name__", str(node.target))
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _WRITERS or "out" in node.kwargs
+
+
+_WRITERS = {
+    "setitem",
+    *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")),
+}
+
+
+def written(graph: torch.fx.Graph) -> bool:
+    """Whether anything is changed in place, so that it matters which values share memory."""
+    return any(node.op in ("call_function", "call_method") and writes(node) for node in graph.nodes)
