@@ -30,6 +30,7 @@ from .lower import Compiled
 from .memory import process_peak_bytes
 from .options import Options, check_vocabulary
 from .program import Program
+from .programs import Key, Programs, key_of
 from .run import run
 from .session import Session, sessions
 from .stats import Stats
@@ -37,8 +38,6 @@ from .unchanged import Inputs
 from .unit_code import forget
 from .verify import compare
 
-PROGRAMS = 64
-"""Input shapes of a graph whose analysis is kept."""
 _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
@@ -116,8 +115,8 @@ class Backend:
         self.options = options
         self.mine: list[Session] = []
         self.refused: list[str] = []
-        self.programs: dict[Any, Program | None] = {}
-        self.ready: dict[Any, Program] = {}
+        self.programs = Programs()
+        self.ready: dict[Key, Program] = {}
         self.numbers = numbers(module.graph)
         self.plain: Compiled | None = module if options.lowering == "eager" else None
         self.inputs: list[int] = []
@@ -127,13 +126,7 @@ class Backend:
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
         key = self._key(args)
-        if key in self.programs:
-            program = self.programs.get(key)  # another thread may have dropped it
-        else:
-            for oldest in list(self.programs)[: 1 - PROGRAMS]:  # code is shared, and stays
-                self.programs.pop(oldest, None)
-            program = self.programs[key] = self._program(args)
-            self._tell_of_break(program, args)
+        program = self.programs[key] if key in self.programs else self._program(key, args)
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
         stream = args[program.index[program.seed]]
@@ -158,15 +151,16 @@ class Backend:
     def _run(self, program: Program, args: Sequence[Any], chain: Chain) -> Any:
         """Run the graph, as part of the step that its chain is."""
         result = None
-        if chain.found is not None and chain.found[1].shape == program.shape:
+        shape = tuple(args[program.index[program.seed]].shape[:2])
+        if chain.found is not None and chain.found[1].shape == shape:
             try:
                 result = self._run_step(program, args, *chain.found)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
                 self._refuse(refusal)
-                self.programs = {key: None if known is program else known for key, known in self.programs.items()}
+                self.programs.refuse(program)
                 chain.found[0].session.drop()
                 chain.found = None  # the graphs behind this one belong to no step
-        if chain.found is None or chain.found[1].shape != program.shape:
+        if chain.found is None or chain.found[1].shape != shape:
             result = self._run_plain(args)
         chain.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         return result
@@ -188,16 +182,20 @@ class Backend:
             compare(self.module, program, args, result, batch, step)
         return result
 
-    def _program(self, args: Sequence[Any]) -> Program | None:
+    def _program(self, key: Key, args: Sequence[Any]) -> Program | None:
+        """The program for sizes that were never called before."""
         try:
             with compile_lock:
-                program = self.ready.pop(self._key(args), None) or self._analyzed(args)
+                program = self.programs.serving(key, args) or self.ready.pop(key, None) or self._analyzed(args)
             with refusing("analyzed"):
                 program.check(args)
-            return program
+                self.programs.add(key, program, args)
         except GraphRefused as refusal:
             self._refuse(refusal)
-            return None
+            program = None
+            self.programs.add(key, None, args)
+        self._tell_of_break(program, args)
+        return program
 
     def _analyzed(self, args: Sequence[Any]) -> Program:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
@@ -205,7 +203,7 @@ class Backend:
         with refusing("analyzed"):
             return Program(self.module, args, self.options)
 
-    def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> tuple[Any, ...]:
+    def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> Key:
         """What a program is made for: sizes and numbers of a call's inputs. Dynamo guards the shapes of weights."""
         scalars = scalars or args
         if self.weights is None:
@@ -213,7 +211,7 @@ class Backend:
             self.inputs = [i for i in range(len(args)) if i not in self.weights]
         given = [args[i] for i in self.inputs]
         read = [scalars[i].item() for i in self.numbers if scalars[i].device.type == "cpu"]
-        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given], *read)
+        return key_of(given, read)
 
     def refuses(self, shown: Sequence[Any]) -> bool:
         """Analyze the graph while Dynamo waits for it, at the sizes that ``shown`` has now.

@@ -113,17 +113,15 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
         out.refused += backend.refused
         for session in backend.mine:
             session.drop()
-        for program in backend.programs.values():
-            if program is not None:
-                out.graphs.append(_describe(program))
-    _add_costs(out, [p for b in backends for p in b.programs.values() if p is not None], example_ids, chosen)
+        out.graphs += map(_describe, backend.programs.all())
+    _add_costs(out, [p for backend in backends for p in backend.programs.all()], example_ids, chosen)
     return out
 
 
 def _describe(program: Program) -> str:
     lines = [
         f"graph with {len(program.graph.nodes)} nodes, tokens enter by {program.seed.name!r}, "
-        f"[B, S] = {list(program.shape)}"
+        f"[B, S] = {list(program.axes.size)}"
     ]
     kinds: dict[str, int] = {}
     for unit in program.layers:

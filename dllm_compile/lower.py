@@ -56,7 +56,7 @@ class Code:
         self.forms: list[tuple[int, Any]] = []
         self.free: list[tuple[int, int, sympy.Symbol]] = []
         self.assumed: list[Any] = []
-        self.served: set[tuple[int, ...]] = set()
+        self.served: set[tuple[int, ...]] = {()}
 
     def serves(self, args: Sequence[Any]) -> bool:
         """Whether the code is good for arguments."""
@@ -116,6 +116,7 @@ def lower(
         raise SizesFixed(numbers)
     code.exact, code.forms, code.free = symbols.exact, symbols.forms, symbols.free
     code.assumed = [guard.expr for guard in symbols.shapes.guards]
+    code.served.add(tuple(_size(args[i], dim) for i, dim, _ in code.free))
     return code
 
 

@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .core.axes import Axes, fake_like, follow
 from .core.errors import GraphRefused
-from .core.graph import fingerprint, fix_sizes, outline, output_node, placeholders, target_name
+from .core.graph import fingerprint, fix_sizes, output_node, placeholders, target_name
 from .core.layout import position, size
+from .core.outline import outline
 from .core.units import Unit, closure
 from .cost import whole
 from .options import Options
 from .passes import cut, normalized
-from .passes.causal import refuse_causal_masks
+from .passes.causal import masks, refuse_causal_masks
 from .passes.seeds import find_seed
 from .passes.unmask import unmask
 from .unit_code import shared
@@ -57,13 +58,12 @@ class Program:
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
         self.options = options
         given, args = args, fake_like(args, fake_mode := FakeTensorMode())
-        graph = normalized(*fix_sizes(module.graph, args, fake_mode, given))
-        self.graph = graph
+        graph, fake, origin = fix_sizes(module.graph, args, fake_mode, given)
+        self.graph = normalized(graph, fake)
         names = placeholders(graph)
         self.seed, layout = find_seed(graph, args)
         again = partial(follow, graph, args, fake_mode, {self.seed.name: layout})
         self.axes = unmask(graph, again(), again)
-        self.shape = (layout[0][0].size, layout[1][0].size)
         self.units, constants = cut(graph, self.axes, halves=options.saliency_threshold is not None)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.is_layer]
@@ -88,8 +88,8 @@ class Program:
             for i, node in enumerate(unit.outputs)
         }
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
-        self.prelude_reads = [n for n in names if any(user in constants for user in n.users)]
-        self.prelude = outline(constants, self.prelude_reads, self.constants) if self.constants else None
+        self.prelude = outline(graph, self.constants, origin) if self.constants else None
+        self.masks = masks(graph, self.axes, origin)
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
@@ -98,7 +98,9 @@ class Program:
         parts = [unit.nodes for unit in self.units if unit is not self.decision]
         self.signature = Signature(
             tuple(unit.key for unit in self.units if unit is not self.decision),
-            fingerprint(constants, self.prelude_reads, self.constants, self.axes),
+            fingerprint(
+                constants, [n for n in names if any(u in constants for u in n.users)], self.constants, self.axes
+            ),
             tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
         )
 
@@ -108,7 +110,7 @@ class Program:
         Raises:
             GraphRefused: attention is causal by its mask.
         """
-        refuse_causal_masks(self.graph, self.axes, args)
+        refuse_causal_masks(self.masks, dict(zip(self.index, args, strict=True)))
 
     def head(self, vocabulary: int | None) -> Unit | None:
         """The unit whose first output a sampler reads: it is as wide as the vocabulary.
@@ -145,7 +147,7 @@ class Program:
         """Whether the graph is a whole denoising step: it returns token ids for each row."""
         decided = [node for node in self.results if self.decision is not None and node in self.decision.outputs]
         made = [self.axes.fake[node] for node in decided]
-        return any(tuple(value.shape) == self.shape and value.dtype == torch.int64 for value in made)
+        return any(tuple(value.shape) == self.axes.size and value.dtype == torch.int64 for value in made)
 
     def logits(self, vocabulary: int | None) -> torch.fx.Node | None:
         """What the head makes for each token of the vocabulary; another head may be wider, and may come first."""
@@ -177,12 +179,13 @@ class Program:
         return prod(factor.size for dim in self.axes.layout.get(node, ()) for factor in dim if factor.kind == "")
 
     @cached_property
-    def flops(self) -> float:
-        """FLOPs of a call that computes every row, behind the stem and before the decision."""
+    def _work(self) -> list[tuple[int, float]]:
         units = [unit for unit in self.units if unit.stream is not None]
-        found = [item for unit in units for item in whole(unit, self.axes).items()]
-        batch, tokens = self.shape
-        return sum((float(count) * batch * float(tokens) ** len(names) for names, count in found), 0.0)
+        return [(len(names), float(n)) for unit in units for names, n in whole(unit, self.axes).items()]
+
+    def flops(self, batch: int, tokens: int) -> float:
+        """FLOPs of a call that computes every row, behind the stem and before the decision."""
+        return sum((count * batch * float(tokens) ** power for power, count in self._work), 0.0)
 
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""

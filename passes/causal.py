@@ -6,7 +6,7 @@ may simply be causal. Then later tokens do not change earlier rows and none of o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,28 +15,37 @@ import torch.fx
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import outline, placeholders
-from dllm_compile.core.units import closure
+from dllm_compile.core.outline import Outline, outline
+
+Mask = tuple[torch.fx.Node, Outline]
 
 
-def refuse_causal_masks(graph: torch.fx.Graph, axes: Axes, args: Sequence[Any]) -> None:
-    """Compute each attention mask of ``graph`` for ``args`` and look above its diagonal.
+def masks(graph: torch.fx.Graph, axes: Axes, origin: Mapping[torch.fx.Node, torch.fx.Node]) -> list[Mask]:
+    """The attention calls of ``graph`` that are given a mask which depends on no tokens, and what computes it.
+
+    Args:
+        graph, axes: a graph and its axes.
+        origin: see :func:`dllm_compile.core.outline.outline`.
+    """
+    calls = [node for node in graph.nodes if node.target is attention]
+    given = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
+    constant = [m for m in given if isinstance(m, torch.fx.Node) and m not in axes.live and axes.fake[m].dim() > 1]
+    return [(given[mask], outline(graph, [mask], origin)) for mask in constant]
+
+
+def refuse_causal_masks(computed: list[Mask], given: Mapping[torch.fx.Node, Any]) -> None:
+    """Compute attention masks and look above their diagonals.
+
+    Args:
+        computed: see :func:`masks`.
+        given: the value of each placeholder of the graph.
 
     Raises:
         GraphRefused: a mask lets no token see a later one.
     """
-    calls = [node for node in graph.nodes if node.target is attention]
-    masks = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
-    names = placeholders(graph)
-    for mask, call in masks.items():
-        if not isinstance(mask, torch.fx.Node) or mask in axes.live or axes.fake[mask].dim() < 2:
-            continue
-        needed = closure([mask], set())
-        nodes = [n for n in graph.nodes if n in needed and n.op != "placeholder"]
-        inputs = [n for n in names if n in needed]
-        given = dict(zip(names, args, strict=True))
+    for call, computes in computed:
         with torch.no_grad():
-            (value,) = outline(nodes, inputs, [mask])(*[given[n] for n in inputs])
+            (value,) = computes(given)
         if is_causal(value):
             raise GraphRefused(
                 "the attention mask is causal; set is_causal=False in the config, or pass a full mask", call

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import unit_code
+from dllm_compile import backend, unit_code
 from dllm_compile.core.sizes import Size
 from dllm_compile.lower import lower
 
@@ -19,7 +19,8 @@ from .rounding import roundings
 
 FIRST = (9, 8, 2), (11, 8, 2), (11, 8, 3)
 """Prompt, response and batch of the loops that make code: Dynamo traces a second time when a size changes."""
-THEN = (14, 12, 3), (7, 16, 2), (21, 8, 5), (4, 5, 2)
+THEN = (14, 12, 3), (7, 16, 5), (21, 8, 2), (4, 5, 2), (21, 12, 4), (3, 13, 3)
+"""The first two tell that the graph is analyzed alike whatever the length and the batch."""
 METHODS: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact"},
     "dllm-cache": {"prompt_interval": 4, "response_interval": 2, "transfer_ratio": 0.5},
@@ -55,14 +56,19 @@ def test_another_length_makes_no_code_under_any_method(method: str) -> None:
 
 def makes_no_code(name: str, method: str) -> None:
     model, made = models.build(name, num_hidden_layers=2), mock.Mock(side_effect=unit_code.lower)
-    with mock.patch.object(unit_code, "lower", made):
+    analyzed = mock.Mock(side_effect=backend.Program)
+    with mock.patch.object(unit_code, "lower", made), mock.patch.object(backend, "Program", analyzed):
         for size in FIRST:
             logits(model, size, 5, **METHODS[method])
         assert made.called
         made.reset_mock()
-        for size in THEN:
+        for size in THEN[:2]:
+            logits(model, size, 5, **METHODS[method])
+        analyzed.reset_mock()
+        for size in THEN[2:]:
             logits(model, size, 5, **METHODS[method])
         assert not made.called
+        assert not analyzed.called
     assert not dllm_compile.stats(model)["refused"]
 
 
@@ -150,6 +156,79 @@ def test_a_size_however_it_is_written(how: str) -> None:
         for prompt, response, batch in ((9, 8, 2), (11, 8, 2), (11, 8, 3), (8, 24, 32), (14, 12, 1), (20, 8, 1)):
             x = models.start(prompt, response, batch)
             assert roundings(call(x), model(x)) <= 8
+    assert not dllm_compile.stats(model)["refused"]
+
+
+class Placed(torch.nn.Module):
+    """A model that makes a bias of attention, ``[S, S]`` or ``[H, S, S]``, of its sizes in one of several ways."""
+
+    table: torch.Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.embed, self.head = how, torch.nn.Embedding(models.VOCABULARY, 32), torch.nn.Linear(32, 61)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 96) for _ in range(2))
+        self.register_buffer("table", torch.randn(64, 64))
+
+    def bias(self, ids: torch.Tensor, more: Any) -> torch.Tensor:
+        batch, tokens = ids.shape
+        at = torch.arange(tokens)
+        if self.how == "distance":
+            return -0.1 * (at[:, None] - at).abs().float()
+        if self.how == "backwards":
+            return (torch.arange(tokens - 1, -1, -1).float() * 0.1 + torch.linspace(-1, 1, 2 * tokens)[::2])[None]
+        if self.how == "table":
+            return self.table[:tokens, 1 : tokens + 1]
+        if self.how == "written":
+            out = torch.zeros(tokens, tokens)
+            out += self.table[:tokens, :tokens]
+            return out.masked_fill((at[:, None] - at).abs() > 5, -1.0)
+        if self.how == "batch":
+            return torch.full((tokens, tokens), 0.1) * at / batch
+        if self.how == "number":
+            return torch.where((at[:, None] - at).abs() < more, 0.0, -2.0)
+        assert self.how == "input"
+        reach = torch.arange(more.shape[0]).float()
+        return (at[:, None] * 0.01 + (reach * more).sum()).sin().expand(tokens, tokens)
+
+    def forward(self, ids: torch.Tensor, more: Any = None) -> torch.Tensor:
+        x, bias = self.embed(ids), self.bias(ids, more)
+        for layer in self.layers:
+            q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in layer(x).chunk(3, -1))
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+MORE: dict[str, Any] = {
+    "number": [19, 19, 8, 19, 19, 26, 23, 4, 20, 29, 33, 16, 2],
+    "input": [torch.linspace(-1, 1, n) for n in (19, 19, 8, 19, 19, 26, 23, 4, 20, 29, 33, 16, 2)],
+}
+"""Beside the ids of each call: some are as large as the number of tokens, by chance."""
+
+
+@pytest.mark.parametrize("how", ["distance", "backwards", "table", "written", "batch", "number", "input"])
+def test_what_is_made_of_sizes_is_made_of_those_of_the_call(how: str) -> None:
+    model = Placed(how).eval()
+    call = torch.compile(model, backend="dllm", options={"mask_id": MASK, "method": "exact", "lowering": "eager"})
+    sizes = [
+        (11, 8, 2),
+        (10, 8, 2),
+        (11, 8, 2),
+        (11, 8, 3),
+        (14, 12, 3),
+        (14, 12, 4),
+        (7, 16, 2),
+        (21, 8, 5),
+        (4, 5, 2),
+    ]
+    sizes += [(20, 9, 1), (21, 9, 1), (25, 8, 1), (8, 8, 8)]
+    with torch.no_grad():
+        for i, (prompt, response, batch) in enumerate(sizes):
+            more = [MORE[how][i]] if how in MORE else []
+            x = models.start(prompt, response, batch)
+            assert roundings(call(x, *more), model(x, *more)) <= 8, sizes[i]
     assert not dllm_compile.stats(model)["refused"]
 
 

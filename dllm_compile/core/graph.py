@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._pytree import tree_any
+from torch.utils._pytree import tree_any, tree_leaves
 
 from .axes import Axes, run_node
 from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
-from .once import Once, written
+from .once import Once, writes
 from .sizes import form, of_constant, of_layout
 
 
@@ -50,9 +50,24 @@ def _reads_number(node: torch.fx.Node) -> bool:
     return node.op == "call_method" and node.target == "item"
 
 
+class Fixed(NamedTuple):
+    """A graph whose sizes are numbers.
+
+    Attributes:
+        graph: a copy.
+        fake: the fake value of each of its nodes.
+        origin: the node, of a graph whose sizes may be symbols, that each is a copy of; not of those that read memory
+            which is changed in place, since the copy is to be made functional.
+    """
+
+    graph: torch.fx.Graph
+    fake: dict[torch.fx.Node, Any]
+    origin: dict[torch.fx.Node, torch.fx.Node]
+
+
 def fix_sizes(
     graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any] = ()
-) -> tuple[torch.fx.Graph, dict[torch.fx.Node, Any]]:
+) -> Fixed:
     """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
     A graph that Dynamo traced with symbolic sizes becomes one with fixed sizes; placeholders stay as they are, so that
@@ -63,12 +78,10 @@ def fix_sizes(
         inputs: fake tensors and numbers, one a placeholder.
         fake_mode: the mode of the fake tensors.
         given: what ``inputs`` stand for, to read the numbers of.
-
-    Returns:
-        The copy, and the fake value of each of its nodes.
     """
     inputs_of = placeholders(graph)
-    once = Once(off=written(graph))
+    writers = [node for node in graph.nodes if writes(node)]
+    once = Once(off=bool(writers))
     scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
     out = torch.fx.Graph()
     env: dict[torch.fx.Node, Any] = {}
@@ -97,7 +110,16 @@ def fix_sizes(
                 else:
                     value = fake[node]
                     env[node] = tuple(value) if isinstance(value, torch.Size) else value
-    return out, {copied: fake[node] for node, copied in env.items() if isinstance(copied, torch.fx.Node)}
+    pairs = [(node, env[node]) for node in graph.nodes if isinstance(env.get(node), torch.fx.Node)]
+    pairs += zip(inputs_of, placeholders(out), strict=True)
+    changed = {store for node in writers for store in _memory(node.all_input_nodes[:1], fake)}
+    origin = {copied: n for n, copied in pairs if changed.isdisjoint(_memory(n.all_input_nodes, fake))}
+    return Fixed(out, {copied: fake[n] for n, copied in pairs}, origin)
+
+
+def _memory(nodes: Sequence[torch.fx.Node], fake: dict[torch.fx.Node, Any]) -> set[int]:
+    leaves = [leaf for node in nodes for leaf in tree_leaves(fake[node]) if isinstance(leaf, torch.Tensor)]
+    return {leaf.untyped_storage()._cdata for leaf in leaves}
 
 
 def _is_known(value: Any) -> bool:
@@ -108,19 +130,6 @@ def _is_literal(value: Any) -> bool:
     if isinstance(value, (tuple, list, torch.Size)):
         return all(map(_is_literal, value))
     return isinstance(value, (int, float, bool, str, torch.dtype, torch.device))
-
-
-def outline(
-    nodes: Iterable[torch.fx.Node], inputs: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node]
-) -> torch.fx.GraphModule:
-    """Copy ``nodes`` into a module of their own, called with ``inputs`` and returning ``outputs`` as a tuple."""
-    graph = torch.fx.Graph()
-    env = {node: graph.placeholder(node.name) for node in inputs}
-    for node in nodes:
-        if node not in env:
-            env[node] = graph.node_copy(node, lambda n: env[n])
-    graph.output(tuple(env[node] for node in outputs))
-    return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
 def fingerprint(

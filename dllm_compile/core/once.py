@@ -86,18 +86,31 @@ class Once:
 
 
 def writes(node: torch.fx.Node) -> bool:
-    """Whether a call may change its operands in place."""
-    name = getattr(node.target, "__name__", str(node.target))
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _WRITERS or "out" in node.kwargs
+    """Whether a call may change its first operand in place."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", None) in ("_operator", "operator"):
+        return name in _WRITERS
+    return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
-_WRITERS = {
-    "setitem",
-    *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")),
-}
-
-
-def written(graph: torch.fx.Graph) -> bool:
-    """Whether anything is changed in place, so that it matters which values share memory."""
-    return any(node.op in ("call_function", "call_method") and writes(node) for node in graph.nodes)
+_AUGMENTED = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+)
+_WRITERS = {"setitem", *(f"i{name}" for name in _AUGMENTED)}
