@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -121,8 +124,35 @@ def lower(
 
 
 def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) -> Compiled:
-    with torch.no_grad():
+    ours = _made_cacheable(module, next((each.device for each in example if isinstance(each, torch.Tensor)), None))
+    with torch.no_grad(), torch._inductor.config.patch(unsafe_marked_cacheable_functions=ours):
         return compile_fx(module, example, config_patches=IN_ORDER if writes else None)  # type: ignore[return-value]
+
+
+def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -> dict[str, str]:
+    """Let PyTorch keep the traced graph on disk, beside Inductor's code.
+
+    It keeps graphs of functions that it knows, or that are named to it, and of methods of values that are known to be
+    tensors, as Dynamo notes; which tensors is in the key by itself.
+
+    Returns:
+        The functions of this package in ``module``, with a hash of its source files: other sources, other keys.
+    """
+    known, found = dict(torch._inductor.config.unsafe_marked_cacheable_functions), {}
+    for node in module.graph.nodes:
+        if node.op == "call_method":
+            node.args[0].meta.setdefault("example_value", torch.empty(0, device=device))
+        elif node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith(__package__):
+            found[f"{node.target.__module__}.{node.target.__name__}"] = _source()
+    return {**known, **found}
+
+
+@cache
+def _source() -> str:
+    """A hash of all source files of the package."""
+    files = sorted(path for path in Path(__file__).parent.rglob("*.py"))
+    files += [path for part in ("passes", "kernels") for path in sorted((Path(__file__).parent / part).glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class _Symbols:

@@ -67,13 +67,18 @@ class Session:
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
         self.scored: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
-        self.mask_seen = options.mask_id is not None  # whether the mask was given, or seen to be filled
+        self.filled_with: set[int] = set()  # tokens that were filled in where the mask was
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
         this = weakref.ref(self)
         self.owners = [weakref.ref(weight) for weight in weights]
         self.weights = Weights(weights, lambda: _forget(this))
         _SESSIONS.add(self)
+
+    @property
+    def mask_seen(self) -> bool:
+        """Whether the mask was given, or seen to be filled; by two tokens, as a text ending in one may be masked."""
+        return self.options.mask_id is not None or len(self.filled_with) > 1
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
@@ -362,7 +367,8 @@ class Session:
         if call.repeat and last is not None and not last.delivered and program in batch.outputs:
             return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
         evidence = past.evidence
-        self.mask_seen |= call.number > 0 and bool(call.filled.any())
+        if call.number > 0 and not self.mask_seen and bool(call.filled.any()):
+            self.filled_with |= set(read.ids[call.filled].tolist())
         if call.number and bool(call.filled.any()) and not evidence.is_loop:
             found = read.found.get(batch)
             evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)
@@ -412,6 +418,7 @@ class Session:
             self._tell_of_remasking(program)
         every = self.options.readable == "all" or self.reads_filled or program.reads_all(self.vocabulary)
         every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
+        every |= not self.mask_seen  # a sampler may read rows of another token
         multiple = MULTIPLE if self.records else 1
         rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
         indices = {**batch.fixed, **rows}

@@ -11,13 +11,14 @@ import torch
 
 import dllm_compile
 
+from . import shared
+
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each worker of pytest compiles: no pool beside it
 os.environ["DLLM_DEBUG"] = "1"  # what fails in the compiler fails the test
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 
 torch._dynamo.config.run_gc_after_compile = False  # a collection a graph takes longer than some graphs
-_SHARING: list[str] = []  # the module whose graphs Dynamo holds
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,10 +34,10 @@ def _imports_stay() -> Iterator[None]:
 def _fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Dynamo keeps at most a few graphs a function, shared by all models of a class; see :mod:`tests.shared`."""
     shares = [request.module.__name__] if request.node.get_closest_marker("shares_graphs") else []
-    if not shares or shares != _SHARING:
+    if not shares or shares != shared.MODULES:
         torch._dynamo.reset()
     dllm_compile.reset()
-    _SHARING[:] = shares
+    shared.MODULES[:] = shares
     with torch._dynamo.config.patch(**(ANY_NUMBER if shares else {})):
         yield
 

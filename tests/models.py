@@ -10,6 +10,8 @@ import transformers
 
 import dllm_compile
 
+from . import shared
+
 VOCABULARY = 61
 MASK = VOCABULARY - 1
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -73,8 +75,11 @@ def build(name: str, dtype: torch.dtype | None = None, seed: int = 0, **more: An
 
 
 def compiled(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
-    """The model behind the backend, uncompiled graphs unless told otherwise."""
-    return torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": MASK, **options})
+    """The model behind the backend, uncompiled graphs unless told otherwise; see :mod:`tests.shared`."""
+    options = {"lowering": "eager", "mask_id": MASK, **options}
+    if shared.in_use():
+        return shared.compiled(model, **options)
+    return torch.compile(model, backend="dllm", options=options)
 
 
 def compiled_loop(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:

@@ -1,4 +1,9 @@
-"""Models that Dynamo traces once for all options: its graph does not depend on them."""
+"""Models that Dynamo traces once for all options: its graph does not depend on them.
+
+Tracing takes longer than all the rest of a small test. Files whose tests are about steps, not about graphs, are marked
+``shares_graphs``: there ``models.compiled`` is :func:`compiled`, and ``dllm_compile.reset()`` does between two models
+what ``torch._dynamo.reset()`` does elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,13 @@ import torch
 
 from dllm_compile.backend import dllm
 
+MODULES: list[str] = []  # the test module whose graphs Dynamo holds
 _CHOSEN: list[dict[str, Any]] = []  # options of the call under way
+
+
+def in_use() -> bool:
+    """Whether the test that runs shares its graphs with others."""
+    return bool(MODULES)
 
 
 def _by_options(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

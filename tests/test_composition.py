@@ -22,6 +22,8 @@ from .test_block_cache import filled
 from .test_properties import EXAMPLES, SHAPES, Batch, Model, Shape, batches, fresh
 from .under_way import UnderWay, under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 STEPS, BLOCK = 6, 3
 SHAPE = Shape(layers=2, heads=4, groups=2, head_dim=4, seed=2)
 BATCH = Batch([5, 5], [0, 2], 6, 7)

@@ -18,6 +18,8 @@ from .grids import in_turn
 from .rounding import roundings
 from .under_way import UnderWay, under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 PROMPT, RESPONSE, BLOCK = 9, 8, 4
 SINGLE = torch.float32  # transformers takes norms and rotary tables in it: another order of operations shows there
 EVICT: dict[str, Any] = {"method": "sparse-dllm", "block_length": BLOCK}
@@ -59,7 +61,7 @@ def test_a_delay_of_a_whole_block_equals_eager(name: str, padded: bool) -> None:
     if mask is not None:
         mask[0, :2] = 0
     got = logits_of(model, x, mask, **EVICT, delay=BLOCK)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     assert all(near(got, logits_of(model, x, mask, method="exact")))
 
 
@@ -69,7 +71,7 @@ def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
     options = {**EVICT, "kernel_size": None}  # pooling makes ties, whose order may differ
     alone = logits_of(model, x[:1, 2:], None, **options)
     assert session().stats.steps == {"full": 2, "evict": 2, "sparse": 4}
-    torch._dynamo.reset()
+    dllm_compile.reset()
     mask = torch.ones_like(x)
     mask[0, :2] = 0
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
@@ -94,10 +96,10 @@ def test_full_steps_are_exact_and_sparse_ones_are_not(ratio: float) -> None:
     """Not even with everything kept: the entries stay as they were at the second step of the block."""
     model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
     got = logits_of(model, x, None, **EVICT, keep_ratio=ratio, shift=False)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     late = logits_of(model, x, None, **EVICT, keep_ratio=ratio)  # the row before the block is computed, and not read
     assert all(near(got, late))
-    torch._dynamo.reset()
+    dllm_compile.reset()
     exact = logits_of(model, x, None, method="exact")
     assert near(got, exact) == [step % BLOCK < 2 for step in range(RESPONSE)]
 
@@ -106,7 +108,7 @@ def test_what_is_evicted_takes_no_memory() -> None:
     model, x = models.build("llama"), models.start(200, RESPONSE)
 
     def kept(**options: Any) -> int:
-        torch._dynamo.reset()
+        dllm_compile.reset()
         logits_of(model, x, None, **options)
         return sum(t.numel() * t.element_size() for layer in session().layers.values() for t in layer)
 
@@ -118,7 +120,7 @@ def test_what_is_evicted_takes_no_memory() -> None:
 def test_compiled_by_inductor() -> None:
     model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
     want = logits_of(model, x, None, **EVICT)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     assert all(near(logits_of(model, x, None, **EVICT, lowering="inductor"), want, SINGLE))
 
 
@@ -126,7 +128,7 @@ def test_a_shorter_last_block_has_code_of_its_own() -> None:
     model, x = models.build("qwen2", num_hidden_layers=1), models.start(PROMPT, 6)
 
     def run(lowering: str) -> list[torch.Tensor]:
-        torch._dynamo.reset()
+        dllm_compile.reset()
         call, ids = models.compiled_loop(model, **EVICT, delay=0, lowering=lowering), x.clone()
         out = []
         with torch.no_grad():
@@ -153,7 +155,7 @@ def test_threshold_decoding_runs_on_kept_entries() -> None:
 def test_a_model_that_returns_its_keys_gets_them() -> None:
     model, x = models.build("llama-cache"), models.start(PROMPT, RESPONSE)
     got = logits_of(model, x, None, **EVICT)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     assert all(near(got, logits_of(models.build("llama"), x, None, **EVICT)))
 
 

@@ -20,6 +20,8 @@ from . import dkv_model, golden_models, loops
 from .sampling_loops import MASK, ids, run, toy
 from .under_way import under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 MODEL = "llada_b"
 
 

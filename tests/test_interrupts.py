@@ -18,6 +18,8 @@ from . import models
 from .callers import EQUAL, METHODS, RESPONSE, TOLERANCE, build, fill, off, start
 from .models import MASK
 
+pytestmark = pytest.mark.shares_graphs
+
 Call = Callable[[torch.Tensor], torch.Tensor]
 SOURCES = tuple(
     str(Path(folder).resolve())
@@ -133,13 +135,13 @@ def test_an_interrupted_step_is_one_of_the_two_right_ones(name: str, interrupted
     options, total = SETTINGS[name], min(interrupted + 1 + AFTER, RESPONSE)
     model = build(form)
     xs, smooth = ids(model, options, total, seed=1)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     begun = [begun_at(model, options, xs[interrupted:], word=False)]
-    torch._dynamo.reset()
+    dllm_compile.reset()
     begun.append(begun_at(model, options, xs[interrupted:], word=True))
-    torch._dynamo.reset()
+    dllm_compile.reset()
     begun.append(dropped_before(model, options, xs, interrupted))
-    torch._dynamo.reset()
+    dllm_compile.reset()
     call = models.compiled(model, **options)
     for x in xs:
         call(x)
@@ -214,7 +216,7 @@ def test_an_error_of_the_model_in_mid_sequence() -> None:
     want = model(x)
     got = call(x)
     assert got.isfinite().all()
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = build("alone")
     call, y = models.compiled(model, **METHODS["dllm-cache"]), start()
     for _ in range(3):

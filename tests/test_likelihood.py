@@ -16,7 +16,21 @@ import torch
 import dllm_compile
 
 from . import loops, models, shared
-from .callers import METHODS, PARTIAL, PROMPT, RESPONSE, TOLERANCE, Whole, build, fill, off, partial, start, steps
+from .callers import (
+    EQUAL,
+    METHODS,
+    PARTIAL,
+    PROMPT,
+    RESPONSE,
+    TOLERANCE,
+    Whole,
+    build,
+    fill,
+    off,
+    partial,
+    start,
+    steps,
+)
 from .grids import in_turn
 from .models import MASK
 
@@ -201,6 +215,21 @@ def test_exact_calls_serve_nothing_whatever_the_answer(name: str, form: str) -> 
             assert wrong(call, model, forced(x)) == 0
             assert wrong(call, model, one_at_a_time(x)) == 0
     assert partial(model) == 0
+
+
+@pytest.mark.parametrize("name", ["exact", "dual", "dllm-cache"])
+def test_an_answer_that_ends_like_masks_where_the_mask_is_not_given(name: str) -> None:
+    """Its last token is taken for the mask, where masks are not at the end, until it is seen to be filled."""
+    warnings.filterwarnings("ignore", "dllm: this loop puts masks back")
+    model = build()
+    call = shared.compiled(model, lowering="eager", **{**EQUAL, **METHODS}[name])
+    x = answer(model, 6)
+    x[:, -2:] = x[:, -1:]
+    samples = []
+    for masks in ([0], [0, 5], [0, 4, 5], [0, 3, 4, 5]):
+        samples.append(x.clone())
+        samples[-1][:, [PROMPT + place for place in masks]] = MASK
+    assert wrong(call, model, samples) == 0
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

@@ -11,6 +11,8 @@ from . import loops, models
 from .grids import in_turn
 from .under_way import under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 NEUTRAL = {"prompt_interval": 1, "response_interval": 1}
 PARTIAL = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
 

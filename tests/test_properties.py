@@ -17,6 +17,8 @@ from . import loops
 from .models import MASK, VOCABULARY, compiled_loop
 from .under_way import all_under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 QUICK = (Phase.explicit, Phase.generate)  # an example takes a compilation: shrinking would take minutes
 EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=QUICK)
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
@@ -175,7 +177,7 @@ def _no_gradients() -> Iterator[None]:
 
 def fresh(model: torch.nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
     """Ids to logits through a new compile, which sees nothing of earlier examples."""
-    torch._dynamo.reset()
+    dllm_compile.reset()
     return compiled_loop(model, **options)
 
 

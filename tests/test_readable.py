@@ -14,6 +14,8 @@ from .callers import EQUAL, FORMS, METHODS, NEUTRAL, PROMPT, TOLERANCE, Whole, b
 from .models import MASK
 from .test_layers_alone import WIDTH
 
+pytestmark = pytest.mark.shares_graphs
+
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 

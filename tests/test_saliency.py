@@ -19,6 +19,8 @@ from .models import in_a_loop
 from .rounding import roundings
 from .under_way import under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 MASK_IDS = {"llada_a": 255, "llada_g": 239, "dream_a": 255}
 
 
@@ -47,7 +49,7 @@ def test_every_step_equals_the_plain_model(
     calls = steps_of(11, 14, mask_id, 13)
     plain = DyLLM(model, calls[0][0] == mask_id, threshold, 3, response_only, before=bool(shift))
     options: dict[str, Any] = {"saliency_threshold": threshold, "full_steps": 3, "response_only": response_only}
-    torch._dynamo.reset()
+    dllm_compile.reset()
     compiled = in_a_loop(
         torch.compile(
             model,
@@ -69,7 +71,7 @@ def test_the_prompt_is_computed_in_the_first_four_steps_and_every_so_many(whole_
     calls = steps_of(11, 14, mask_id, 10)
     plain = DyLLM(model, calls[0][0] == mask_id, 0.99, 1, whole_interval=whole_interval)
     options: dict[str, Any] = {"full_steps": 1, "whole_interval": whole_interval, "mask_id": mask_id}
-    torch._dynamo.reset()
+    dllm_compile.reset()
     compiled = in_a_loop(
         torch.compile(model, backend="dllm", options={"method": "dyllm", **options, "lowering": "eager"})
     )
@@ -94,7 +96,7 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     monkeypatch.setattr(session, "ROOM", 2)
 
     def run(threshold: float, **more: Any) -> list[torch.Tensor]:
-        torch._dynamo.reset()
+        dllm_compile.reset()
         options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
         compiled = in_a_loop(torch.compile(model, backend="dllm", options={**options, "shift": False, **more}))
         with torch.no_grad():
@@ -122,7 +124,7 @@ def test_the_error_grows_as_the_threshold_falls() -> None:
         exact = [model(ids).logits for ids in calls]
 
         def error(threshold: float) -> float:
-            torch._dynamo.reset()
+            dllm_compile.reset()
             options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
             compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
             apart = [(compiled(ids).logits - want)[ids == mask_id] for ids, want in zip(calls, exact, strict=True)]

@@ -14,6 +14,8 @@ from . import models
 from .test_explain import counted
 from .test_layers_alone import LAYERS, LoopBroken
 
+pytestmark = pytest.mark.shares_graphs
+
 PROMPT, RESPONSE, STEPS = 9, 8, 6
 CACHED: dict[str, Any] = {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.5}
 DUAL: dict[str, Any] = {"method": "fast-dllm", "cache": "dual", "block_length": 4}

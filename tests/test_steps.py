@@ -21,6 +21,8 @@ from dllm_compile.session import Session, sessions
 from . import loops, models
 from .under_way import UnderWay, all_under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 CACHED: dict[str, Any] = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
 PROMPT, RESPONSE = 5, 8
@@ -350,7 +352,7 @@ def test_dynamo_frees_the_state_at_every_reset() -> None:
         pair.got(x)
         session = started()
         assert session.layers
-        torch._dynamo.reset()
+        dllm_compile.reset()
         assert not session.layers
 
 
@@ -381,7 +383,7 @@ def test_interleaved_models_cache_as_if_they_were_alone() -> None:
     for seed in (0, 5):
         pair = Pair(seed=seed, **CACHED)
         alone.append([pair.got(unmask(x, *range(step))).clone() for step in range(4)])
-        torch._dynamo.reset()
+        dllm_compile.reset()
     one, two = Pair(seed=0, **CACHED), Pair(seed=5, **CACHED)
     for step in range(4):
         now = unmask(x, *range(step))

@@ -37,6 +37,8 @@ from .grids import in_turn
 from .models import MASK
 from .test_layers_alone import WIDTH
 
+pytestmark = pytest.mark.shares_graphs
+
 
 @pytest.fixture(autouse=True)
 def _no_gradients_no_warnings() -> Iterator[None]:
@@ -192,7 +194,7 @@ def llada(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Stre
 
 def alone(begin: Callable[[Callable[..., torch.Tensor]], Stream], build_it: Any, options: dict[str, Any]) -> Any:
     """The ids of each step of a stream that has a fresh compiled model for itself, and its partial steps."""
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = build_it()
     history = list(begin(models.compiled(model, **options)))
     return history, partial(model)
@@ -200,7 +202,7 @@ def alone(begin: Callable[[Callable[..., torch.Tensor]], Stream], build_it: Any,
 
 def interleaved(begins: list[Any], build_it: Any, options: dict[str, Any]) -> tuple[list[list[torch.Tensor]], Any]:
     """The ids of each step of streams that take turns on one compiled model."""
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = build_it()
     call = models.compiled(model, **options)
     streams = [begin(call) for begin in begins]
@@ -276,7 +278,7 @@ def test_streams_that_take_turns_go_as_if_alone(name: str, kind: str) -> None:
 def test_a_stream_that_is_in_doubt_was_not_given_up() -> None:
     begins = [drawn_at_first_condition, drawn_at_null_condition]
     wanted = [alone(begin, lambda: told("modulated"), METHODS["dual"]) for begin in begins]
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = told("modulated")
     call = models.compiled(model, **METHODS["dual"])
     first, second = (begin(call) for begin in begins)
@@ -318,7 +320,7 @@ def test_many_streams_stay_right_and_bounded(name: str) -> None:
     call(start(seed=100))
     one = dllm_compile.stats(model)["state_bytes"]
     assert one > 0 or name == "neutral"
-    torch._dynamo.reset()
+    dllm_compile.reset()
     most = int(2.5 * one) if one else 2**16
     model = build()
     call = models.compiled(model, max_state_bytes=most, **options)
@@ -340,7 +342,7 @@ def test_the_stream_used_least_recently_goes_first(name: str) -> None:
     call = models.compiled(model, **METHODS[name])
     call(start(seed=100))
     one = dllm_compile.stats(model)["state_bytes"] + dllm_compile.stats(model)["logits_bytes"]
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = build()
     call = models.compiled(model, max_state_bytes=int(2.5 * one), **METHODS[name])
     xs = [start(seed=seed) for seed in (2, 3)]
@@ -373,13 +375,13 @@ def test_the_best_of_three_answers_to_one_prompt(name: str, form: str) -> None:
     options = {**EQUAL, **METHODS}[name]
     wanted, count = [], 0
     for seed in range(3):
-        torch._dynamo.reset()
+        dllm_compile.reset()
         model = build(form)
         call = models.compiled(model, **options)
         with dllm_compile.loop():
             wanted.append(list(sampled(call, start(), seed)))
         count += partial(model)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = build(form)
     call = models.compiled(model, **options)
     words = [dllm_compile.loop() for _ in wanted]

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
+import dllm_compile
+
 from . import models
 from .callers import (
     EQUAL,
@@ -31,6 +33,8 @@ from .callers import (
     steps,
 )
 from .grids import in_turn
+
+pytestmark = pytest.mark.shares_graphs
 
 LOSSY = {name: METHODS[name] for name in ("dllm-cache", "dual", "sparse", "dyllm")}
 ALL = {**EQUAL, **LOSSY}
@@ -227,7 +231,7 @@ def of_a_function(model: Whole, options: dict[str, Any]) -> Callable[..., torch.
 
 
 def of_a_module(model: Whole, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    call: Any = models.compiled(model, **options)
+    call: Any = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": models.MASK, **options})
 
     def run(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = functional_call(call, {f"_orig_mod.{n}": t for n, t in weights.items()}, (x,))
@@ -258,13 +262,13 @@ def test_two_sets_of_plain_tensors_cache_as_if_alone(name: str, way: Any) -> Non
     sets = [plain_weights(0), plain_weights(7)]
     alone: list[list[torch.Tensor]] = []
     for weights in sets:
-        torch._dynamo.reset()
+        dllm_compile.reset()
         run, x = way(build(), LOSSY[name]), start()
         alone.append([])
         for _ in range(6):
             alone[-1].append(run(weights, x).clone())
             x = fill(alone[-1][-1], x)
-    torch._dynamo.reset()
+    dllm_compile.reset()
     model = build()
     run, xs = way(model, LOSSY[name]), [start(), start()]
     for turn in range(6):
@@ -385,7 +389,7 @@ def test_nothing_written_nothing_dropped(name: str) -> None:
 def test_options_of_the_tests_are_what_they_say() -> None:
     """Under ``EQUAL`` readable rows are eager's; under ``LOSSY`` those of partial steps are not."""
     for name, options in {"exact": EXACT, "neutral": NEUTRAL, **LOSSY}.items():
-        torch._dynamo.reset()
+        dllm_compile.reset()
         model = build()
         call = models.compiled(model, **options)
         x, worst = start(), 0.0
