@@ -126,7 +126,7 @@ class Backend:
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
         key = self._key(args)
-        program = self.programs[key] if key in self.programs else self._program(key, args)
+        program = known[0] if (known := self.programs.get(key)) is not None else self._program(key, args)
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
         stream = args[program.index[program.seed]]

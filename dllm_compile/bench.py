@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import eviction_bench, frontier, kernel_bench, saliency_bench, shape_bench
+from . import eviction_bench, frontier, kernel_bench, length_bench, saliency_bench, shape_bench
 from .bench_model import KINDS, SHAPES, Setting, check_lengths, check_model, contenders, job_of, random_model
 from .command import Parser, interval, picture, require, target, whole
 from .contest import Row, finish, play, relative_flops
@@ -90,6 +90,16 @@ def _parser() -> Parser:
     return parser
 
 
+def _alone(parser: Parser, given: dict[str, Any]) -> dict[str, Callable[[], None]]:
+    """Measurements of one thing that are asked for, by their flags; takes them out of what is ``given``."""
+    found = {f"--{name}": measure for name, (measure, _) in ALONE.items() if given.pop(name)}
+    if given["lengths"] == []:
+        if given["shape"]:
+            parser.error("--lengths without pairs such as 256,256 is a measurement of its own, without --shape")
+        given["lengths"], found["--lengths"] = None, length_bench.main
+    return found
+
+
 def main(argv: list[str]) -> None:
     """Command line."""
     parser = _parser()
@@ -98,7 +108,7 @@ def main(argv: list[str]) -> None:
         parser.set_defaults(**asdict(SHAPES[shape]))
     given = vars(parser.parse_args(argv))
     report, drawn, device = given.pop("json"), given.pop("plot"), given.pop("device")
-    alone = {f"--{name}": measure for name, (measure, _) in ALONE.items() if given.pop(name)}
+    alone = _alone(parser, given)
     kernels = given.pop("kernels")
     setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
     del given["shape"]

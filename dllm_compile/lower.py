@@ -132,15 +132,15 @@ def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) ->
 def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -> dict[str, str]:
     """Let PyTorch keep the traced graph on disk, beside Inductor's code.
 
-    It keeps graphs of functions that it knows, or that are named to it, and of methods of values that are known to be
-    tensors, as Dynamo notes; which tensors is in the key by itself.
+    It keeps graphs of functions that it knows, or that are named to it, and of methods of values that are noted to be
+    tensors, as Dynamo does. Nothing but the passes of an option of Inductor reads more of a note than that it is there.
 
     Returns:
         The functions of this package in ``module``, with a hash of its source files: other sources, other keys.
     """
     known, found = dict(torch._inductor.config.unsafe_marked_cacheable_functions), {}
     for node in module.graph.nodes:
-        if node.op == "call_method":
+        if node.op == "call_method" and not torch._inductor.config.pre_grad_fusion_options:
             node.args[0].meta.setdefault("example_value", torch.empty(0, device=device))
         elif node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith(__package__):
             found[f"{node.target.__module__}.{node.target.__name__}"] = _source()

@@ -99,15 +99,13 @@ class Programs:
         self.made: dict[Key, _Made | None] = {}
         self.served: dict[Key, Program] = {}
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self.served or key in self.made
-
-    def __getitem__(self, key: Key) -> Program | None:
-        """The program for calls with this key; ``None`` where there can be none."""
-        if key in self.served:
-            return self.served[key]
-        known = self.made[key]
-        return known.program if known is not None else None
+    def get(self, key: Key) -> tuple[Program | None] | None:
+        """The program for calls with this key, ``(None,)`` where there can be none; ``None`` where nobody knows."""
+        program = self.served.get(key)
+        if program is not None:
+            return (program,)
+        made = self.made  # replaced as a whole by other threads
+        return (each.program if (each := made[key]) is not None else None,) if key in made else None
 
     def serving(self, key: Key, args: Sequence[Any]) -> Program | None:
         """One that was made for other sizes and is known to serve these."""

@@ -219,7 +219,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     flags = parser.add_argument_group("published sizes", "any number above overrides the shape's own")
     flags.add_argument("--shape", choices=SHAPES, help="measure every method on a random model of this size")
-    flags.add_argument("--lengths", nargs="+", type=pair, metavar="P,G", help="tokens of prompt and response")
+    about = "tokens of prompt and response; without any, and without --shape, measure what a new length costs"
+    flags.add_argument("--lengths", nargs="*", type=pair, metavar="P,G", help=about)
     flags.add_argument("--batches", nargs="+", type=some, help="sequences run together")
     flags.add_argument("--per-call", nargs="+", type=some, help="tokens that a call frees: 1 2 4")
     flags.add_argument("--methods", nargs="+", choices=[*entrants(Setting())], help="all of them by default")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_compile import bench, demo, frontier, kernel_bench, shape_bench, tiny
+from dllm_compile import bench, bench_model, demo, frontier, kernel_bench, length_bench, shape_bench, tiny
 from dllm_compile.contest import Contender, Row, play
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +97,15 @@ def test_bench_times_each_operation_alone(monkeypatch: pytest.MonkeyPatch, capsy
         ours = calls["operation"]()
         for way in calls.keys() - exact:
             torch.testing.assert_close(ours, calls[way](), check_dtype=False)
+
+
+def test_a_new_length_makes_no_code(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = bench_model.Setting(layers=1, width=64, mlp=96, heads=4, vocabulary=128)
+    sizes = ((9, 8, 2), (11, 8, 2), (11, 8, 3), (14, 12, 3), (7, 16, 5)), ((21, 8, 2), (6, 8, 4))
+    length_bench.main(setting, *sizes)
+    _, plain, ours = capsys.readouterr().out.splitlines()
+    assert plain.startswith("inductor")
+    assert "then 0 frames of Dynamo and 0 graphs of Inductor" in ours
 
 
 def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ class Once:
     def _tensor(self, value: torch.Tensor) -> Hashable:
         known = self.kinds.get(id(value))
         if known is None:
-            if type(value) not in _PLAIN:
-                raise Unknown  # a quantized weight has parts
+            if type(value) not in _PLAIN or getattr(value, "constant", None) is not None:
+                raise Unknown  # a quantized weight has parts; a number may be read of a constant
             known = type(value), value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
             self.kinds[id(value)] = known
             self.alive.append(value)
