@@ -584,6 +584,7 @@ def test_inductor_serves_any_number_of_rows() -> None:
     model, batch = Further(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=1)), Batch([3, 2], [1, 0], 8, 1)
     ids, extra = batch.ids(), batch.extra()
     for cache, block, shift in (("prefix", 3, False), ("dual", 3, None), ("dual", 1, False)):
+        EARLIER.update(sessions())
         call = fresh(model, **METHOD, cache=cache, block_length=block, shift=shift, lowering="inductor")
         plains = plains_of(model, ids, extra, cache, block, None, shift)
         for x in filled(ids, block, [1, 2 if block > 1 else 1]):
