@@ -30,7 +30,6 @@ from .lower import Compiled
 from .memory import process_peak_bytes
 from .options import Options, check_vocabulary
 from .program import Program
-from .programs import Key, Programs, key_of
 from .run import run
 from .session import Session, sessions
 from .stats import Stats
@@ -38,6 +37,9 @@ from .unchanged import Inputs
 from .unit_code import forget
 from .verify import compare
 
+Key = tuple[Any, ...]
+PROGRAMS = 64
+"""Input shapes of a graph whose analysis is kept."""
 _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
@@ -115,7 +117,9 @@ class Backend:
         self.options = options
         self.mine: list[Session] = []
         self.refused: list[str] = []
-        self.programs = Programs()
+        self.programs: dict[
+            Key, Program | None
+        ] = {}  # by sizes; the oldest are dropped, their code is shared and stays
         self.ready: dict[Key, Program] = {}
         self.numbers = numbers(module.graph)
         self.plain: Compiled | None = module if options.lowering == "eager" else None
@@ -126,7 +130,8 @@ class Backend:
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
         key = self._key(args)
-        program = known[0] if (known := self.programs.get(key)) is not None else self._program(key, args)
+        programs = self.programs  # replaced as a whole by other threads
+        program = programs[key] if key in programs else self._program(key, args)
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
         stream = args[program.index[program.seed]]
@@ -157,7 +162,7 @@ class Backend:
                 result = self._run_step(program, args, *chain.found)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
                 self._refuse(refusal)
-                self.programs.refuse(program)
+                self.programs = {key: None if known is program else known for key, known in self.programs.items()}
                 chain.found[0].session.drop()
                 chain.found = None  # the graphs behind this one belong to no step
         if chain.found is None or chain.found[1].shape != shape:
@@ -186,14 +191,13 @@ class Backend:
         """The program for sizes that were never called before."""
         try:
             with compile_lock:
-                program = self.programs.serving(key, args) or self.ready.pop(key, None) or self._analyzed(args)
+                program = self.ready.pop(key, None) or self._analyzed(args)
             with refusing("analyzed"):
                 program.check(args)
-                self.programs.add(key, program, args)
         except GraphRefused as refusal:
             self._refuse(refusal)
             program = None
-            self.programs.add(key, None, args)
+        self.programs = dict([*self.programs.items()][1 - PROGRAMS :]) | {key: program}
         self._tell_of_break(program, args)
         return program
 
@@ -211,7 +215,7 @@ class Backend:
             self.inputs = [i for i in range(len(args)) if i not in self.weights]
         given = [args[i] for i in self.inputs]
         read = [scalars[i].item() for i in self.numbers if scalars[i].device.type == "cpu"]
-        return key_of(given, read)
+        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given], *read)
 
     def refuses(self, shown: Sequence[Any]) -> bool:
         """Analyze the graph while Dynamo waits for it, at the sizes that ``shown`` has now.

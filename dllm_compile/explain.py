@@ -113,8 +113,8 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
         out.refused += backend.refused
         for session in backend.mine:
             session.drop()
-        out.graphs += map(_describe, backend.programs.all())
-    _add_costs(out, [p for backend in backends for p in backend.programs.all()], example_ids, chosen)
+        out.graphs += [_describe(program) for program in backend.programs.values() if program is not None]
+    _add_costs(out, [p for b in backends for p in b.programs.values() if p is not None], example_ids, chosen)
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -142,17 +141,23 @@ def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -
     for node in module.graph.nodes:
         if node.op == "call_method" and not torch._inductor.config.pre_grad_fusion_options:
             node.args[0].meta.setdefault("example_value", torch.empty(0, device=device))
-        elif node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith(__package__):
-            found[f"{node.target.__module__}.{node.target.__name__}"] = _source()
+        elif (
+            node.op == "call_function"
+            and _SOURCE
+            and (getattr(node.target, "__module__", None) or "").startswith(f"{__package__}.")
+        ):
+            found[f"{node.target.__module__}.{node.target.__name__}"] = _SOURCE
     return {**known, **found}
 
 
-@cache
-def _source() -> str:
-    """A hash of all source files of the package."""
-    files = sorted(path for path in Path(__file__).parent.rglob("*.py"))
-    files += [path for part in ("passes", "kernels") for path in sorted((Path(__file__).parent / part).glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def _hash_of_sources() -> str:
+    """A hash of all source files of the package; empty where there are none to read."""
+    here = Path(__file__).parent
+    files = [*here.rglob("*.py"), *(path for part in ("passes", "kernels") for path in (here / part).glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest() if files else ""
+
+
+_SOURCE = _hash_of_sources()  # at import: of the code that runs
 
 
 class _Symbols:

@@ -58,7 +58,7 @@ class Program:
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
         self.options = options
         given, args = args, fake_like(args, fake_mode := FakeTensorMode())
-        graph, fake, origin = fix_sizes(module.graph, args, fake_mode, given)
+        graph, fake = fix_sizes(module.graph, args, fake_mode, given)
         self.graph = normalized(graph, fake)
         names = placeholders(graph)
         self.seed, layout = find_seed(graph, args)
@@ -88,8 +88,8 @@ class Program:
             for i, node in enumerate(unit.outputs)
         }
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
-        self.prelude = outline(graph, self.constants, origin) if self.constants else None
-        self.masks = masks(graph, self.axes, origin)
+        self.prelude = outline(graph, self.constants) if self.constants else None
+        self.masks = masks(graph, self.axes)
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))

@@ -20,17 +20,12 @@ from dllm_compile.core.outline import Outline, outline
 Mask = tuple[torch.fx.Node, Outline]
 
 
-def masks(graph: torch.fx.Graph, axes: Axes, origin: Mapping[torch.fx.Node, torch.fx.Node]) -> list[Mask]:
-    """The attention calls of ``graph`` that are given a mask which depends on no tokens, and what computes it.
-
-    Args:
-        graph, axes: a graph and its axes.
-        origin: see :func:`dllm_compile.core.outline.outline`.
-    """
+def masks(graph: torch.fx.Graph, axes: Axes) -> list[Mask]:
+    """The attention calls of ``graph`` that are given a mask which depends on no tokens, and what computes it."""
     calls = [node for node in graph.nodes if node.target is attention]
     given = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
     constant = [m for m in given if isinstance(m, torch.fx.Node) and m not in axes.live and axes.fake[m].dim() > 1]
-    return [(given[mask], outline(graph, [mask], origin)) for mask in constant]
+    return [(given[mask], outline(graph, [mask])) for mask in constant]
 
 
 def refuse_causal_masks(computed: list[Mask], given: Mapping[torch.fx.Node, Any]) -> None:

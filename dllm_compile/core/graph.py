@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.fx
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._pytree import tree_any, tree_leaves
+from torch.utils._pytree import tree_any
 
 from .axes import Axes, run_node
 from .errors import GraphRefused
@@ -50,24 +50,9 @@ def _reads_number(node: torch.fx.Node) -> bool:
     return node.op == "call_method" and node.target == "item"
 
 
-class Fixed(NamedTuple):
-    """A graph whose sizes are numbers.
-
-    Attributes:
-        graph: a copy.
-        fake: the fake value of each of its nodes.
-        origin: the node, of a graph whose sizes may be symbols, that each is a copy of; not of those that read memory
-            which is changed in place, since the copy is to be made functional.
-    """
-
-    graph: torch.fx.Graph
-    fake: dict[torch.fx.Node, Any]
-    origin: dict[torch.fx.Node, torch.fx.Node]
-
-
 def fix_sizes(
     graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any] = ()
-) -> Fixed:
+) -> tuple[torch.fx.Graph, dict[torch.fx.Node, Any]]:
     """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
     A graph that Dynamo traced with symbolic sizes becomes one with fixed sizes; placeholders stay as they are, so that
@@ -78,10 +63,12 @@ def fix_sizes(
         inputs: fake tensors and numbers, one a placeholder.
         fake_mode: the mode of the fake tensors.
         given: what ``inputs`` stand for, to read the numbers of.
+
+    Returns:
+        The copy, and the fake value of each of its nodes.
     """
     inputs_of = placeholders(graph)
-    writers = [node for node in graph.nodes if writes(node)]
-    once = Once(off=bool(writers))
+    once = Once(off=any(map(writes, graph.nodes)))
     scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
     out = torch.fx.Graph()
     env: dict[torch.fx.Node, Any] = {}
@@ -112,14 +99,7 @@ def fix_sizes(
                     env[node] = tuple(value) if isinstance(value, torch.Size) else value
     pairs = [(node, env[node]) for node in graph.nodes if isinstance(env.get(node), torch.fx.Node)]
     pairs += zip(inputs_of, placeholders(out), strict=True)
-    changed = {store for node in writers for store in _memory(node.all_input_nodes[:1], fake)}
-    origin = {copied: n for n, copied in pairs if changed.isdisjoint(_memory(n.all_input_nodes, fake))}
-    return Fixed(out, {copied: fake[n] for n, copied in pairs}, origin)
-
-
-def _memory(nodes: Sequence[torch.fx.Node], fake: dict[torch.fx.Node, Any]) -> set[int]:
-    leaves = [leaf for node in nodes for leaf in tree_leaves(fake[node]) if isinstance(leaf, torch.Tensor)]
-    return {leaf.untyped_storage()._cdata for leaf in leaves}
+    return out, {copied: fake[node] for node, copied in pairs}
 
 
 def _is_known(value: Any) -> bool:
