@@ -117,9 +117,7 @@ class Backend:
         self.options = options
         self.mine: list[Session] = []
         self.refused: list[str] = []
-        self.programs: dict[
-            Key, Program | None
-        ] = {}  # by sizes; the oldest are dropped, their code is shared and stays
+        self.programs: dict[Key, Program | None] = {}  # of the last sizes; their code is shared, and stays
         self.ready: dict[Key, Program] = {}
         self.numbers = numbers(module.graph)
         self.plain: Compiled | None = module if options.lowering == "eager" else None
@@ -156,8 +154,7 @@ class Backend:
     def _run(self, program: Program, args: Sequence[Any], chain: Chain) -> Any:
         """Run the graph, as part of the step that its chain is."""
         result = None
-        shape = tuple(args[program.index[program.seed]].shape[:2])
-        if chain.found is not None and chain.found[1].shape == shape:
+        if chain.found is not None and chain.found[1].shape == program.axes.size:
             try:
                 result = self._run_step(program, args, *chain.found)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
@@ -165,7 +162,7 @@ class Backend:
                 self.programs = {key: None if known is program else known for key, known in self.programs.items()}
                 chain.found[0].session.drop()
                 chain.found = None  # the graphs behind this one belong to no step
-        if chain.found is None or chain.found[1].shape != shape:
+        if chain.found is None or chain.found[1].shape != program.axes.size:
             result = self._run_plain(args)
         chain.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         return result
@@ -214,8 +211,8 @@ class Backend:
             self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
             self.inputs = [i for i in range(len(args)) if i not in self.weights]
         given = [args[i] for i in self.inputs]
-        read = [scalars[i].item() for i in self.numbers if scalars[i].device.type == "cpu"]
-        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in given], *read)
+        read = [_literal(scalars[i].item()) for i in self.numbers if scalars[i].device.type == "cpu"]
+        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else _literal(a) for a in given], *read)
 
     def refuses(self, shown: Sequence[Any]) -> bool:
         """Analyze the graph while Dynamo waits for it, at the sizes that ``shown`` has now.
@@ -328,6 +325,11 @@ class Backend:
         if self.plain is None:
             self.plain = torch.compile(self.module, backend="inductor")
         return self.plain(*args)
+
+
+def _literal(value: Any) -> Any:
+    """A number as part of a key: 0.0 is not -0.0, and NaN is itself."""
+    return value.hex() if isinstance(value, float) else value
 
 
 class Chain:

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from .batch import Batch, Step
-from .core.layout import opened, position
+from .core.layout import position
 from .core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from .core.state import allocate
 from .core.units import weights_key
@@ -71,7 +71,7 @@ class Held:
         value, rows = self.env[node], self.have.get(node)
         if rows is None or not self._widens(node):
             return value
-        layout = opened(self.program.axes.layout[node])
+        layout = self.program.axes.layout[node]
         kept = self._slot(node)
         if kept is None:
             self.batch.tapes.clear()

@@ -70,7 +70,7 @@ def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     return masked
 
 
-def mask_of_changes(before: torch.Tensor, now: torch.Tensor) -> int | None:
+def mask_of_changes(before: torch.Tensor | None, now: torch.Tensor, known: int | None = None) -> int | None:
     """The label that all changed rows had, if several rows had it: what a sampler fills in was the mask.
 
     Where ids never reach the backend, this tells the mask of a batch that is padded on the right, or masked in its
@@ -78,13 +78,17 @@ def mask_of_changes(before: torch.Tensor, now: torch.Tensor) -> int | None:
 
     Args:
         before, now: ``[B, S]`` labels, or ids, of two consecutive calls of a sequence.
+        known: what is taken for the mask so far. Where all changed rows have become it, a text was masked again.
 
     Returns:
         The label; ``None`` where nothing changed, where changed rows had several labels, or one that occurred once.
     """
-    if before.shape != now.shape:
+    if before is None or before.shape != now.shape:
         return None
-    filled = torch.unique(before[before != now])
+    changed = before != now
+    filled = torch.unique(before[changed])
     if len(filled) != 1 or int((before == filled).sum()) < 2:
+        return None
+    if known is not None and bool((now[changed] == known).all()):
         return None
     return int(filled)

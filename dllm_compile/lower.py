@@ -69,7 +69,7 @@ class Code:
         sizes = tuple(_size(args[i], dim) for i, dim, _ in self.free)
         if sizes not in self.served:
             values = {symbol: size for (*_, symbol), size in zip(self.free, sizes, strict=True)}
-            if min(sizes, default=2) < 2 or not all(bool(each.xreplace(values)) for each in self.assumed):
+            if min(sizes, default=2) < 2 or not all(each.xreplace(values) == sympy.true for each in self.assumed):
                 return False
             if len(self.served) == SERVED:
                 self.served.clear()

@@ -21,7 +21,7 @@ from .core.units import Unit, closure
 from .cost import whole
 from .options import Options
 from .passes import cut, normalized
-from .passes.causal import masks, refuse_causal_masks
+from .passes.causal import refuse_causal_masks
 from .passes.seeds import find_seed
 from .passes.unmask import unmask
 from .unit_code import shared
@@ -58,8 +58,7 @@ class Program:
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
         self.options = options
         given, args = args, fake_like(args, fake_mode := FakeTensorMode())
-        graph, fake = fix_sizes(module.graph, args, fake_mode, given)
-        self.graph = normalized(graph, fake)
+        self.graph = graph = normalized(fix_sizes(module.graph, args, fake_mode, given))
         names = placeholders(graph)
         self.seed, layout = find_seed(graph, args)
         again = partial(follow, graph, args, fake_mode, {self.seed.name: layout})
@@ -89,7 +88,6 @@ class Program:
         }
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude = outline(graph, self.constants) if self.constants else None
-        self.masks = masks(graph, self.axes)
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
@@ -110,7 +108,7 @@ class Program:
         Raises:
             GraphRefused: attention is causal by its mask.
         """
-        refuse_causal_masks(self.masks, dict(zip(self.index, args, strict=True)))
+        refuse_causal_masks(self.graph, self.axes, dict(zip(self.index, args, strict=True)))
 
     def head(self, vocabulary: int | None) -> Unit | None:
         """The unit whose first output a sampler reads: it is as wide as the vocabulary.
@@ -179,13 +177,12 @@ class Program:
         return prod(factor.size for dim in self.axes.layout.get(node, ()) for factor in dim if factor.kind == "")
 
     @cached_property
-    def _work(self) -> list[tuple[int, float]]:
-        units = [unit for unit in self.units if unit.stream is not None]
-        return [(len(names), float(n)) for unit in units for names, n in whole(unit, self.axes).items()]
-
-    def flops(self, batch: int, tokens: int) -> float:
+    def flops(self) -> float:
         """FLOPs of a call that computes every row, behind the stem and before the decision."""
-        return sum((count * batch * float(tokens) ** power for power, count in self._work), 0.0)
+        units = [unit for unit in self.units if unit.stream is not None]
+        found = [item for unit in units for item in whole(unit, self.axes).items()]
+        batch, tokens = self.axes.size
+        return sum((float(count) * batch * float(tokens) ** len(names) for names, count in found), 0.0)
 
     def is_first(self, unit: Unit) -> bool:
         """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""

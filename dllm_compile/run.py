@@ -13,7 +13,6 @@ import torch.fx
 
 from .batch import Batch, Step
 from .core.assignment import ACTIVE, EXACT, FEATURES, KEYED, KEYS, NOTHING, PROMPT_SELECTED, READABLE, Assignment
-from .core.layout import opened
 from .core.rows import ALL, NONE, RowSet, read_all
 from .core.state import allocate
 from .core.units import Unit
@@ -35,10 +34,10 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
     call, stats = _Call(program, args, batch, step), batch.session.stats
     if step.repeat and program in batch.outputs and program.decision is None:
-        stats.ran(step, call.tally, program.flops(*step.shape))
+        stats.ran(step, call.tally, program.flops)
         return call.answer(batch.outputs[program])
     if step.repeat and (kept := call.kept_results()) is not None:
-        stats.ran(step, call.tally, program.flops(*step.shape))
+        stats.ran(step, call.tally, program.flops)
         return call.answer(kept)
     layer, seen = step.layer, set(step.seen)
     if call.recordable():
@@ -51,7 +50,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
-    stats.ran(step, call.tally, program.flops(*step.shape))
+    stats.ran(step, call.tally, program.flops)
     batch.selected.update(call.selected)
     results = call.results
     if call.head is not None or program.ids is not None:
@@ -121,7 +120,7 @@ class _Call(Held):
             return None
         self.step.seen |= set(self.keys.values())
         self.step.layer += len(self.keys)
-        return {n: read_all(kept, opened(self.program.axes.layout[n])) for n, kept in slots.items() if kept is not None}
+        return {n: read_all(kept, self.program.axes.layout[n]) for n, kept in slots.items() if kept is not None}
 
     def recordable(self) -> bool:
         """Whether the call may be recorded: a partial step of a whole model."""

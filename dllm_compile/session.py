@@ -67,7 +67,7 @@ class Session:
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
         self.scored: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
-        self.filled_with: set[int] = set()  # tokens that were filled in where the mask was
+        self.filled_with: dict[int | None, set[int]] = {}  # by mask token, the tokens that were filled in where it was
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
         this = weakref.ref(self)
@@ -75,10 +75,9 @@ class Session:
         self.weights = Weights(weights, lambda: _forget(this))
         _SESSIONS.add(self)
 
-    @property
-    def mask_seen(self) -> bool:
+    def mask_seen(self, mask_id: int | None) -> bool:
         """Whether the mask was given, or seen to be filled; by two tokens, as a text ending in one may be masked."""
-        return self.options.mask_id is not None or len(self.filled_with) > 1
+        return self.options.mask_id is not None or len(self.filled_with.get(mask_id, ())) > 1
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
@@ -307,7 +306,7 @@ class Session:
         """
         fills, begins_with = 0, ids
         if self.options.mask_id is None:
-            filled = None if before is None or self.mask_seen else mask_of_changes(before, ids)
+            filled = None if self.mask_seen(self.mask_id) else mask_of_changes(before, ids, self.mask_id)
             if before is not None and filled not in (None, self.mask_id):  # the first call ended in padding, or in text
                 self.mask_id, fills, begins_with = filled, 1, before
             elif self.mask_id is None or not bool((ids == self.mask_id).any()):
@@ -341,7 +340,8 @@ class Session:
             if given_up and _agrees(ids, each.first, each.response):
                 self.scored = [*self.scored[1 - SCORED :], (each.first, each.response, each.inputs.checksums())]
         alike = [sums for first, response, sums in self.scored if _agrees(ids, first, response)]
-        return bool(alike) and any(torch.equal(sums, inputs.checksums()) for sums in alike)
+        mine = inputs.checksums() if alike else None
+        return mine is not None and any(torch.equal(sums, mine) for sums in alike)
 
     def _make_room(self, batch: Batch) -> None:
         """Drop rows of the sequences used longest ago, until one more of the largest has room."""
@@ -367,8 +367,8 @@ class Session:
         if call.repeat and last is not None and not last.delivered and program in batch.outputs:
             return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
         evidence = past.evidence
-        if call.number > 0 and not self.mask_seen and bool(call.filled.any()):
-            self.filled_with |= set(read.ids[call.filled].tolist())
+        if call.number > 0 and not self.mask_seen(batch.mask_id) and bool(call.filled.any()):
+            self.filled_with.setdefault(batch.mask_id, set()).update(read.ids[call.filled].tolist())
         if call.number and bool(call.filled.any()) and not evidence.is_loop:
             found = read.found.get(batch)
             evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)
@@ -418,7 +418,7 @@ class Session:
             self._tell_of_remasking(program)
         every = self.options.readable == "all" or self.reads_filled or program.reads_all(self.vocabulary)
         every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
-        every |= not self.mask_seen  # a sampler may read rows of another token
+        every |= not self.mask_seen(batch.mask_id)  # a sampler may read rows of another token
         multiple = MULTIPLE if self.records else 1
         rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
         indices = {**batch.fixed, **rows}

@@ -14,22 +14,22 @@ Passes never import each other; only this page names them all.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.fx
 
 from dllm_compile.core.axes import Axes
+from dllm_compile.core.graph import Fixed
 from dllm_compile.core.units import Unit
 from dllm_compile.passes.normalize import name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.spelled_attention import spelled_attention
 
 
-def normalized(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> torch.fx.Graph:
-    """Passes 1 and 2, in place, on a graph whose sizes are numbers and whose nodes have ``fake`` values."""
+def normalized(fixed: Fixed) -> torch.fx.Graph:
+    """Passes 1 and 2, in place, on a graph whose sizes are numbers."""
+    graph = fixed.graph
     name_arguments(graph)
-    normalize(graph, fake)
-    spelled_attention(graph, fake)
+    normalize(*fixed)
+    spelled_attention(graph, fixed.fake)
     graph.lint()
     return graph
 

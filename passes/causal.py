@@ -15,32 +15,26 @@ import torch.fx
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.outline import Outline, outline
-
-Mask = tuple[torch.fx.Node, Outline]
+from dllm_compile.core.outline import outline
 
 
-def masks(graph: torch.fx.Graph, axes: Axes) -> list[Mask]:
-    """The attention calls of ``graph`` that are given a mask which depends on no tokens, and what computes it."""
-    calls = [node for node in graph.nodes if node.target is attention]
-    given = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
-    constant = [m for m in given if isinstance(m, torch.fx.Node) and m not in axes.live and axes.fake[m].dim() > 1]
-    return [(given[mask], outline(graph, [mask])) for mask in constant]
-
-
-def refuse_causal_masks(computed: list[Mask], given: Mapping[torch.fx.Node, Any]) -> None:
-    """Compute attention masks and look above their diagonals.
+def refuse_causal_masks(graph: torch.fx.Graph, axes: Axes, given: Mapping[torch.fx.Node, Any]) -> None:
+    """Compute the attention masks that depend on no tokens, and look above their diagonals.
 
     Args:
-        computed: see :func:`masks`.
+        graph, axes: a graph and its axes.
         given: the value of each placeholder of the graph.
 
     Raises:
         GraphRefused: a mask lets no token see a later one.
     """
-    for call, computes in computed:
+    calls = [node for node in graph.nodes if node.target is attention]
+    masks = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
+    for mask, call in masks.items():
+        if not isinstance(mask, torch.fx.Node) or mask in axes.live or axes.fake[mask].dim() < 2:
+            continue
         with torch.no_grad():
-            (value,) = computes(given)
+            (value,) = outline(graph, [mask])(given)
         if is_causal(value):
             raise GraphRefused(
                 "the attention mask is causal; set is_causal=False in the config, or pass a full mask", call

@@ -8,6 +8,7 @@ Numbers are unchanged. What has no functional spelling is refused.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
@@ -37,15 +38,17 @@ def name_arguments(graph: torch.fx.Graph) -> int:
     return sum(canonical(node) for node in graph.nodes)
 
 
-def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> int:
+def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any], written: set[torch.fx.Node]) -> int:
     """Rewrite ``graph`` in place; returns how many nodes changed.
 
     Args:
         graph: a copy whose sizes are numbers.
         fake: fake value of each node, to tell which nodes share memory.
+        written: the nodes that change a tensor in place, whatever they call.
 
     Raises:
-        GraphRefused: a node changes an input in place, or a view of a value that is used later, or autocast is on.
+        GraphRefused: a node changes an input in place, or a view of a value that is used later, or in a way that has
+            no functional spelling; or autocast is on.
     """
     changed = 0
     for node in list(graph.nodes):
@@ -61,7 +64,7 @@ def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any]) -> int:
             node.target, node.args = "to", (node.args[0],)
             node.kwargs = {"dtype": other.dtype, "device": other.device}
             changed += 1
-        elif node.target in _IN_PLACE or _is_in_place_method(node) or node.target is operator.setitem:
+        elif node in written or node.target in _IN_PLACE or node.target is operator.setitem:
             _make_functional(node, fake)
             changed += 1
     graph.eliminate_dead_code()
@@ -88,14 +91,10 @@ def _follows_a_tensor(node: torch.fx.Node) -> bool:
     return len(node.args) > 1 and isinstance(node.args[1], torch.fx.Node)
 
 
-def _is_in_place_method(node: torch.fx.Node) -> bool:
-    name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-
-
 def _make_functional(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> None:
-    base = node.args[0]
-    assert isinstance(base, torch.fx.Node)
+    base = node.args[0] if node.args else None
+    if not isinstance(base, torch.fx.Node):
+        raise GraphRefused("a tensor is changed in place", node)
     if not isinstance(fake[base], torch.Tensor):  # numbers have no memory to share
         if node.target in _IN_PLACE:
             replace_call(node, _IN_PLACE[node.target], node.args)
@@ -108,18 +107,36 @@ def _make_functional(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> Non
             raise GraphRefused("items of a tensor are assigned by position", node)
         replace_call(node, torch.index_put, (base, index, node.args[2]))
         fake[node] = fake[base]
-    elif node.op == "call_method":
-        functional = str(node.target)[:-1]
-        if not hasattr(torch.Tensor, functional) or functional in ("copy", "set", "resize"):
-            raise GraphRefused(f"{node.target} changes a tensor in place", node)
-        node.target = functional
+    elif node.target in _IN_PLACE:
+        replace_call(node, _IN_PLACE[node.target], node.args)
     else:
-        replace_call(node, _IN_PLACE[node.target], node.args)  # type: ignore[index]
+        _call_functional(node)
     seen = False
     for user in list(node.graph.nodes):
         seen = seen or user is node
         if seen and user is not node:
             user.replace_input_with(base, node)
+
+
+def _call_functional(node: torch.fx.Node) -> None:
+    """``x.f_()`` becomes ``x.f()``, ``torch.f_(x)`` becomes ``torch.f(x)``, and ``inplace=True`` becomes ``False``."""
+    name = getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_method" and hasattr(torch.Tensor, name[:-1]) and name not in ("copy_", "set_", "resize_"):
+        node.target = name[:-1]
+        return
+    for home in (torch, torch.nn.functional):
+        if node.op == "call_function" and name.endswith("_") and getattr(home, name, None) is node.target:
+            functional = getattr(home, name[:-1], None)
+            if functional is not None:
+                node.target = functional
+                return
+    if node.op == "call_function" and getattr(node.target, "__module__", None) == torch.nn.functional.__name__:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        if given.arguments.get("inplace"):
+            given.arguments["inplace"] = False
+            node.args, node.kwargs = given.args, given.kwargs
+            return
+    raise GraphRefused(f"{name} changes a tensor in place", node)
 
 
 def _check_unshared(node: torch.fx.Node, base: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> None:

@@ -273,8 +273,10 @@ def _narrowest(node: object, axes: Axes) -> torch.fx.Node:
 def _place_constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> None:
     """A constant that one unit alone uses is computed there; the others are left to ``constants``.
 
-    So are those that have as many entries as there are tokens or sequences: code of a unit serves any number.
+    So are those that have as many entries as there are tokens or sequences, since code of a unit serves any number, and
+    those that the graph returns.
     """
+    returned = closure([n for n in output_node(graph).all_input_nodes if n not in axes.live], set())
     wanted: dict[torch.fx.Node, set[int]] = {}
     for i, unit in enumerate(units):
         for node in closure(unit.nodes, set()):
@@ -284,7 +286,7 @@ def _place_constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> No
     sized = _sized(wanted, axes)
     for node in graph.nodes:
         users = wanted.get(node, set())
-        if len(users) == 1 and node not in sized:
+        if len(users) == 1 and node not in sized and node not in returned:
             units[next(iter(users))].nodes.append(node)
     for unit in units:
         unit.nodes.sort(key=lambda n: order[n])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +44,15 @@ def _fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 ANY_NUMBER = {"recompile_limit": 1000, "accumulated_recompile_limit": 10000}
+
+
+@pytest.fixture
+def no_gradients_no_warnings() -> Iterator[None]:
+    """No gradients, and no warning but of a break that the test's own model makes."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
+        yield
 
 
 @pytest.fixture

@@ -23,15 +23,18 @@ def in_use() -> bool:
     return bool(MODULES)
 
 
-def _by_options(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A backend for Dynamo: what ``dllm`` makes of one graph for the options of each call."""
+def _by_options(module: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    """A backend for Dynamo: what ``dllm`` makes of one graph for the options of each call, and for its arguments.
+
+    Those that Dynamo shows are not kept: the weights among them belong to a model that may be gone by then.
+    """
     made: dict[str, Callable[..., Any]] = {}
 
     def run(*args: Any) -> Any:
         options = _CHOSEN[-1]
         key = repr(sorted(options.items()))
         if key not in made:
-            made[key] = dllm(module, example_inputs, options=options)
+            made[key] = dllm(module, args, options=options)
         return made[key](*args)
 
     return run

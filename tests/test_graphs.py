@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torchao import quantization
 
 import dllm_compile
-from dllm_compile import unit_code
+from dllm_compile import backend, unit_code
 from dllm_compile.core.sizes import Size
 from dllm_compile.lower import lower
 from dllm_compile.unit_code import UnitCode
@@ -374,3 +376,20 @@ def test_stats_say_when_nothing_of_a_model_was_compiled() -> None:
     assert dllm_compile.stats(m)["compiled"] is False
     steps(m, count=1)
     assert dllm_compile.stats(m)["compiled"] is True
+
+
+def test_numbers_that_python_takes_for_equal_are_told_apart() -> None:
+    """0.0 is not -0.0, and NaN is itself, though ``nan != nan``."""
+    m = model()
+
+    def signed(ids: torch.Tensor, sign: float) -> torch.Tensor:
+        return torch.copysign(m(ids).abs(), torch.full((), sign, dtype=torch.float64))
+
+    given = {"lowering": "eager", "mask_id": models.MASK, **NEUTRAL}
+    call, x = torch.compile(signed, backend="dllm", dynamic=True, options=given), models.start(9, 8)
+    with torch.no_grad():
+        for sign in (1.0, 0.0, -0.0, 2.0):
+            torch.testing.assert_close(call(x, sign), signed(x, sign), rtol=0, atol=1e-9)
+        call(x, math.nan)
+        with mock.patch.object(backend, "Program", side_effect=AssertionError):
+            call(x, math.nan)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +17,7 @@ from . import models
 from .callers import EQUAL, METHODS, RESPONSE, TOLERANCE, build, fill, off, start
 from .models import MASK
 
-pytestmark = pytest.mark.shares_graphs
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 SOURCES = tuple(
@@ -35,14 +34,6 @@ SETTINGS = {
     "dllm-cache": {"prompt_interval": 8, "response_interval": INTERRUPTED + 1, "transfer_ratio": 0.25},
 }
 """A step that counted although it never ran would be followed by a refresh that is not due."""
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients_no_warnings() -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
-        yield
 
 
 class Lines:

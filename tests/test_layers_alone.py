@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,8 @@ from dllm_compile.session import sessions
 
 from .models import MASK, VOCABULARY, compiled_loop, start
 from .under_way import UnderWay, under_way
+
+pytestmark = pytest.mark.usefixtures("no_gradients_no_warnings")
 
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 CACHED: dict[str, Any] = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
@@ -106,14 +107,6 @@ def mask_of(form: str, ids: torch.Tensor) -> torch.Tensor | None:
     if form != "mask-test":
         mask[-1, :3] = 0
     return mask
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients_no_warnings() -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
-        yield
 
 
 def denoise(x: torch.Tensor, seed: int = 0) -> Iterator[torch.Tensor]:

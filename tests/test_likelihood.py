@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,15 +38,7 @@ SAMPLES = 256
 Call = Callable[[torch.Tensor], torch.Tensor]
 Samples = list[torch.Tensor]
 
-pytestmark = pytest.mark.shares_graphs
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients_no_warnings() -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
-        yield
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 
 def compiled(model: Whole, *, dynamic: bool = True, **options: Any) -> Call:
@@ -228,6 +220,23 @@ def test_an_answer_that_ends_like_masks_where_the_mask_is_not_given(name: str) -
     samples = []
     for masks in ([0], [0, 5], [0, 4, 5], [0, 3, 4, 5]):
         samples.append(x.clone())
+        samples[-1][:, [PROMPT + place for place in masks]] = MASK
+    assert wrong(call, model, samples) == 0
+
+
+@pytest.mark.parametrize("name", ["exact", "dual", "dllm-cache"])
+def test_an_answer_of_one_token_behind_a_step_of_a_loop_where_the_mask_is_not_given(name: str) -> None:
+    """Masks that are put back over that token are not the tokens that a mask is filled with."""
+    warnings.filterwarnings("ignore", "dllm: this loop puts masks back")
+    model = build()
+    call = shared.compiled(model, lowering="eager", **{**EQUAL, **METHODS}[name])
+    x = start(response=6)
+    for _ in range(2):
+        x = fill(call(x).clone(), x)
+    samples = []
+    for masks in ([4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]):
+        samples.append(start(seed=2, response=6))
+        samples[-1][:, PROMPT:] = 9
         samples[-1][:, [PROMPT + place for place in masks]] = MASK
     assert wrong(call, model, samples) == 0
 

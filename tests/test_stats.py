@@ -94,3 +94,6 @@ def test_the_mask_is_what_changed_rows_had_in_common() -> None:
     edited[0, 1] = 8  # the only 7 there is
     assert mask_of_changes(before, edited) is None
     assert mask_of_changes(before, now[:, :4]) is None
+    again = torch.where(before == 9, 1, before)
+    assert mask_of_changes(before, again) == 9
+    assert mask_of_changes(before, again, known=1) is None  # masked again

@@ -352,7 +352,7 @@ def test_dynamo_frees_the_state_at_every_reset() -> None:
         pair.got(x)
         session = started()
         assert session.layers
-        dllm_compile.reset()
+        torch._dynamo.reset()
         assert not session.layers
 
 

@@ -37,15 +37,7 @@ from .grids import in_turn
 from .models import MASK
 from .test_layers_alone import WIDTH
 
-pytestmark = pytest.mark.shares_graphs
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients_no_warnings() -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
-        yield
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 
 def plain_will_do() -> None:
@@ -247,14 +239,6 @@ def drawn(call: Callable[[torch.Tensor], torch.Tensor]) -> Stream:
         yield x
 
 
-def drawn_at_first_condition(call: Any) -> Stream:
-    return drawn(lambda x: call(x, BESIDE["modulated"](1)))
-
-
-def drawn_at_null_condition(call: Any) -> Stream:
-    return drawn(lambda x: call(x, 0 * BESIDE["modulated"](1)))
-
-
 STREAMS: dict[str, tuple[list[Any], Any]] = {
     "prompts": ([prompts, other_prompts], build),
     "batch": ([prompts, other_batch], build),
@@ -276,7 +260,8 @@ def test_streams_that_take_turns_go_as_if_alone(name: str, kind: str) -> None:
 
 
 def test_a_stream_that_is_in_doubt_was_not_given_up() -> None:
-    begins = [drawn_at_first_condition, drawn_at_null_condition]
+    given = conditions("modulated")
+    begins = [lambda call, more=given[which]: drawn(lambda x: call(x, more)) for which in "ab"]
     wanted = [alone(begin, lambda: told("modulated"), METHODS["dual"]) for begin in begins]
     dllm_compile.reset()
     model = told("modulated")

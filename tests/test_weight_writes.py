@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -34,19 +33,11 @@ from .callers import (
 )
 from .grids import in_turn
 
-pytestmark = pytest.mark.shares_graphs
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 LOSSY = {name: METHODS[name] for name in ("dllm-cache", "dual", "sparse", "dyllm")}
 ALL = {**EQUAL, **LOSSY}
 Write = Callable[[Any], None]
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients_no_warnings() -> Iterator[None]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
-        yield
 
 
 def noise(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._pytree import tree_any
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_leaves
 
 from .axes import Axes, run_node
 from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
-from .once import Once, writes
+from .once import Once
 from .sizes import form, of_constant, of_layout
 
 
@@ -50,9 +51,45 @@ def _reads_number(node: torch.fx.Node) -> bool:
     return node.op == "call_method" and node.target == "item"
 
 
+class Fixed(NamedTuple):
+    """A graph whose sizes are numbers.
+
+    Attributes:
+        graph: the copy.
+        fake: the fake value of each of its nodes.
+        written: the nodes that change a tensor in place, whatever they call.
+    """
+
+    graph: torch.fx.Graph
+    fake: dict[torch.fx.Node, Any]
+    written: set[torch.fx.Node]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether any ATen call, or custom one, writes to memory of the operands of a node."""
+
+    operands: frozenset[int] = frozenset()
+    written = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        if schema.is_mutable:
+            given = {**dict(zip([a.name for a in schema.arguments], args, strict=False)), **(kwargs or {})}
+            changed = [
+                given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+            ]
+            self.written |= not self.operands.isdisjoint(_storages(changed))
+        return func(*args, **(kwargs or {}))
+
+
+def _storages(values: Any) -> frozenset[int]:
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+
+
 def fix_sizes(
     graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any] = ()
-) -> tuple[torch.fx.Graph, dict[torch.fx.Node, Any]]:
+) -> Fixed:
     """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
     A graph that Dynamo traced with symbolic sizes becomes one with fixed sizes; placeholders stay as they are, so that
@@ -63,18 +100,33 @@ def fix_sizes(
         inputs: fake tensors and numbers, one a placeholder.
         fake_mode: the mode of the fake tensors.
         given: what ``inputs`` stand for, to read the numbers of.
-
-    Returns:
-        The copy, and the fake value of each of its nodes.
     """
+    found = _fixed(graph, inputs, fake_mode, given, Once())
+    if found.written:  # who else sees a write is told by shared memory
+        return _fixed(graph, inputs, fake_mode, given, Once(off=True))
+    return found
+
+
+def _fixed(
+    graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any], once: Once
+) -> Fixed:
     inputs_of = placeholders(graph)
-    once = Once(off=any(map(writes, graph.nodes)))
     scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
     out = torch.fx.Graph()
     env: dict[torch.fx.Node, Any] = {}
     fake: dict[torch.fx.Node, Any] = {}
+    written: set[torch.fx.Node] = set()
     feed = iter(inputs)
-    with fake_mode, torch.no_grad():
+
+    def run(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        watch.operands = _storages((args, kwargs))
+        value = run_node(node, args, kwargs)
+        if watch.written:
+            written.add(node)
+            watch.written = False
+        return value
+
+    with fake_mode, torch.no_grad(), _Watch() as watch:  # type: ignore[no-untyped-call]
         for node in graph.nodes:
             if node.op == "placeholder":
                 copied = out.node_copy(node)
@@ -88,7 +140,7 @@ def fix_sizes(
                     if _reads_number(node) and node.args[0] in scalars:
                         fake[node] = scalars[node.args[0]]
                     else:
-                        fake[node] = once.get(node, fake, partial(run_node, node, args, kwargs))
+                        fake[node] = once.get(node, fake, partial(run, node, args, kwargs))
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
                     raise GraphRefused("a size or a number here depends on the values of a tensor", node) from error
                 if has_tensor(fake[node]) or fake[node] is None or not _is_literal(fake[node]):
@@ -97,9 +149,9 @@ def fix_sizes(
                 else:
                     value = fake[node]
                     env[node] = tuple(value) if isinstance(value, torch.Size) else value
-    pairs = [(node, env[node]) for node in graph.nodes if isinstance(env.get(node), torch.fx.Node)]
-    pairs += zip(inputs_of, placeholders(out), strict=True)
-    return out, {copied: fake[node] for node, copied in pairs}
+    copies = {node: copied for node, copied in env.items() if isinstance(copied, torch.fx.Node)}
+    values = {copied: fake[node] for node, copied in copies.items()}
+    return Fixed(out, values, {copies[node] for node in written if node in copies})
 
 
 def _is_known(value: Any) -> bool:

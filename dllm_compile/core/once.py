@@ -79,38 +79,8 @@ class Once:
         if known is None:
             if type(value) not in _PLAIN or getattr(value, "constant", None) is not None:
                 raise Unknown  # a quantized weight has parts; a number may be read of a constant
-            known = type(value), value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
+            form = value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
+            known = type(value), form, value.is_conj(), value.is_neg()
             self.kinds[id(value)] = known
             self.alive.append(value)
         return known, self.more(value)
-
-
-def writes(node: torch.fx.Node) -> bool:
-    """Whether a call may change its first operand in place."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", None) in ("_operator", "operator"):
-        return name in _WRITERS
-    return "out" in node.kwargs or (name.endswith("_") and not name.endswith("__"))
-
-
-_AUGMENTED = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "matmul",
-)
-_WRITERS = {"setitem", *(f"i{name}" for name in _AUGMENTED)}
