@@ -18,6 +18,7 @@ from torchao import quantization
 
 import dllm_compile
 from dllm_compile import backend, unit_code
+from dllm_compile.core.errors import GraphRefused, refusing
 from dllm_compile.core.sizes import Size
 from dllm_compile.lower import lower
 from dllm_compile.unit_code import UnitCode
@@ -245,6 +246,18 @@ def test_flex_attention_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in zip(got, steps(m), strict=True):
         torch.testing.assert_close(a, b)
     assert dllm_compile.stats()["refused"]
+
+
+def test_an_error_within_a_vmap_leaves_no_vmap_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLLM_DEBUG", "0")
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        torch._C._functorch._vmap_increment_nesting(2, "error")
+        raise ValueError("no more")
+
+    with pytest.raises(GraphRefused, match="analyzed, by ValueError: no more"), refusing("analyzed"):
+        fail(torch.zeros(2))
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
 
 
 def test_quantized_weights_are_compiled_for_any_number_of_rows() -> None:

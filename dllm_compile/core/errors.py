@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.fx
+from torch._C import _functorch as functorch
 
 
 class DllmError(Exception):
@@ -45,6 +46,7 @@ def refusing(doing: str) -> Iterator[None]:
     Args:
         doing: what failed, as in "the graph could not be ...".
     """
+    depth = functorch.get_dynamic_layer_stack_depth()
     try:
         yield
     except GraphRefused:
@@ -55,6 +57,8 @@ def refusing(doing: str) -> Iterator[None]:
         what = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         reason = f"the graph could not be {doing}, by {what}; please report this with the model"
         raise GraphRefused(reason, _at_fault(error)) from error
+    finally:
+        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)  # an error may have come in the middle of a ``vmap``
 
 
 def _at_fault(error: BaseException) -> torch.fx.Node | None:

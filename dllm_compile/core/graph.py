@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
+from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -68,12 +69,13 @@ class Fixed(NamedTuple):
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether any ATen call, or custom one, writes to memory of the operands of a node."""
 
+    supports_higher_order_operators = True  # such as FlexAttention, which have no schema
     operands: frozenset[int] = frozenset()
     written = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        if schema.is_mutable:
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
             given = {**dict(zip([a.name for a in schema.arguments], args, strict=False)), **(kwargs or {})}
             changed = [
                 given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
@@ -83,8 +85,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Any) -> frozenset[int]:
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-    return frozenset(tensor.untyped_storage()._cdata for tensor in tensors)
+    found = set()
+    for value in tree_leaves(values):
+        while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
+            value = functorch.get_unwrapped(value)  # inside of a ``vmap``
+        if isinstance(value, torch.Tensor):
+            found.add(value.untyped_storage()._cdata)
+    return frozenset(found)
 
 
 def fix_sizes(
