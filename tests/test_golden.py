@@ -69,7 +69,7 @@ def replay(
     model = golden_models.model(trace.meta["model"])
     model = model if device == "cpu" else copy.deepcopy(model).to(device)
     if options.get("lowering") == "eager":
-        compiled = shared.compiled(model, **options)
+        compiled = shared.compiled(model, dynamic=True, **options)
     else:
         compiled = torch.compile(model, backend="dllm", options=options)
     seen: list[torch.Tensor] = []

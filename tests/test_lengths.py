@@ -14,6 +14,7 @@ from dllm_compile.core.sizes import Size
 from dllm_compile.lower import lower
 
 from . import models
+from .grids import in_turn
 from .models import MASK
 from .rounding import roundings
 
@@ -42,8 +43,9 @@ def logits(model: torch.nn.Module, size: tuple[int, int, int], calls: int, **opt
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "modernbert", "esm", "roberta", "olmoe"])
-@pytest.mark.parametrize("method", ["dual", "dllm-cache"])
+@pytest.mark.parametrize(
+    ("name", "method"), in_turn(["llama", "qwen2", "modernbert", "esm", "roberta", "olmoe"], ["dual", "dllm-cache"])
+)
 def test_another_length_makes_no_code(name: str, method: str) -> None:
     makes_no_code(name, method)
 
