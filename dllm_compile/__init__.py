@@ -1,9 +1,11 @@
 """``torch.compile(model, backend="dllm")``: training-free speed for masked-diffusion language models."""
 
 from .backend import dllm, reset, stats
+from .core.mechanism import Facts, Mechanism, Option, RowRule
 from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
+from .mechanisms import register
 from .options import Options
 from .prepare import prepare
 from .sampler.decode import Generated
@@ -11,8 +13,12 @@ from .sampler.step import denoise_step
 
 __all__ = [
     "Explanation",
+    "Facts",
     "Generated",
+    "Mechanism",
+    "Option",
     "Options",
+    "RowRule",
     "denoise_step",
     "dllm",
     "exact_calls",
@@ -20,6 +26,7 @@ __all__ = [
     "generate",
     "loop",
     "prepare",
+    "register",
     "reset",
     "stats",
 ]

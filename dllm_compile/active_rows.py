@@ -15,9 +15,11 @@ import torch
 
 from .core.assignment import Assignment
 from .core.blocks import Blocks
+from .core.mechanism import Facts
 from .core.plan import Call, Plan, with_row_before
+from .mechanisms import RULES
 from .options import Options
-from .passes.block_cache import BLOCK, FULL, recomputed
+from .passes.block_cache import BLOCK, FULL
 from .passes.eviction import entries, evicted, evicting, has_gaps, unkept
 from .passes.saliency import salient, with_contexts
 from .refreshes import Refreshes
@@ -37,12 +39,11 @@ class ActiveRows:
     first: Assignment | None = None
 
     def __init__(self, options: Options, response: torch.Tensor) -> None:
-        self.options = options
+        self.options, self.rule = options, RULES[options.cache]
         self.wide = bool(options.shift) and options.cache == "none"
         self.response = with_row_before(response) if self.wide else response
-        self.before = (
-            options.shift is not False and not self.wide and not (options.shift and options.cache == "decoded")
-        )
+        self.before = options.shift is not False and not self.wide and not (options.shift and self.rule.shifts)
+        self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
         self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
         self.bound = options.saliency_threshold
         full, self.part = FULL, BLOCK
@@ -71,20 +72,23 @@ class ActiveRows:
         """New sequences compute every row as those do that begin a block; not where kept entries are of one step."""
         self.response = with_row_before(response) if self.wide else response
         self.blocks.begin_anew(rows, response)
+        self.since = self.since & ~rows.unsqueeze(1)
         self.refreshes.begin_anew(rows)
         return self.options.keep_ratio is None
 
     def next(self, call: Call) -> Plan:
         """Rows of the call; a repeated one counts."""
         self.blocks.next(call)
+        self.since = self.since | (call.filled & (call.number > 0))
         plan = self._planned(call)
         return replace(plan, warning=self.blocks.warning) if self.blocks.warning else plan
 
     def _planned(self, call: Call) -> Plan:
         part = self._partial(call)
         full, response = self.refreshes.next(call.number, self._begins(call, part))
+        self.since = self.since & ~full
         if bool((full | self.blocks.done).all()):
-            return self._full(part)
+            return self._full(self._reach(call, part))
         written = part | full | (response & self.response)
         active = with_row_before(written) if self.before else written
         exact = full | response
@@ -108,12 +112,19 @@ class ActiveRows:
             due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
             if due or not options.response_only:
                 return torch.ones_like(self.response)
-        return recomputed(options.cache, self.blocks, self.response, call, options.shift, options.window_size)
+        return self.rule.rows(self._facts(call))
+
+    def _reach(self, call: Call, part: torch.Tensor) -> torch.Tensor:
+        """Rows that some step before the next refresh may compute."""
+        return part if self.rule.reach is None else part | self.rule.reach(self._facts(call))
+
+    def _facts(self, call: Call) -> Facts:
+        return Facts(call, self.blocks, self.response, self.since, self.options)
 
     def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:
         """Which sequences, ``[B, 1]`` bool, begin a block, or were edited where no partial step sees it."""
         missed = call.changed & ~part
-        if self.options.cache == "decoded":
+        if self.rule.leaves_filled:
             missed &= ~call.filled
         if self.chosen is not None and self.chosen.fresh is not None:
             missed |= call.changed & ~self.chosen.fresh  # it has no place among the entries
@@ -122,14 +133,14 @@ class ActiveRows:
         self.edited &= ~begins
         return begins
 
-    def _full(self, part: torch.Tensor) -> Plan:
-        """A call that computes every row; the last of several chooses what is kept."""
+    def _full(self, reach: torch.Tensor) -> Plan:
+        """A call that computes every row; the last of several chooses what is kept beside rows within ``reach``."""
         self.follows = self.evict is None
         self.chosen = None
         if self.evict is None or bool((self.refreshes.left > 0).any()):
             return Plan(self.full, same=False)
         assert self.options.keep_ratio is not None
-        self.settled, self.gaps = False, has_gaps(part, self.options.keep_ratio)
-        kept = entries(part, self.options.keep_ratio)
-        self.chosen = Plan(self.evict, block=self.blocks.active, fresh=part, kept=kept, same=False)
+        self.settled, self.gaps = False, has_gaps(reach, self.options.keep_ratio)
+        kept = entries(reach, self.options.keep_ratio)
+        self.chosen = Plan(self.evict, block=self.blocks.active, fresh=reach, kept=kept, same=False)
         return self.chosen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def dllm(
     except (TypeError, ValueError) as error:
         return _raising(error)
     _warn_of_last_graph(module, example_inputs)
-    made = Backend(module, replace(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+    made = Backend(module, Options.of(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
     if not made.refuses(example_inputs):
         return made
     return module if chosen.lowering == "eager" else compile_fx(module, list(example_inputs))  # type: ignore[return-value]
@@ -265,7 +264,7 @@ class Backend:
         """The session of a model: of all its weights, or of those of the first layer where layers are traced alone."""
         if program.ids is not None:
             return self._session([args[i] for i in self.weights or ()], self.options)
-        return self._session(program.first_weights(args), replace(self.options, mask_id=None))
+        return self._session(program.first_weights(args), Options.of(self.options, mask_id=None))
 
     def _begin(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
         """The batch of sequences that a call goes on with, and the step that it is; ``None`` if it is no step."""
@@ -368,7 +367,7 @@ def current() -> Chain | None:
 
 
 def _verifies(options: Options, step: Step) -> bool:
-    return options.verify > 0 and step.number % options.verify == 0
+    return bool(options.verify > 0 and step.number % options.verify == 0)
 
 
 def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:

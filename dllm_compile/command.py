@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from .options import nearest
+from .core.mechanism import nearest
 
 
 class Parser(argparse.ArgumentParser):

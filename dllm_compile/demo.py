@@ -14,7 +14,7 @@ import torch
 from . import tiny
 from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, Show, finish, play, relative_flops
-from .options import PRESETS
+from .mechanisms import PRESETS
 from .table import print_rows
 
 HELD_OUT_SEED = 1

@@ -16,7 +16,7 @@ from .core.plan import Call
 from .core.units import Unit
 from .ids import infer_mask_id
 from .method import schedule
-from .options import Options, check_vocabulary
+from .options import Options, all_names, check_vocabulary
 from .program import Program
 from .run import HEAD
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
@@ -82,7 +82,7 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
     """
     check_model(model)
     check_ids("example_ids", example_ids)
-    names = {"preset", *Options.__dataclass_fields__}
+    names = all_names()
     given = {name: value for name, value in options.items() if name in names or not isinstance(value, torch.Tensor)}
     extra = {name: value for name, value in options.items() if name not in given}
     chosen = Options.of({**given, "lowering": "eager"})

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .declared import loop
+from .mechanisms import RULES
 from .options import Options, check_vocabulary
 from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
 from .sampler.progress import Progress
-from .sampler.settings import NAMES, OPTIONS, SYNONYMS, Settings, settings_of
+from .sampler.settings import SYNONYMS, Settings, names, option_names, settings_of
 from .sampler.step import Model
 from .sampler.stepper import stepper
 
@@ -104,7 +105,7 @@ def _of_transformers(settings: dict[str, Any], config: Any, return_dict: bool) -
         of = type(config).__name__
         raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
     _warn_of_processors(settings.get("logits_processor") or ())
-    own = {name: value for name, value in settings.items() if name in NAMES}
+    own = {name: value for name, value in settings.items() if name in names()}
     return own, return_dict or bool(config.return_dict_in_generate)
 
 
@@ -137,7 +138,7 @@ def _for_backend(
             options["block_length"] = settings.block_length
         backend = Options.of(options)
         settings = replace(settings, block_length=backend.block_length)
-    return settings, options, backend.cache in ("prefix", "dual") and backend.keep_ratio is None
+    return settings, options, RULES[backend.cache].in_blocks and backend.keep_ratio is None
 
 
 def _warn_of_processors(processors: Iterable[Any]) -> None:
@@ -159,7 +160,7 @@ def _signature() -> inspect.Signature:
     keyword = inspect.Parameter.KEYWORD_ONLY
     more = [inspect.Parameter(each.name, keyword, default=each.default) for each in fields(Settings)]
     known = {*plain.parameters, "max_new_tokens", "eos_token_id"}
-    other = [name for name in (*SYNONYMS, *OPTIONS) if name not in known]
+    other = [name for name in (*SYNONYMS, *option_names()) if name not in known]
     more += [inspect.Parameter(name, keyword, default=None) for name in other]
     return plain.replace(parameters=[*own, *more, plain.parameters["settings"]])
 

@@ -27,7 +27,8 @@ from torch._inductor.utils import clear_caches, fresh_cache
 from .bench_model import SHAPES, Setting, contenders, job_of, random_model
 from .command import whole
 from .contest import Contender, Job, play, wait
-from .options import PRESETS, Options
+from .mechanisms import PRESETS
+from .options import Options
 
 COPIED = {"cuda": 1 << 31, "cpu": 1 << 27}
 """Bytes of the tensor whose copies give the bandwidth."""

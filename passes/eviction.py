@@ -13,10 +13,12 @@ behind it read the kept entries and the rows computed since:
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from dllm_compile.core.assignment import KEYED, NOTHING, Assignment
+from dllm_compile.core.mechanism import Mechanism, Option, is_int, share_of
 
 
 def entries(fresh: torch.Tensor, keep_ratio: float) -> int:
@@ -48,3 +50,41 @@ def evicted(partial: Assignment, gaps: bool) -> Assignment:
     """A step behind it; ``gaps`` says that some entries of some sequence are no rows."""
     name = "sparse" if partial.name == "block" else partial.name
     return replace(partial, name=name, keys=KEYED, gaps=gaps)
+
+
+def _is_of_something(options: Any) -> str | None:
+    kept = options.prompt_interval, options.response_interval, options.saliency_threshold
+    if options.keep_ratio is None or options.cache != "none" or kept != (None, None, None):
+        return None
+    return (
+        f"keep_ratio is {options.keep_ratio!r}, a share of what a cache keeps; give cache='dual' or "
+        "prompt_interval too, or method='sparse-dllm'"
+    )
+
+
+MECHANISM = Mechanism(
+    "eviction",
+    "Sparse-dLLM, arXiv 2508.02558",
+    options=(
+        Option(
+            "keep_ratio",
+            None,
+            **share_of("entries outside of a block", 0.5),
+            meaning="share of the entries that no step computes between two refreshes that is kept, 0 to 1",
+        ),
+        Option(
+            "kernel_size",
+            3,
+            fits=lambda v: v is None or (is_int(v) and v % 2 == 1 and v > 0),
+            wanted="an odd number such as 3, or None",
+            meaning="window that their scores are pooled over, odd; ``None`` for none",
+            read=lambda options: options.keep_ratio is not None,
+            beside="keep_ratio",
+        ),
+    ),
+    switches=("keep_ratio",),
+    neutral={"cache": "dual", "keep_ratio": 0.5, "delay": 10**6},
+    methods={"sparse-dllm": {"cache": "dual", "keep_ratio": 0.5}},
+    presets={"sparse-dllm": {"method": "sparse-dllm", "block_length": 32}},
+    checks=(_is_of_something,),
+)

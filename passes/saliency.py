@@ -16,8 +16,10 @@ no state. A layer is cut behind its attention, since that decides how many rows 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dllm_compile.core.assignment import ACTIVE, CONTEXTS, SALIENT, Assignment
+from dllm_compile.core.mechanism import Mechanism, Option, count, flag, is_number
 
 
 def with_contexts(assignment: Assignment) -> Assignment:
@@ -33,3 +35,63 @@ def salient(partial: Assignment) -> Assignment:
 def thorough(assignment: Assignment) -> Assignment:
     """The same step with every active row salient, whatever its context does."""
     return replace(assignment, name="block", key=ACTIVE, value=ACTIVE, mlp=None)
+
+
+def _on(options: Any) -> bool:
+    return options.saliency_threshold is not None
+
+
+def _alone(options: Any) -> bool:
+    return _on(options) and options.cache == "none" and options.keep_ratio is None
+
+
+MECHANISM = Mechanism(
+    "saliency",
+    "DyLLM, arXiv 2603.08026",
+    options=(
+        Option(
+            "saliency_threshold",
+            None,
+            fits=lambda v: is_number(v) and -1 <= v <= 1,
+            wanted="a cosine, such as 0.99, from -1 to 1",
+            meaning="cosine of a context with its former self below which a row is computed again (tau), -1 to 1. No "
+            "value is neutral: only ``full_steps`` of all steps are",
+        ),
+        Option(
+            "full_steps",
+            4,
+            **count("4"),
+            meaning="full steps that a sequence begins with where saliency is on, at least 1",
+            synonyms=("num_full_steps",),
+            read=_on,
+            beside="saliency_threshold",
+        ),
+        Option(
+            "response_only",
+            True,
+            **flag(),
+            meaning="whether steps with saliency and no cache leave the prompt alone, but for some; else none does",
+            read=_alone,
+            beside="saliency_threshold without cache and keep_ratio",
+        ),
+        Option(
+            "whole_interval",
+            4,
+            **count("4"),
+            meaning="those some are the first four steps and every so many, from 1 counted. DyLLM's CUDA code has 4, "
+            "its port to TPUs 8",
+            read=_alone,
+            beside="saliency_threshold without cache and keep_ratio",
+        ),
+    ),
+    switches=("saliency_threshold",),
+    neutral={"saliency_threshold": 0.99, "full_steps": 10**6},
+    methods={"dyllm": {"saliency_threshold": 0.99}},
+    presets={
+        "dyllm/llada-safe": {"method": "dyllm", "saliency_threshold": 0.995},
+        "dyllm/dream": {"method": "dyllm", "saliency_threshold": 0.995},
+        "dyllm/dream-safe": {"method": "dyllm", "saliency_threshold": 0.9975},
+        "dyllm/tpu": {"method": "dyllm", "whole_interval": 8},
+    },
+)
+"""The thresholds are of the paper; ``dyllm/tpu`` is as its authors' port to TPUs."""

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dllm_compile
 from dllm_compile import Options
 from dllm_compile.backend import Backend
+from dllm_compile.mechanisms import METHODS
 from dllm_compile.memory import peak_bytes
-from dllm_compile.options import METHODS
 
 from . import models
 from .test_properties import Model, Shape

@@ -12,7 +12,7 @@ import torch
 import dllm_compile
 from dllm_compile import generate
 from dllm_compile.declared import filling, to_be_filled
-from dllm_compile.passes.block_cache import around
+from dllm_compile.passes.decoded_rows import around
 from dllm_compile.sampler.in_order import InOrder
 from dllm_compile.sampler.progress import Turn
 

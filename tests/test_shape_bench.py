@@ -14,7 +14,7 @@ import torch
 from dllm_compile import bench, bench_model, contest, shape_bench
 from dllm_compile.bench_model import SHAPES, Setting, job_of, random_model
 from dllm_compile.contest import Contender, Job, Row, play
-from dllm_compile.options import PRESETS
+from dllm_compile.mechanisms import PRESETS
 
 PARAMETERS = {"llada-8b": 8.02e9, "dream-7b": 7.62e9}
 SMALL = ["--shape", "tiny", "--layers", "1", "--width", "32", "--mlp", "48", "--block", "8", "--cache-block", "8"]

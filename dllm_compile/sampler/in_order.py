@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dllm_compile.declared import filling
+from dllm_compile.mechanisms import RULES
 from dllm_compile.options import Options
 
 from .progress import Step, Turn
@@ -51,11 +52,12 @@ def any_order(settings: Settings, options: dict[str, Any]) -> Settings | None:
     Raises:
         ValueError: it needs to, and confidence decides that after the call.
     """
-    if not options or Options.of(options).cache != "greedy":
+    cache = Options.of(options).cache if options else "none"
+    if not RULES[cache].told:
         return None
     if settings.remasking != "random" or settings.parallel:
         raise ValueError(
-            "cache='greedy' computes the rows that are filled next, and confidence is known too late for that; "
+            f"cache={cache!r} computes the rows that are filled next, and confidence is known too late for that; "
             "give remasking='random' without a threshold or factor, or cache='decoded'"
         )
     return replace(settings, remasking="low_confidence")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllm_compile.options import SYNONYMS as OPTION_SYNONYMS
-from dllm_compile.options import Options, is_int, is_number, nearest, one_of
+from dllm_compile.core.mechanism import is_int, is_number, nearest, one_of
+from dllm_compile.options import all_names
 
 from .rules import RULES
 
@@ -174,9 +174,9 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
     options: dict[str, Any] = {}
     for name, value in given.items():
         meant = SYNONYMS.get(name, name)
-        if meant not in SETTINGS and name not in OPTIONS:
-            near = nearest(name, NAMES)
-            raise ValueError(f"there is no argument {name!r}; did you mean {near!r}? Arguments: {', '.join(NAMES)}")
+        if meant not in SETTINGS and name not in option_names():
+            near, valid = nearest(name, names()), ", ".join(names())
+            raise ValueError(f"there is no argument {name!r}; did you mean {near!r}? Arguments: {valid}")
         target = own if meant in SETTINGS else options
         if meant in target:
             raise ValueError(f"{meant!r} is given twice, once as {name!r}; give it once")
@@ -207,10 +207,13 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
 
 
 SETTINGS = tuple(each.name for each in fields(Settings))
-OPTIONS = tuple(
-    name
-    for name in (*(each.name for each in fields(Options)), *OPTION_SYNONYMS, "preset")
-    if name not in SETTINGS and name not in SYNONYMS
-)
-NAMES = (*SETTINGS, *SYNONYMS, *OPTIONS)
-"""Every name that decides how a generation runs."""
+
+
+def option_names() -> list[str]:
+    """Names that :func:`dllm_compile.generate` hands on to the backend, those of registered mechanisms among them."""
+    return [name for name in all_names() if name not in SETTINGS and name not in SYNONYMS]
+
+
+def names() -> list[str]:
+    """Every name that decides how a generation runs."""
+    return [*SETTINGS, *SYNONYMS, *option_names()]

@@ -1,0 +1,183 @@
+"""What one mechanism says of itself: its source, the options it reads, and the rows it chooses.
+
+Options and their checks, methods, presets and the tests of neutral settings are made from the list of these values; see
+:mod:`dllm_compile.mechanisms`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .blocks import Blocks
+from .plan import Call
+
+Rows = Callable[["Facts"], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One name in ``options={...}``.
+
+    Attributes:
+        name: the name.
+        default: its value where the user says nothing; where that is ``None``, so may the user's value be.
+        fits: whether a value means something.
+        wanted: what to give in place of one that does not, as in "NAME is VALUE; give WANTED".
+        meaning: what it does, and the values it may have.
+        synonyms: what other code calls it.
+        read: given all options, whether anything reads it; ``None`` where something always does.
+        beside: what to give too so that something does.
+        neutral: values, beside the default, at which nothing is reused.
+        yields: names of options; where one is given, a method does not bring its own value of this one.
+    """
+
+    name: str
+    default: Any
+    fits: Callable[[Any], bool]
+    wanted: str
+    meaning: str
+    synonyms: tuple[str, ...] = ()
+    read: Callable[[Any], bool] | None = None
+    beside: str = ""
+    neutral: tuple[Any, ...] = ()
+    yields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule is told about one step between two refreshes.
+
+    Attributes:
+        call: what the ids of the call show.
+        blocks: where the sequences are.
+        response: ``[B, S]`` bool, the rows of the response.
+        since: ``[B, S]`` bool, rows whose masks were filled since the last call that computed every row, this call's
+            among them.
+        options: what the user chose, by name.
+    """
+
+    call: Call
+    blocks: Blocks
+    response: torch.Tensor
+    since: torch.Tensor
+    options: Any
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """``[B, S]`` bool, rows that hold the mask."""
+        return self.call.masked
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """A value of the option ``cache``: the rows that a step between two refreshes computes.
+
+    The keys and values of these rows are fresh, all others are those of the last step that computed them.
+
+    Attributes:
+        name: the value of ``cache``.
+        rows: the rows of a step, ``[B, S]`` bool. A pure function: what it needs of earlier calls is in its facts.
+        meaning: what they are, in words.
+        reach: rows that some step before the next refresh may compute, ``[B, S]`` bool, asked at the refresh: their
+            keys are never evicted. ``None`` where they are ``rows`` themselves.
+        leaves_filled: a token that was filled need not be computed before the next refresh. Else one outside of the
+            rows makes every row be computed.
+        in_blocks: the rows follow from blocks alone, so that ``generate`` may compute a block anew by itself.
+        shifts: the rule sees to shifted logits itself (``options.shift``); else the row before each is added.
+        told: it needs to know which masks are filled next, which ``generate`` says for a random order.
+        refused: what about a rule makes it refuse options, as a sentence; ``None`` where it takes them.
+    """
+
+    name: str
+    rows: Rows
+    meaning: str
+    reach: Rows | None = None
+    leaves_filled: bool = False
+    in_blocks: bool = False
+    shifts: bool = False
+    told: bool = False
+    refused: Callable[[Any], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One way to compute less, of its own source, on every model.
+
+    Attributes:
+        name: what it is called.
+        source: where it is from: paper, code.
+        options: names that it adds to ``options={...}``.
+        switches: those of them that turn it on, whose default is off.
+        neutral: options at which every readable row is eager's; ``None`` where there are none but the number of steps.
+        rules: values that it adds to the option ``cache``.
+        methods: values of ``method``, each with the options it stands for.
+        presets: values of ``preset``, likewise.
+        checks: of all options, a sentence that refuses them, or ``None``.
+    """
+
+    name: str
+    source: str
+    options: tuple[Option, ...] = ()
+    switches: tuple[str, ...] = ()
+    neutral: Mapping[str, Any] | None = None
+    rules: tuple[RowRule, ...] = ()
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    checks: tuple[Callable[[Any], str | None], ...] = ()
+
+
+# -- values of options -----------------------------------------------------------------------------------------------
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is a whole number, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def share_of(what: str, usual: float) -> dict[str, Any]:
+    """An option that is a share: its ``fits`` and ``wanted``."""
+    fits = lambda v: is_number(v) and 0.0 <= v <= 1.0  # noqa: E731
+    return {"fits": fits, "wanted": f"a share of the {what} from 0 to 1, such as {usual}"}
+
+
+def count(example: str, least: int = 1) -> dict[str, Any]:
+    """An option that is a whole number of at least ``least``: its ``fits`` and ``wanted``."""
+    fits = lambda v: is_int(v) and v >= least  # noqa: E731
+    return {"fits": fits, "wanted": f"a whole number of at least {least}, such as {example}"}
+
+
+def interval() -> dict[str, Any]:
+    """An option that is a number of steps, or -1 for every step: its ``fits``, ``wanted`` and ``neutral``."""
+    fits = lambda v: is_int(v) and (v >= 1 or v == -1)  # noqa: E731
+    return {"fits": fits, "wanted": "a number of steps, at least 1, or -1 to refresh at every step", "neutral": (1, -1)}
+
+
+def flag() -> dict[str, Any]:
+    """An option that is a truth value: its ``fits`` and ``wanted``."""
+    return {"fits": lambda v: isinstance(v, bool), "wanted": "True or False"}
+
+
+def nearest(name: Any, valid: Iterable[str]) -> str:
+    """The valid name most like the one given."""
+    return difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.0)[0]
+
+
+def one_of(name: str, value: Any, valid: Iterable[str]) -> None:
+    """Refuse a value that is not among the valid ones.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(f"{name} is {value!r}; did you mean {nearest(value, valid)!r}? Valid: {', '.join(valid)}")

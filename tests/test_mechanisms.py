@@ -1,0 +1,187 @@
+"""A method is one value: what is made of it, and one from outside of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import dllm_compile
+from dllm_compile import Mechanism, Option, Options, RowRule, mechanisms
+from dllm_compile.mechanisms import METHODS, OWN, PRESETS, RULES, register, unregister
+
+from . import models, shared
+from .callers import RESPONSE, TOLERANCE, build, fill, off, readable, start, steps
+from .models import MASK
+
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
+
+
+@pytest.fixture
+def sliding() -> Iterator[Mechanism]:
+    """The example's mechanism, for one test."""
+    from examples.sliding_window import SLIDING_WINDOW
+
+    yield register(SLIDING_WINDOW)
+    unregister(SLIDING_WINDOW.name)
+
+
+def largest_error(options: dict[str, Any], batch: int = 2) -> float:
+    """Of the rows a sampler reads in a loop that fills the surest mask, against eager."""
+    model, x, worst = build(), start(batch), 0.0
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, **options)
+    for _ in range(RESPONSE):
+        got, want = call(x).clone(), model(x)
+        worst = max(worst, off(got, want, readable(x)))
+        x = fill(want, x)
+    return worst
+
+
+@pytest.mark.parametrize("mechanism", OWN, ids=lambda each: each.name)
+def test_a_neutral_setting_equals_eager(mechanism: Mechanism) -> None:
+    assert mechanism.neutral is not None
+    assert largest_error(dict(mechanism.neutral)) < TOLERANCE
+
+
+@pytest.mark.parametrize("mechanism", OWN, ids=lambda each: each.name)
+def test_what_is_declared_is_understood(mechanism: Mechanism) -> None:
+    for option in mechanism.options:
+        assert getattr(Options, option.name) == option.default
+        assert f"{option.name}: {option.meaning}" in " ".join((Options.__doc__ or "").split())
+    for name, values in mechanism.methods.items():
+        made = Options(method=name)
+        assert {each: getattr(made, each) for each in values} == dict(values)
+        assert made == Options(preset=name) or name in mechanism.presets
+
+
+# -- a method from outside -------------------------------------------------------------------------------------------
+
+
+def test_a_sliding_window_equals_eager_where_it_is_neutral(sliding: Mechanism) -> None:
+    assert sliding.neutral is not None
+    assert largest_error(dict(sliding.neutral)) < TOLERANCE
+    assert largest_error({"method": "sliding-window", "window": 2}) > 1e-3
+
+
+def test_a_sliding_window_computes_the_rows_that_it_says(sliding: Mechanism) -> None:
+    model, x = build(), start(1)
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, shift=False, method="sliding-window", window=2)
+    rows, loop = [], dllm_compile.loop()
+    for _ in range(6):
+        before = dllm_compile.stats(model)["rows"].get("block", 0)
+        with loop:
+            x = fill(call(x), x)
+        rows.append(dllm_compile.stats(model)["rows"].get("block", 0) - before)
+    assert rows == [0, 3, 4, 5, 6, 7]  # two masked ones and those decided since the first call
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"keep_ratio": 0.5}, {"saliency_threshold": 0.9, "full_steps": 1}, {"prompt_interval": 4}, {"shift": True}],
+    ids=str,
+)
+def test_a_sliding_window_goes_with_other_mechanisms(sliding: Mechanism, beside: dict[str, Any]) -> None:
+    model, x = build(), start()
+    options = {"method": "sliding-window", "window": 3, **beside}
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, **options)
+    for _ in range(RESPONSE):
+        x = fill(call(x).clone(), x)
+    assert not (x == MASK).any()
+    assert sum(number for name, number in steps(model).items() if name not in ("full", "evict")) >= 4
+    if "prompt_interval" not in beside:  # then a refresh is of the response alone
+        assert largest_error({**options, "refresh_interval": 1}) < TOLERANCE
+
+
+def test_all_rows_that_a_window_may_come_to_keep_their_keys(sliding: Mechanism) -> None:
+    """With every key outside of the response dropped, those in it are never among them."""
+    model = build()
+    options = {"method": "sliding-window", "window": 2, "keep_ratio": 0.0, "delay": 0}
+    call, x = shared.compiled(model, lowering="eager", mask_id=MASK, **options), start()
+    for step in range(5):
+        x = fill(call(x).clone(), x)
+        held = [state for session in dllm_compile.session.sessions() for b in session.batches for state in b.layers]
+        assert held or not step
+    assert all(torch.isfinite(call(x)).flatten().tolist())
+
+
+def test_its_options_are_checked_as_those_of_the_package(sliding: Mechanism) -> None:
+    def said(**written: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            Options(**written)
+        return str(caught.value)
+
+    assert said(method="sliding-window", window=0) == "window is 0; give a number of tokens"
+    assert said(cache="dual", window=8) == ("window is 8, but no mechanism reads it; give cache='sliding-window' too")
+    assert "did you mean 'window'?" in said(method="sliding-window", windov=8)
+    assert "did you mean 'sliding-window'?" in said(method="sliding-windows")
+    made = Options(method="sliding-window", window=8)
+    assert (made.window, made.refresh_interval, Options(method="exact").window) == (8, 8, 16)
+    assert made == Options.of(
+        {"cache": "sliding-window", "refresh_interval": 8, "window": 8, "method": "sliding-window"}
+    )
+    assert hash(made) != hash(replace(made, more=()))
+    unregister(sliding.name)
+    assert "there is no option 'window'" in said(window=8)
+    with pytest.raises(AttributeError, match="window"):
+        Options(method="exact").window  # noqa: B018
+
+
+def test_generate_and_explain_know_it(sliding: Mechanism) -> None:
+    model = models.build("llama")
+    given = {"mask_id": MASK, "gen_length": 8, "lowering": "eager", "window": 2}
+    out = dllm_compile.generate(model, start(1)[:, :6], method="sliding-window", **given)
+    assert not (out == MASK).any()
+    with pytest.raises(ValueError, match="window is -1; give a number of tokens"):
+        dllm_compile.generate(model, start(1)[:, :6], method="sliding-window", **{**given, "window": -1})
+    text = str(dllm_compile.explain(model, start(1), method="sliding-window", mask_id=MASK))
+    assert "block" in text
+
+
+def rule(name: str, **more: Any) -> Mechanism:
+    return Mechanism(name, "a test", rules=(RowRule(name, lambda facts: facts.masked, "masked rows"),), **more)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "sentence"),
+    [
+        (rule("dual"), "there is a cache 'dual' already; give the one of 'dual' another name"),
+        (rule("saliency"), "there is a mechanism 'saliency' already"),
+        (rule("new", methods={"dyllm": {"cache": "new"}}), "there is a method 'dyllm' already"),
+        (rule("new", presets={"fastest": {"cache": "new"}}), "there is a preset 'fastest' already"),
+        (rule("new", options=(Option("delay", 1, bool, "it", "it"),)), "there is a option 'delay' already"),
+        (rule("new", options=(Option("temperature", 1, bool, "it", "it"),)), "there is a option 'temperature' already"),
+        (rule("new", methods={"new": {"cash": "new"}}), "'cash'"),
+        (rule("new", methods={"new": {"cache": "knew"}}), "did you mean 'new'?"),
+        (rule("new", neutral={"cache": "new", "refresh_interval": 0}), "refresh_interval is 0"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+def test_what_cannot_be_registered_leaves_nothing_behind(mechanism: Mechanism, sentence: str) -> None:
+    before = dict(METHODS), dict(PRESETS), dict(RULES), list(mechanisms.mechanisms())
+    with pytest.raises(ValueError) as caught:
+        register(mechanism)
+    assert sentence in str(caught.value)
+    assert (METHODS, PRESETS, RULES, list(mechanisms.mechanisms())) == before
+
+
+def test_a_mechanism_defined_again_takes_the_place_of_the_first() -> None:
+    first, second = rule("new", methods={"new": {"cache": "new"}}), rule("new", methods={"newer": {"cache": "new"}})
+    register(first)
+    try:
+        register(second)
+        assert "newer" in METHODS
+        assert "new" not in METHODS
+        with pytest.raises(ValueError, match="did you mean"):
+            register(rule("new", methods={"new": {"cache": "knew"}}))
+        assert "newer" in METHODS
+    finally:
+        unregister("new")
+    assert not {"new", "newer"} & {*METHODS, *PRESETS, *RULES}
+
+
+def test_something_else_is_no_mechanism() -> None:
+    with pytest.raises(TypeError, match=r"give a dllm_compile\.Mechanism"):
+        register({"name": "sliding-window"})  # type: ignore[arg-type]
