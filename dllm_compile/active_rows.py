@@ -129,7 +129,10 @@ class ActiveRows:
         if self.chosen is not None and self.chosen.fresh is not None:
             missed |= call.changed & ~self.chosen.fresh  # it has no place among the entries
         self.edited |= missed.any(1, keepdim=True)
-        begins = (self.blocks.moved | self.edited) & ~self.blocks.done
+        begins = self.blocks.moved | self.edited
+        if self.rule.refresh is not None:
+            begins |= self.rule.refresh(self._facts(call))
+        begins &= ~self.blocks.done
         self.edited &= ~begins
         return begins
 

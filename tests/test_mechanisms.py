@@ -140,6 +140,26 @@ def test_generate_and_explain_know_it(sliding: Mechanism) -> None:
     assert "block" in text
 
 
+def test_a_rule_may_say_when_every_row_is_computed() -> None:
+    """As DSB does (arXiv 2602.05992): when so many tokens were filled since the last time, and where a loop begins."""
+    every_third = RowRule(
+        "third", lambda facts: facts.masked | facts.since, "them", refresh=lambda facts: facts.since.sum(1, True) >= 3
+    )
+    register(Mechanism("third", "a test", rules=(every_third,)))
+    try:
+        model, x = build(), start(1)
+        call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="third")
+        full, loop = [], dllm_compile.loop()
+        for _ in range(RESPONSE):
+            before = steps(model)["full"]
+            with loop:
+                x = fill(call(x), x)
+            full.append(steps(model)["full"] - before)
+        assert full == [1, 0, 0, 1, 0, 0, 1, 0]
+    finally:
+        unregister("third")
+
+
 def rule(name: str, **more: Any) -> Mechanism:
     return Mechanism(name, "a test", rules=(RowRule(name, lambda facts: facts.masked, "masked rows"),), **more)
 

@@ -18,6 +18,7 @@ from .blocks import Blocks
 from .plan import Call
 
 Rows = Callable[["Facts"], torch.Tensor]
+"""A pure function of what a step is told: what it needs of earlier calls is in there."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ class RowRule:
 
     Attributes:
         name: the value of ``cache``.
-        rows: the rows of a step, ``[B, S]`` bool. A pure function: what it needs of earlier calls is in its facts.
+        rows: the rows of a step, ``[B, S]`` bool.
         meaning: what they are, in words.
         reach: rows that some step before the next refresh may compute, ``[B, S]`` bool, asked at the refresh: their
             keys are never evicted. ``None`` where they are ``rows`` themselves.
+        refresh: which sequences, ``[B, 1]`` bool, compute every row now; ``None`` leaves that to the options
+            ``refresh_interval`` and ``prompt_interval``, and to where a block begins.
         leaves_filled: a token that was filled need not be computed before the next refresh. Else one outside of the
             rows makes every row be computed.
         in_blocks: the rows follow from blocks alone, so that ``generate`` may compute a block anew by itself.
@@ -98,6 +101,7 @@ class RowRule:
     rows: Rows
     meaning: str
     reach: Rows | None = None
+    refresh: Rows | None = None
     leaves_filled: bool = False
     in_blocks: bool = False
     shifts: bool = False
