@@ -10,6 +10,7 @@ from .options import Options
 from .prepare import prepare
 from .sampler.decode import Generated
 from .sampler.step import denoise_step
+from .warm import Warmed, warm
 
 __all__ = [
     "Explanation",
@@ -19,6 +20,7 @@ __all__ = [
     "Option",
     "Options",
     "RowRule",
+    "Warmed",
     "denoise_step",
     "dllm",
     "exact_calls",
@@ -29,4 +31,5 @@ __all__ = [
     "register",
     "reset",
     "stats",
+    "warm",
 ]

@@ -78,6 +78,7 @@ MOST = 32
 """Codes that are kept of a unit for one assignment: more than one where some size had to be compiled as a number."""
 Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
 _SHARED: dict[tuple[str, int, str], UnitCode] = {}
+LISTENERS: list[Callable[[str], None]] = []  # called with the name of a step whenever code is compiled for it
 
 
 def shared(unit: Unit, axes: Axes, lowering: str) -> UnitCode:
@@ -140,6 +141,8 @@ class UnitCode:
         variants = self.variants.setdefault(assignment, [])
         del variants[: 1 - MOST]
         variants.append(Variant(code, emitted, pick))
+        for listener in LISTENERS:
+            listener(assignment.name)
         return variants[-1]
 
     def narrow(self, values: Values) -> bool:

@@ -183,12 +183,19 @@ def fingerprint(
             args = open_sizes(node, args, opened(layout), "batch * {}".format)
         args, kwargs = torch.fx.map_arg((args, node.kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
         beside = [axes.beside.get((node, n)) for n in node.all_input_nodes]
-        rows = [opened(layout) if layout is not None else "", *map(_kinds, beside)]
+        rows = [_rows(layout), *map(_kinds, beside)]
         how = "mixing" if node in axes.unproven else ""
         lines.append(f"n{i} {node.op} {target_name(node)} {_spell(args, name)} {_spell(kwargs, name)} {rows} {how}")
         name[node] = f"n{i}"
     lines.append(" ".join(name[node] for node in outputs))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _rows(layout: Layout | None) -> object:
+    """Where a value has its rows. One that has none is as large as what it is made of, whose sizes are said there."""
+    if layout is None:
+        return ""
+    return opened(layout) if any(factor.kind for dim in layout for factor in dim) else len(layout)
 
 
 def target_name(node: torch.fx.Node) -> str:
