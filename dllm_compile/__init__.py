@@ -5,7 +5,7 @@ from .core.mechanism import Facts, Mechanism, Option, RowRule
 from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
-from .mechanisms import register
+from .mechanisms import register, unregister
 from .options import Options
 from .prepare import prepare
 from .sampler.decode import Generated
@@ -31,5 +31,6 @@ __all__ = [
     "register",
     "reset",
     "stats",
+    "unregister",
     "warm",
 ]

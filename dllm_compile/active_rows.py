@@ -15,9 +15,9 @@ import torch
 
 from .core.assignment import Assignment
 from .core.blocks import Blocks
-from .core.mechanism import Facts
+from .core.mechanism import Facts, Rows
 from .core.plan import Call, Plan, with_row_before
-from .mechanisms import RULES
+from .mechanisms import rule_of
 from .options import Options
 from .passes.block_cache import BLOCK, FULL
 from .passes.eviction import entries, evicted, evicting, has_gaps, unkept
@@ -39,7 +39,7 @@ class ActiveRows:
     first: Assignment | None = None
 
     def __init__(self, options: Options, response: torch.Tensor) -> None:
-        self.options, self.rule = options, RULES[options.cache]
+        self.options, self.rule = options, rule_of(options.cache)
         self.wide = bool(options.shift) and options.cache == "none"
         self.response = with_row_before(response) if self.wide else response
         self.before = options.shift is not False and not self.wide and not (options.shift and self.rule.shifts)
@@ -86,9 +86,9 @@ class ActiveRows:
     def _planned(self, call: Call) -> Plan:
         part = self._partial(call)
         full, response = self.refreshes.next(call.number, self._begins(call, part))
-        self.since = self.since & ~full
+        self.since = self.since & ~(full | response)
         if bool((full | self.blocks.done).all()):
-            return self._full(self._reach(call, part))
+            return self._full(call, part)
         written = part | full | (response & self.response)
         active = with_row_before(written) if self.before else written
         exact = full | response
@@ -112,14 +112,27 @@ class ActiveRows:
             due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
             if due or not options.response_only:
                 return torch.ones_like(self.response)
-        return self.rule.rows(self._facts(call))
+        return self._said("rows", self.rule.rows, call, call.masked)
 
-    def _reach(self, call: Call, part: torch.Tensor) -> torch.Tensor:
-        """Rows that some step before the next refresh may compute."""
-        return part if self.rule.reach is None else part | self.rule.reach(self._facts(call))
+    def _said(self, what: str, asked: Rows, call: Call, like: torch.Tensor) -> torch.Tensor:
+        """What the rule says, which is as large as ``like``.
 
-    def _facts(self, call: Call) -> Facts:
-        return Facts(call, self.blocks, self.response, self.since, self.options)
+        Raises:
+            ValueError: it is something else.
+        """
+        said = asked(Facts(call, self.blocks, self.response, self.since, self.options))
+        if (
+            not isinstance(said, torch.Tensor)
+            or (said.dtype, said.shape) != (torch.bool, like.shape)
+            or not said.is_cpu
+        ):
+            found = (
+                f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
+            )
+            raise ValueError(
+                f"the rule {self.rule.name!r} says {what} of {found}; give torch.bool {list(like.shape)} on the CPU"
+            )
+        return said
 
     def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:
         """Which sequences, ``[B, 1]`` bool, begin a block, or were edited where no partial step sees it."""
@@ -127,22 +140,24 @@ class ActiveRows:
         if self.rule.leaves_filled:
             missed &= ~call.filled
         if self.chosen is not None and self.chosen.fresh is not None:
-            missed |= call.changed & ~self.chosen.fresh  # it has no place among the entries
+            missed |= (call.changed | part) & ~self.chosen.fresh  # it has no place among the entries
         self.edited |= missed.any(1, keepdim=True)
         begins = self.blocks.moved | self.edited
         if self.rule.refresh is not None:
-            begins |= self.rule.refresh(self._facts(call))
+            begins |= self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
         begins &= ~self.blocks.done
         self.edited &= ~begins
         return begins
 
-    def _full(self, reach: torch.Tensor) -> Plan:
+    def _full(self, call: Call, reach: torch.Tensor) -> Plan:
         """A call that computes every row; the last of several chooses what is kept beside rows within ``reach``."""
         self.follows = self.evict is None
         self.chosen = None
         if self.evict is None or bool((self.refreshes.left > 0).any()):
             return Plan(self.full, same=False)
         assert self.options.keep_ratio is not None
+        if self.rule.reach is not None:
+            reach = reach | self._said("reach", self.rule.reach, call, call.masked)
         self.settled, self.gaps = False, has_gaps(reach, self.options.keep_ratio)
         kept = entries(reach, self.options.keep_ratio)
         self.chosen = Plan(self.evict, block=self.blocks.active, fresh=reach, kept=kept, same=False)

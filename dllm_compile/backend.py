@@ -113,7 +113,7 @@ class Backend:
 
     def __init__(self, module: torch.fx.GraphModule, options: Options) -> None:
         self.module = module
-        self.options = options
+        self.options, self.inferring = options, Options.of(options, mask_id=None)
         self.mine: list[Session] = []
         self.refused: list[str] = []
         self.programs: dict[Key, Program | None] = {}  # of the last sizes; their code is shared, and stays
@@ -264,7 +264,7 @@ class Backend:
         """The session of a model: of all its weights, or of those of the first layer where layers are traced alone."""
         if program.ids is not None:
             return self._session([args[i] for i in self.weights or ()], self.options)
-        return self._session(program.first_weights(args), Options.of(self.options, mask_id=None))
+        return self._session(program.first_weights(args), self.inferring)
 
     def _begin(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
         """The batch of sequences that a call goes on with, and the step that it is; ``None`` if it is no step."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .declared import loop
-from .mechanisms import RULES
+from .mechanisms import RENEWED, rule_of
 from .options import Options, check_vocabulary
 from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
@@ -138,7 +138,7 @@ def _for_backend(
             options["block_length"] = settings.block_length
         backend = Options.of(options)
         settings = replace(settings, block_length=backend.block_length)
-    return settings, options, RULES[backend.cache].in_blocks and backend.keep_ratio is None
+    return settings, options, rule_of(backend.cache).in_blocks and backend.keep_ratio is None
 
 
 def _warn_of_processors(processors: Iterable[Any]) -> None:
@@ -149,20 +149,28 @@ def _warn_of_processors(processors: Iterable[Any]) -> None:
         warnings.warn(f"dllm: generate runs no logits processors, so these are left out: {lost}", stacklevel=3)
 
 
+PLAIN = inspect.signature(generate)
+"""The arguments that :func:`generate` names itself."""
+
+
 def _signature() -> inspect.Signature:
     """All names of :func:`generate`, but ``attention_mask`` and names of transformers' own.
 
     transformers hands over what it finds here as it was given, and ``attention_mask`` once more as it prepared it;
     other names that neither it nor the model knows it refuses.
     """
-    plain = inspect.signature(generate)
-    own = [p for name, p in plain.parameters.items() if name not in ("attention_mask", "settings")]
+    own = [p for name, p in PLAIN.parameters.items() if name not in ("attention_mask", "settings")]
     keyword = inspect.Parameter.KEYWORD_ONLY
     more = [inspect.Parameter(each.name, keyword, default=each.default) for each in fields(Settings)]
-    known = {*plain.parameters, "max_new_tokens", "eos_token_id"}
+    known = {*PLAIN.parameters, "max_new_tokens", "eos_token_id"}
     other = [name for name in (*SYNONYMS, *option_names()) if name not in known]
     more += [inspect.Parameter(name, keyword, default=None) for name in other]
-    return plain.replace(parameters=[*own, *more, plain.parameters["settings"]])
+    return PLAIN.replace(parameters=[*own, *more, PLAIN.parameters["settings"]])
 
 
-generate.__signature__ = _signature()  # type: ignore[attr-defined]
+def _sign() -> None:
+    generate.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+_sign()
+RENEWED.append(_sign)

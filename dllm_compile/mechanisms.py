@@ -1,46 +1,117 @@
-"""The mechanisms there are: those of the package, and what others register."""
+"""The mechanisms there are, those of the package and what others register, and all that is made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .core.mechanism import Mechanism, Option, RowRule
+from .general_options import GENERAL
 from .passes import block_cache, decoded_rows, eviction, feature_cache, saliency
 
 OWN = tuple(each.MECHANISM for each in (feature_cache, block_cache, decoded_rows, eviction, saliency))
 """Those of the package."""
 
-REGISTERED: dict[str, Mechanism] = {}
-"""What :func:`register` was given, by name."""
 
-METHODS: dict[str, dict[str, Any]] = {"exact": {}}
-"""Values of ``method``: each is a choice of mechanisms, with the values of its authors."""
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What is valid where; made anew as a whole when a mechanism is registered.
 
-PRESETS: dict[str, dict[str, Any]] = {"exact": {"method": "exact"}}
-"""Values of ``preset``."""
+    Attributes:
+        registered: the mechanisms of others, by name.
+        options: by name: ``method``, those of the package, then those of others.
+        others: the options of others alone.
+        synonyms: names of options by what else they are called.
+        switches: options that turn a mechanism on, in the order of ``options``.
+        methods, presets: values of ``method`` and ``preset``, and the options that each stands for.
+        rules: values of ``cache``.
+        checks: what refuses options beside one another.
+    """
 
-RULES: dict[str, RowRule] = {}
-"""Values of ``cache``."""
+    registered: dict[str, Mechanism]
+    options: dict[str, Option]
+    others: dict[str, Option]
+    synonyms: dict[str, str]
+    switches: tuple[str, ...]
+    methods: dict[str, dict[str, Any]]
+    presets: dict[str, dict[str, Any]]
+    rules: dict[str, RowRule]
+    checks: tuple[Callable[[Any], str | None], ...]
 
 
-def mechanisms() -> Iterator[Mechanism]:
-    """All of them."""
-    yield from OWN
-    yield from REGISTERED.values()
-
-
-def options_of_others() -> dict[str, Option]:
-    """The options that registered mechanisms add, by name; where they do not say it, their rules alone read them."""
-    return {option.name: _read_by_rules(option, each) for each in REGISTERED.values() for option in each.options}
+def _made(registered: dict[str, Mechanism]) -> Tables:
+    every = (*OWN, *registered.values())
+    own = {each.name: each for each in (_METHOD, *(option for m in OWN for option in m.options), *GENERAL)}
+    words = "; ".join(f'``"{rule.name}"`` {rule.meaning}' for m in OWN for rule in m.rules)
+    cache = own["cache"]
+    own["cache"] = replace(
+        cache, values=lambda: tables().rules, meaning=f'{cache.meaning}: {words}; ``"none"`` for none'
+    )
+    others = {option.name: _read_by_rules(option, m) for m in registered.values() for option in m.options}
+    options = {**own, **others}
+    switches = {name for m in every for name in m.switches}
+    methods: dict[str, dict[str, Any]] = {"exact": {}}
+    presets: dict[str, dict[str, Any]] = {"exact": {"method": "exact"}}
+    for m in every:
+        methods.update({name: dict(values) for name, values in m.methods.items()})
+        presets.update({name: {"method": name} for name in m.methods})
+        of = {"method": next(iter(m.methods))} if m.methods else {}
+        presets.update({name: {**of, **values} for name, values in m.presets.items()})
+    return Tables(
+        registered,
+        options,
+        others,
+        {other: each.name for each in options.values() for other in each.synonyms},
+        tuple(name for name in options if name in switches),
+        methods,
+        presets,
+        {**{rule.name: rule for m in every for rule in m.rules}, "none": block_cache.RESPONSE_ROWS},
+        tuple(check for m in every for check in m.checks),
+    )
 
 
 def _read_by_rules(option: Option, mechanism: Mechanism) -> Option:
+    """Where a registered option does not say what reads it, the rules beside it do."""
     rules = [rule.name for rule in mechanism.rules]
-    if option.read is not None or not rules:
+    if option.read is not None or not rules or option.name in mechanism.switches:
         return option
     return replace(option, read=lambda options: options.cache in rules, beside=f"cache={rules[0]!r}")
+
+
+_METHOD = Option(
+    "method",
+    "exact",
+    values=lambda: tables().methods,
+    meaning="a choice of mechanisms: "
+    + ", ".join(f'``"{name}"`` ({m.source})' for m in OWN for name in m.methods)
+    + ', or ``"exact"``, which reuses nothing but what is provably unchanged',
+)
+_TABLES = _made({})
+_LOCK = threading.RLock()
+_FORMER: dict[str, RowRule] = {}  # rules that were unregistered while a model may be under way
+RENEWED: list[Callable[[], None]] = []  # called when names have changed
+
+METHODS, PRESETS = _TABLES.methods, _TABLES.presets
+"""Those of the package."""
+
+
+def tables() -> Tables:
+    """What is valid now."""
+    return _TABLES
+
+
+def rule_of(cache: str) -> RowRule:
+    """The rule that a value of ``cache`` is.
+
+    Raises:
+        ValueError: it is of a mechanism that is not registered in this process.
+    """
+    rule = _TABLES.rules.get(cache) or _FORMER.get(cache)
+    if rule is None:
+        raise ValueError(f"cache {cache!r} is of a mechanism that is not registered; register it first")
+    return rule
 
 
 def register(mechanism: Mechanism) -> Mechanism:
@@ -54,80 +125,85 @@ def register(mechanism: Mechanism) -> Mechanism:
         ``mechanism``.
 
     Raises:
-        TypeError: it is no mechanism.
-        ValueError: a name of it is taken, or a method or preset of it is refused.
+        TypeError: it is no mechanism, or holds something that is no option or rule.
+        ValueError: a name of it is taken or none, or a value in it is refused. Nothing has changed then.
     """
     if not isinstance(mechanism, Mechanism):
         raise TypeError(f"what is registered is {mechanism!r}; give a dllm_compile.Mechanism")
-    before = REGISTERED.get(mechanism.name)
-    unregister(mechanism.name)
-    try:
-        _check_names(mechanism)
-        _add(mechanism)
-        REGISTERED[mechanism.name] = mechanism
-        _check_values(mechanism)
-    except ValueError:
-        unregister(mechanism.name)
-        if before is not None:
-            register(before)
-        raise
+    with _LOCK:
+        before = _TABLES
+        rest = {name: each for name, each in before.registered.items() if name != mechanism.name}
+        try:
+            _use(_made(rest))
+            _check(mechanism)
+            _use(_made({**rest, mechanism.name: mechanism}))
+            _check_values(mechanism)
+        except BaseException:
+            _use(before)
+            raise
+        for renew in RENEWED:
+            renew()
     return mechanism
 
 
 def unregister(name: str) -> None:
-    """Undo :func:`register`, if there is such a mechanism. What was compiled with it runs on."""
-    mechanism = REGISTERED.pop(name, None)
-    if mechanism is not None:
-        for table, names in ((METHODS, mechanism.methods), (PRESETS, _presets(mechanism)), (RULES, _rules(mechanism))):
-            for each in names:
-                table.pop(each, None)
+    """Undo :func:`register`, if there is such a mechanism. Models that were compiled with it run on."""
+    with _LOCK:
+        gone = _TABLES.registered.get(name)
+        if gone is not None:
+            _FORMER.update({rule.name: rule for rule in gone.rules})
+            _use(_made({other: each for other, each in _TABLES.registered.items() if other != name}))
+            for renew in RENEWED:
+                renew()
 
 
-def _check_names(mechanism: Mechanism) -> None:
-    from .options import all_names
-    from .sampler.settings import SETTINGS
+def _use(new: Tables) -> None:
+    global _TABLES
+    _TABLES = new
 
+
+def _check(mechanism: Mechanism) -> None:
+    """Refuse names that are taken or that nobody could write, before anything is made of them."""
+    from .options import Options, reserved
+
+    for kind, values in ((Option, mechanism.options), (RowRule, mechanism.rules)):
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"{mechanism.name!r} has {value!r} among its {kind.__name__}s; give a {kind.__name__}")
     own = [name for option in mechanism.options for name in (option.name, *option.synonyms)]
-    given: dict[str, tuple[list[str], Iterable[str]]] = {
-        "mechanism": ([mechanism.name], [each.name for each in mechanisms()]),
-        "option": (own, [*all_names(), *SETTINGS]),
-        "method": (list(mechanism.methods), METHODS),
-        "preset": (list(_presets(mechanism)), PRESETS),
-        "cache": (list(_rules(mechanism)), RULES),
+    for name in own:
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(Options, name) or name in reserved():
+            raise ValueError(f"{name!r} cannot be an option of {mechanism.name!r}: it has a meaning; take another name")
+    now = _TABLES
+    given: dict[str, tuple[Iterable[str], Iterable[str]]] = {
+        "mechanism": ([mechanism.name], [*(each.name for each in OWN), *now.registered]),
+        "option": (own, [*now.options, *now.synonyms]),
+        "method": (mechanism.methods, now.methods),
+        "preset": ([*mechanism.methods, *(p for p in mechanism.presets if p not in mechanism.methods)], now.presets),
+        "cache": ([rule.name for rule in mechanism.rules], now.rules),
     }
-    for kind, (names, taken) in given.items():
-        for name in names:
-            if name in taken or names.count(name) > 1:
-                raise ValueError(f"there is a {kind} {name!r} already; give the one of {mechanism.name!r} another name")
+    for what, (names, taken) in given.items():
+        mine = list(names)
+        for name in mine:
+            if name in taken or mine.count(name) > 1:
+                raise ValueError(f"{what} {name!r} is there already; give that of {mechanism.name!r} another name")
+    for option in mechanism.options:
+        if option.values is None and option.default is not None and not option.fits(option.default):
+            raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
+        if option.read is not None and not option.beside:
+            raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
+    for name in mechanism.switches:
+        if name not in {option.name for option in mechanism.options}:
+            raise ValueError(f"{mechanism.name!r} is switched on by {name!r}, which is none of its options")
 
 
 def _check_values(mechanism: Mechanism) -> None:
+    """Refuse methods, presets and a neutral setting that options would refuse."""
     from .options import Options, named
 
-    for values in (*mechanism.methods.values(), *mechanism.presets.values()):
-        named(values)
-    for name in _presets(mechanism):
+    for values in mechanism.methods.values():
+        if not named(values).keys() == set(values) <= {*_TABLES.options} - {"method"}:
+            raise ValueError(f"a method of {mechanism.name!r} is {dict(values)}; give options by their own names")
+    for name in (*mechanism.methods, *mechanism.presets):
         Options.of(preset=name)
-    if mechanism.neutral is not None:
-        Options.of(mechanism.neutral)
-
-
-def _presets(mechanism: Mechanism) -> dict[str, dict[str, Any]]:
-    """Presets of a mechanism; each method is one."""
-    of_methods = {name: {"method": name} for name in mechanism.methods}
-    return {**of_methods, **{name: dict(values) for name, values in mechanism.presets.items()}}
-
-
-def _rules(mechanism: Mechanism) -> dict[str, RowRule]:
-    return {rule.name: rule for rule in mechanism.rules}
-
-
-def _add(mechanism: Mechanism) -> None:
-    METHODS.update({name: dict(values) for name, values in mechanism.methods.items()})
-    PRESETS.update(_presets(mechanism))
-    RULES.update(_rules(mechanism))
-
-
-for _each in OWN:
-    _add(_each)
-RULES["none"] = block_cache.RESPONSE_ROWS
+    Options.of(mechanism.neutral or {})

@@ -4,81 +4,16 @@ nearest valid one."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .core.mechanism import Option, count, flag, is_int, nearest, one_of
-from .mechanisms import METHODS, OWN, PRESETS, RULES, mechanisms, options_of_others
+from .core.mechanism import nearest, one_of
+from .general_options import GENERAL
+from .mechanisms import tables
 
 DEFAULT = "dllm-cache"
-LOWERINGS = ("inductor", "eager")
-READABLE = ("masked", "all")
-
-_GENERAL = (
-    Option(
-        "mask_id",
-        None,
-        lambda v: is_int(v) and v >= 0,
-        "the token id of the mask, such as 126336 for LLaDA",
-        "token id of the mask; by default the id that ends the first call",
-    ),
-    Option(
-        "shift",
-        None,
-        lambda v: isinstance(v, bool),
-        "True for samplers that read row i - 1 for token i, else False",
-        "whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of "
-        "samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before",
-    ),
-    Option(
-        "readable",
-        "masked",
-        lambda v: v in READABLE,
-        " or ".join(READABLE),
-        'rows whose logits are current: ``"masked"``, the masked ones and, unless ``shift`` is ``False``, the row '
-        'before each; or ``"all"`` that a step computes, for samplers that read those of tokens they have filled',
-    ),
-    Option(
-        "max_state_bytes",
-        2**31,
-        **count("2**31", 0),
-        meaning="bytes that the sequences under way in a model may keep together; beyond them those used longest ago "
-        "are dropped and begin anew at their next call. The one that is called always has its rows",
-    ),
-    Option(
-        "verify",
-        0,
-        lambda v: is_int(v) and v >= 0,
-        "a number of steps between checks, or 0 for none",
-        "every so many steps the graph also runs without the method, in eager, and ``stats`` reports the difference; 0 "
-        "never",
-    ),
-    Option(
-        "cuda_graphs",
-        False,
-        **flag(),
-        meaning="whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on CUDA; "
-        '``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 32',
-    ),
-    Option(
-        "lowering",
-        "inductor",
-        lambda v: v in LOWERINGS,
-        " or ".join(LOWERINGS),
-        '``"inductor"``, or ``"eager"``, which runs the rewritten graphs uncompiled',
-    ),
-)
-_METHOD = Option(
-    "method",
-    "exact",
-    lambda v: v in METHODS,
-    "a method",
-    'the preset; ``"exact"`` reuses nothing but what is provably unchanged',
-)
-DECLARED = {each.name: each for each in (_METHOD, *(o for mechanism in OWN for o in mechanism.options), *_GENERAL)}
+DECLARED = tables().options
 """The options of the package, by name."""
-
-SYNONYMS = {other: each.name for each in DECLARED.values() for other in each.synonyms}
 
 _T = TypeVar("_T")
 
@@ -109,52 +44,88 @@ class Options:
 
     Attributes:
         ATTRIBUTES
-        more: names and values of options that registered mechanisms declare, where they are not the default.
+        more: names and values of the options of registered mechanisms that are in use.
 
     Raises:
         ValueError: an unknown name, a value out of range, one thing said twice, two mechanisms that would both decide
             one thing, or an option that nothing reads beside the others.
     """
 
-    def __getattr__(self, name: str) -> Any:
-        """An option of a registered mechanism."""
-        values, others = dict(self.__dict__.get("more", ())), options_of_others()
-        if name in values:
-            return values[name]
-        if name in others:
-            return others[name].default
-        raise AttributeError(f"options have no {name!r}")
+    if TYPE_CHECKING:  # what ``DECLARED`` says; a test compares the names
+        method: str
+        prompt_interval: int | None
+        response_interval: int | None
+        transfer_ratio: float | None
+        cache: str
+        block_length: int | None
+        refresh_interval: int | None
+        delay: int | None
+        window_size: int
+        keep_ratio: float | None
+        kernel_size: int | None
+        saliency_threshold: float | None
+        full_steps: int
+        response_only: bool
+        whole_interval: int
+        mask_id: int | None
+        shift: bool | None
+        readable: str
+        max_state_bytes: int
+        verify: int
+        cuda_graphs: bool
+        lowering: str
+        more: tuple[tuple[str, Any], ...]
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option of a registered mechanism."""
+            for known, value in self.__dict__.get("more", ()):
+                if known == name:
+                    return value
+            if name in tables().others:
+                return tables().others[name].default
+            raise AttributeError(f"options have no {name!r}")
 
     def __init__(self, **names: Any) -> None:
-        if names.keys() == {*NAMES, "more"}:  # all of them: a value made from another, as by ``dataclasses.replace``
-            self._set(names, {})
+        if names.keys() >= DECLARED.keys():  # all of them: a value made from another, as by ``dataclasses.replace``
+            given = dict(names)
+            given = {**dict(given.pop("more", ())), **given}
+            self._set({**{name: option.default for name, option in tables().others.items()}, **named(given)}, {})
         else:
             self._set(*_resolved(None, names))
 
     def _set(self, values: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-        """Take values of all fields; ``written`` are those that a user named."""
-        for name in (*NAMES, "more"):
+        """Take values of all options; ``written`` are those that a user named."""
+        known = tables()
+        for name in DECLARED:
             object.__setattr__(self, name, values[name])
-        for name, valid in (("method", METHODS), ("lowering", LOWERINGS), ("cache", RULES), ("readable", READABLE)):
-            one_of(name, values[name], valid)
-        for name, option in _all_options().items():
-            value = getattr(self, name)
-            if not (option.fits(value) or (value is None and option.default is None)):
+        object.__setattr__(self, "more", tuple((name, values[name]) for name in known.others))
+        for name, option in known.options.items():
+            value = values[name]
+            if option.values is not None:
+                one_of(name, value, option.values())
+            elif not (option.fits(value) or (value is None and option.default is None)):
                 raise ValueError(f"{name} is {value!r}; give {option.wanted}")
         self._check_method(written)
         self._check_pairs(written)
+        more = [
+            (name, values[name])
+            for name, option in known.others.items()
+            if values[name] != option.default or (option.read is not None and option.read(self))
+        ]
+        object.__setattr__(self, "more", tuple(more))
 
     def _check_method(self, written: Mapping[str, Any]) -> None:
         """Refuse ``exact`` beside what reuses, and a method whose own mechanisms are all off."""
-        options, switches = _all_options(), _switches()
-        for name in switches if written.get("method") == "exact" else ():
-            value, option = getattr(self, name), options[name]
+        known = tables()
+        for name in known.switches if written.get("method") == "exact" else ():
+            value, option = getattr(self, name), known.options[name]
             if value not in (option.default, *option.neutral):
                 raise ValueError(
                     f"method is 'exact', which reuses nothing, and {name} is {value!r}; leave out one of them"
                 )
-        own = [name for name in METHODS[self.method] if name in switches]
-        if own and all(getattr(self, name) == options[name].default for name in own):
+        own = [name for name in known.methods[self.method] if name in known.switches]
+        if own and all(getattr(self, name) == known.options[name].default for name in own):
             off = " and ".join(f"{name} is {getattr(self, name)!r}" for name in own)
             raise ValueError(
                 f"method is {self.method!r}, but {off}, so that nothing of it is left; "
@@ -163,12 +134,12 @@ class Options:
 
     def _check_pairs(self, written: Mapping[str, Any]) -> None:
         """Refuse what two mechanisms would both decide, and what none reads."""
-        checks = [each for mechanism in mechanisms() for each in mechanism.checks]
-        for check in (*checks, RULES[self.cache].refused):
+        known = tables()
+        for check in (*known.checks, known.rules[self.cache].refused):
             sentence = check(self) if check is not None else None
             if sentence is not None:
                 raise ValueError(sentence)
-        for name, option in _all_options().items():
+        for name, option in known.options.items():
             value = getattr(self, name)
             said = value is not None and (name in written or value != option.default)
             if said and not self.reads(name):
@@ -176,8 +147,8 @@ class Options:
 
     def reads(self, name: str) -> bool:
         """Whether anything reads an option beside the others, whatever it is set to."""
-        read = _all_options()[name].read
-        return read is None or read(self)
+        read = tables().options[name].read
+        return read is None or bool(read(self))
 
     @property
     def full_steps_of_a_block(self) -> int:
@@ -187,7 +158,7 @@ class Options:
     @property
     def share(self) -> float:
         """``transfer_ratio``, or what it is by default."""
-        return 0.25 if self.transfer_ratio is None else float(self.transfer_ratio)
+        return 0.25 if self.transfer_ratio is None else self.transfer_ratio
 
     @classmethod
     def of(cls, given: Options | Mapping[str, Any] | None = None, /, **more: Any) -> Options:
@@ -214,37 +185,34 @@ class Options:
 
 
 def _resolved(base: Options | None, names: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values of all fields from what a user wrote beside ``base``, and what was written under the names of fields."""
-    written = dict(names)
+    """Values of all options from what a user wrote beside ``base``, and what was written under the names of options."""
+    known, written = tables(), dict(names)
     preset = written.pop("preset", None)
     chosen: dict[str, Any] = {}
     if preset is not None:
-        one_of("preset", preset, PRESETS)
-        chosen.update(PRESETS[preset])
-        of = chosen.get("method", DEFAULT)
-        if written.get("method", of) != of:
+        one_of("preset", preset, known.presets)
+        chosen.update(known.presets[preset])
+        of = chosen.get("method")
+        if of is not None and written.get("method", of) != of:
             raise ValueError(f"preset {preset!r} is of the method {of!r}, not {written['method']!r}; give one of them")
     own_names = named(written)
     chosen.update(own_names)
     if "method" in chosen:
         own_names["method"] = chosen["method"]  # by name, or as a preset
-    options = _all_options()
-    alone = _switches() - METHODS[DEFAULT].keys()  # one of these named without a method: that mechanism alone
+    alone = {*known.switches} - known.methods[DEFAULT].keys()  # one of these without a method: that mechanism alone
     method = chosen.get("method")
     if method is None and "method" not in chosen and base is None and not alone & chosen.keys():
         method = DEFAULT
     if method is not None:
-        one_of("method", method, METHODS)
-        given = {name for name, value in chosen.items() if value != options[name].default}
-        own = {name: value for name, value in METHODS[method].items() if not given.intersection(options[name].yields)}
-        off = {name: option.default for name, option in options.items() if name not in _GENERAL_NAMES}
+        one_of("method", method, known.methods)
+        given = {name for name, value in chosen.items() if value != known.options[name].default}
+        own = {
+            n: value for n, value in known.methods[method].items() if not given.intersection(known.options[n].yields)
+        }
+        off = {name: option.default for name, option in known.options.items() if name not in _GENERAL}
         chosen = {**off, "method": method, **own, **chosen}
-    values = {name: getattr(base, name) if base is not None else option.default for name, option in options.items()}
-    values |= chosen
-    others = options_of_others()
-    more = tuple(sorted((name, values.pop(name)) for name in others))
-    values["more"] = tuple((name, value) for name, value in more if value != others[name].default)
-    return values, own_names
+    before = {name: option.default if base is None else getattr(base, name) for name, option in known.options.items()}
+    return {**before, **chosen}, own_names
 
 
 def named(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,38 +221,29 @@ def named(written: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or one thing said twice.
     """
-    found: dict[str, Any] = {}
-    options, synonyms = _all_options(), all_synonyms()
+    known, found = tables(), dict[str, Any]()
     for name, value in written.items():
-        meant = synonyms.get(name, name)
-        if meant not in options:
-            near = nearest(name, [*options, *synonyms, "preset"])
-            raise ValueError(
-                f"there is no option {name!r}; did you mean {near!r}? Options: {', '.join(options)}, preset"
-            )
+        meant = known.synonyms.get(name, name)
+        if meant not in known.options:
+            near, valid = nearest(name, all_names()), ", ".join((*known.options, "preset"))
+            raise ValueError(f"there is no option {name!r}; did you mean {near!r}? Options: {valid}")
         if meant in found:
             raise ValueError(f"option {meant!r} is given twice, once as {name!r}; give it once")
         found[meant] = value
     return found
 
 
-def _all_options() -> dict[str, Option]:
-    """The options there are, those of registered mechanisms last."""
-    return {**DECLARED, **options_of_others()}
-
-
-def all_synonyms() -> dict[str, str]:
-    """What else the options are called, also those of registered mechanisms."""
-    return {**SYNONYMS, **{other: each.name for each in options_of_others().values() for other in each.synonyms}}
-
-
 def all_names() -> list[str]:
     """Every name that ``options={...}`` may have."""
-    return [*_all_options(), *all_synonyms(), "preset"]
+    return [*tables().options, *tables().synonyms, "preset"]
 
 
-def _switches() -> set[str]:
-    return {name for mechanism in mechanisms() for name in mechanism.switches}
+def reserved() -> set[str]:
+    """Names that no registered option may have: they mean something to :class:`Options` or :func:`generate`."""
+    from .generate import PLAIN
+    from .sampler.settings import SETTINGS, SYNONYMS
+
+    return {"preset", "more", *SETTINGS, *SYNONYMS, *PLAIN.parameters}
 
 
 def check_vocabulary(mask_id: int | None, vocabulary: int | None) -> None:
@@ -300,6 +259,4 @@ def check_vocabulary(mask_id: int | None, vocabulary: int | None) -> None:
         )
 
 
-_GENERAL_NAMES = {"method", *(each.name for each in _GENERAL)}
-NAMES = tuple(each.name for each in fields(Options) if each.name != "more")
-"""The options of the package."""
+_GENERAL = {"method", *(each.name for each in GENERAL)}

@@ -13,6 +13,7 @@ import torch
 
 import dllm_compile
 from dllm_compile import Facts, Mechanism, Option, RowRule, tiny
+from dllm_compile.core.mechanism import count
 
 
 def window(facts: Facts) -> torch.Tensor:
@@ -24,16 +25,14 @@ def window(facts: Facts) -> torch.Tensor:
 
 def reach(facts: Facts) -> torch.Tensor:
     """Rows that the window may come to before the next refresh: their keys must not be evicted."""
-    return facts.masked | facts.since
+    return facts.masked
 
 
 SLIDING_WINDOW = dllm_compile.register(
     Mechanism(
         "sliding-window",
         "this file",
-        options=(
-            Option("window", 16, lambda v: v in range(1, 10**6), "a number of tokens", "rows behind the first mask"),
-        ),
+        options=(Option("window", 16, **count("16"), meaning="tokens behind the first mask that are computed"),),
         rules=(RowRule("sliding-window", window, "a window behind the first mask", reach=reach),),
         methods={"sliding-window": {"cache": "sliding-window", "refresh_interval": 8}},
         neutral={"cache": "sliding-window", "refresh_interval": 1},

@@ -56,8 +56,6 @@ MECHANISM = Mechanism(
         Option(
             "cache",
             "none",
-            fits=lambda v: isinstance(v, str),  # and the name of a rule
-            wanted="the name of a rule",
             meaning="rows computed between two refreshes",
         ),
         Option(

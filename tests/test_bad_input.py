@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import dllm_compile
 from dllm_compile import Options, __main__, bench, demo, denoise_step, generate, options
+from dllm_compile.mechanisms import tables
 from dllm_compile.sampler import step as sampler_step
 from dllm_compile.sampler import stepper
 
@@ -99,7 +100,7 @@ def test_options_are_answered(given: dict[Any, Any], said: str) -> None:
 
 
 def test_every_option_is_in_the_table() -> None:
-    assert options.DECLARED.keys() <= {options.SYNONYMS.get(name, name) for given, _ in OPTIONS for name in given}
+    assert options.DECLARED.keys() <= {tables().synonyms.get(name, name) for given, _ in OPTIONS for name in given}
 
 
 COMPILE: list[tuple[dict[str, Any], type[Exception], str]] = [

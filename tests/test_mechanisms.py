@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import Mechanism, Option, Options, RowRule, mechanisms
-from dllm_compile.mechanisms import METHODS, OWN, PRESETS, RULES, register, unregister
+from dllm_compile import Mechanism, Option, Options, RowRule
+from dllm_compile.core.mechanism import count
+from dllm_compile.mechanisms import OWN, register, tables, unregister
 
 from . import models, shared
 from .callers import RESPONSE, TOLERANCE, build, fill, off, readable, start, steps
@@ -113,7 +115,7 @@ def test_its_options_are_checked_as_those_of_the_package(sliding: Mechanism) -> 
             Options(**written)
         return str(caught.value)
 
-    assert said(method="sliding-window", window=0) == "window is 0; give a number of tokens"
+    assert said(method="sliding-window", window=0) == "window is 0; give a whole number of at least 1, such as 16"
     assert said(cache="dual", window=8) == ("window is 8, but no mechanism reads it; give cache='sliding-window' too")
     assert "did you mean 'window'?" in said(method="sliding-window", windov=8)
     assert "did you mean 'sliding-window'?" in said(method="sliding-windows")
@@ -122,11 +124,27 @@ def test_its_options_are_checked_as_those_of_the_package(sliding: Mechanism) -> 
     assert made == Options.of(
         {"cache": "sliding-window", "refresh_interval": 8, "window": 8, "method": "sliding-window"}
     )
-    assert hash(made) != hash(replace(made, more=()))
+    assert hash(made) == hash(Options.of(made)) != hash(replace(made, window=9))
+    assert replace(made, window=9).window == 9
+    assert made == pickle.loads(pickle.dumps(made)) == Options(**asdict(made))
+    assert made == Options(**{name: value for name, value in asdict(made).items() if name != "more"}, window=8)
     unregister(sliding.name)
+    assert made.window == 8
     assert "there is no option 'window'" in said(window=8)
     with pytest.raises(AttributeError, match="window"):
         Options(method="exact").window  # noqa: B018
+
+
+def test_a_loop_goes_on_where_its_mechanism_was_unregistered(sliding: Mechanism) -> None:
+    model, loop, x = build(), dllm_compile.loop(), start(1)
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, method="sliding-window")
+    for step in range(RESPONSE):
+        if step == 2:
+            unregister(sliding.name)
+        with loop:
+            x = fill(call(x), x)
+    call(start(1, seed=7))  # and another begins
+    assert steps(model)["block"] > 3
 
 
 def test_generate_and_explain_know_it(sliding: Mechanism) -> None:
@@ -134,7 +152,7 @@ def test_generate_and_explain_know_it(sliding: Mechanism) -> None:
     given = {"mask_id": MASK, "gen_length": 8, "lowering": "eager", "window": 2}
     out = dllm_compile.generate(model, start(1)[:, :6], method="sliding-window", **given)
     assert not (out == MASK).any()
-    with pytest.raises(ValueError, match="window is -1; give a number of tokens"):
+    with pytest.raises(ValueError, match="window is -1; give a whole number of at least 1"):
         dllm_compile.generate(model, start(1)[:, :6], method="sliding-window", **{**given, "window": -1})
     text = str(dllm_compile.explain(model, start(1), method="sliding-window", mask_id=MASK))
     assert "block" in text
@@ -160,6 +178,20 @@ def test_a_rule_may_say_when_every_row_is_computed() -> None:
         unregister("third")
 
 
+class Masks:
+    """Facts of a call that has not been made."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.masked = x == MASK
+
+
+def rule_of_a_window(name: str) -> Mechanism:
+    def window(facts: Any) -> torch.Tensor:
+        return (facts.masked & (facts.masked.cumsum(1) <= 2)) | facts.since
+
+    return Mechanism(name, "a test", rules=(RowRule(name, window, "two masks and what was filled"),))
+
+
 def rule(name: str, **more: Any) -> Mechanism:
     return Mechanism(name, "a test", rules=(RowRule(name, lambda facts: facts.masked, "masked rows"),), **more)
 
@@ -167,41 +199,130 @@ def rule(name: str, **more: Any) -> Mechanism:
 @pytest.mark.parametrize(
     ("mechanism", "sentence"),
     [
-        (rule("dual"), "there is a cache 'dual' already; give the one of 'dual' another name"),
-        (rule("saliency"), "there is a mechanism 'saliency' already"),
-        (rule("new", methods={"dyllm": {"cache": "new"}}), "there is a method 'dyllm' already"),
-        (rule("new", presets={"fastest": {"cache": "new"}}), "there is a preset 'fastest' already"),
-        (rule("new", options=(Option("delay", 1, bool, "it", "it"),)), "there is a option 'delay' already"),
-        (rule("new", options=(Option("temperature", 1, bool, "it", "it"),)), "there is a option 'temperature' already"),
-        (rule("new", methods={"new": {"cash": "new"}}), "'cash'"),
+        (rule("dual"), "cache 'dual' is there already; give that of 'dual' another name"),
+        (rule("saliency"), "mechanism 'saliency' is there already"),
+        (rule("new", methods={"dyllm": {"cache": "new"}}), "method 'dyllm' is there already"),
+        (rule("new", presets={"fastest": {"cache": "new"}}), "preset 'fastest' is there already"),
+        (rule("new", options=(Option("delay", 1, meaning="it"),)), "'delay' cannot be an option of 'new'"),
+        (rule("new", options=(Option("gen_interval", 1),)), "option 'gen_interval' is there already"),
+        *(
+            (rule("new", options=(Option(name, 1),)), f"{name!r} cannot be an option of 'new': it has a meaning")
+            for name in ("temperature", "alg", "streamer", "input_ids", "more", "share", "reads", "_set", "no name")
+        ),
+        (rule("new", options=(Option("own", 0, **count("8")),)), "the default of own is 0; give a whole number"),
+        (rule("new", options=(Option("own", 0, read=bool),)), "something reads own only beside others"),
+        (rule("new", switches=("own",)), "'new' is switched on by 'own', which is none of its options"),
+        (rule("new", methods={"new": {"cash": "new"}}), "there is no option 'cash'; did you mean 'cache'?"),
         (rule("new", methods={"new": {"cache": "knew"}}), "did you mean 'new'?"),
+        (rule("new", methods={"new": {"cache": "new", "block_size": 4}}), "give options by their own names"),
         (rule("new", neutral={"cache": "new", "refresh_interval": 0}), "refresh_interval is 0"),
     ],
     ids=lambda each: each if isinstance(each, str) else each.name,
 )
 def test_what_cannot_be_registered_leaves_nothing_behind(mechanism: Mechanism, sentence: str) -> None:
-    before = dict(METHODS), dict(PRESETS), dict(RULES), list(mechanisms.mechanisms())
+    before = tables()
     with pytest.raises(ValueError) as caught:
         register(mechanism)
     assert sentence in str(caught.value)
-    assert (METHODS, PRESETS, RULES, list(mechanisms.mechanisms())) == before
+    assert tables() is before
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        rule("new", options=("own",)),
+        Mechanism("new", "a test", rules=("new",)),  # type: ignore[arg-type]
+        rule("new", options=(Option("own", "a", lambda v: v > 0),)),
+        {"name": "new"},
+    ],
+    ids=str,
+)
+def test_errors_of_other_kinds_leave_nothing_behind_either(mechanism: Any) -> None:
+    before = tables()
+    with pytest.raises(TypeError):
+        register(mechanism)
+    assert tables() is before
 
 
 def test_a_mechanism_defined_again_takes_the_place_of_the_first() -> None:
     first, second = rule("new", methods={"new": {"cache": "new"}}), rule("new", methods={"newer": {"cache": "new"}})
+    before = dict(tables().methods), dict(tables().presets), dict(tables().rules)
     register(first)
     try:
         register(second)
-        assert "newer" in METHODS
-        assert "new" not in METHODS
+        assert "newer" in tables().methods
+        assert "new" not in tables().methods
         with pytest.raises(ValueError, match="did you mean"):
             register(rule("new", methods={"new": {"cache": "knew"}}))
-        assert "newer" in METHODS
+        assert "newer" in tables().methods
     finally:
         unregister("new")
-    assert not {"new", "newer"} & {*METHODS, *PRESETS, *RULES}
+    assert (tables().methods, tables().presets, tables().rules) == before
 
 
-def test_something_else_is_no_mechanism() -> None:
-    with pytest.raises(TypeError, match=r"give a dllm_compile\.Mechanism"):
-        register({"name": "sliding-window"})  # type: ignore[arg-type]
+# -- what a rule says --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda facts: facts.masked.long(),
+        lambda facts: facts.masked[:, 1:],
+        lambda facts: facts.masked[0],
+        lambda facts: facts.masked.any(1, keepdim=True),
+        lambda facts: facts.masked.to("meta"),
+        lambda facts: None,
+    ],
+    ids=["integers", "too few", "one dimension", "one a sequence", "another device", "nothing"],
+)
+@pytest.mark.parametrize("what", ["rows", "refreshes"])
+def test_what_a_rule_says_is_checked(rows: Any, what: str) -> None:
+    each = RowRule("new", rows, "them")
+    if what == "refreshes":  # which are one a sequence, and so none of these but that
+        each = RowRule("new", lambda facts: facts.masked, "them", refresh=lambda facts: rows(facts))
+        if rows(Masks(start())) is not None and rows(Masks(start())).shape == (2, 1):
+            pytest.skip("is what a refresh is")
+    register(Mechanism("new", "a test", rules=(each,)))
+    try:
+        call = shared.compiled(build(), lowering="eager", mask_id=MASK, cache="new")
+        with dllm_compile.loop(), pytest.raises(ValueError, match=f"the rule 'new' says {what}.*give torch.bool"):
+            call(start())
+    finally:
+        unregister("new")
+
+
+def test_rows_outside_of_what_was_kept_are_computed_with_all_others() -> None:
+    """Without ``reach`` nothing says that a window moves on: a step beyond what it was is a refresh."""
+    register(rule_of_a_window("new"))
+    try:
+        model, x, loop, refreshes = build(), start(1), dllm_compile.loop(), 0
+        call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="new", keep_ratio=0.5, delay=0)
+        for _ in range(RESPONSE):
+            with loop:
+                got = call(x).clone()
+            want, before, refreshes = model(x), refreshes, steps(model)["evict"]
+            if refreshes > before:
+                assert off(got, want, x == MASK) < TOLERANCE
+            x = fill(want, x)
+        assert refreshes == RESPONSE - 1  # all but the last, whose window was in that of the one before
+    finally:
+        unregister("new")
+
+
+def test_a_refresh_of_the_response_alone_is_one() -> None:
+    """Beside a long ``prompt_interval`` it computes the response, and what was filled counts anew."""
+    each = RowRule(
+        "new", lambda facts: facts.masked | facts.since, "them", refresh=lambda facts: facts.since.sum(1, True) >= 3
+    )
+    register(Mechanism("new", "a test", rules=(each,)))
+    try:
+        model, x, loop, rows = build(), start(1), dllm_compile.loop(), []
+        call = shared.compiled(model, lowering="eager", mask_id=MASK, shift=False, cache="new", prompt_interval=100)
+        for _ in range(RESPONSE):
+            before = sum(dllm_compile.stats(model)["rows"].values())
+            with loop:
+                x = fill(call(x), x)
+            rows.append(sum(dllm_compile.stats(model)["rows"].values()) - before)
+        assert rows == [14, 8, 8, 8, 5, 5, 8, 2]  # masked ones and those filled since, or the response
+    finally:
+        unregister("new")

@@ -12,9 +12,9 @@ import torch
 
 import dllm_compile
 from dllm_compile import Options
-from dllm_compile.mechanisms import METHODS, PRESETS
-from dllm_compile.mechanisms import RULES as CACHES
-from dllm_compile.options import DECLARED, LOWERINGS, SYNONYMS
+from dllm_compile.general_options import LOWERINGS
+from dllm_compile.mechanisms import METHODS, PRESETS, tables
+from dllm_compile.options import DECLARED
 
 from .models import MASK
 
@@ -26,6 +26,7 @@ def failure(make: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+CACHES, SYNONYMS = tables().rules, tables().synonyms
 OFF: dict[str, Any] = {
     "method": "exact",
     "prompt_interval": None,

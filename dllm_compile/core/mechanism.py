@@ -36,18 +36,20 @@ class Option:
         beside: what to give too so that something does.
         neutral: values, beside the default, at which nothing is reused.
         yields: names of options; where one is given, a method does not bring its own value of this one.
+        values: the words that it may be, in place of ``fits`` and ``wanted``: a wrong one is answered with the nearest.
     """
 
     name: str
     default: Any
-    fits: Callable[[Any], bool]
-    wanted: str
-    meaning: str
+    fits: Callable[[Any], bool] = lambda _: True
+    wanted: str = ""
+    meaning: str = ""
     synonyms: tuple[str, ...] = ()
     read: Callable[[Any], bool] | None = None
     beside: str = ""
     neutral: tuple[Any, ...] = ()
     yields: tuple[str, ...] = ()
+    values: Callable[[], Iterable[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Facts:
     """What a rule is told about one step between two refreshes.
 
     Attributes:
-        call: what the ids of the call show.
+        call: what the ids of the call show. Its ``number`` counts calls of the batch; a sequence that was replaced by
+            a new one shows by ``blocks.moved``.
         blocks: where the sequences are.
         response: ``[B, S]`` bool, the rows of the response.
         since: ``[B, S]`` bool, rows whose masks were filled since the last call that computed every row, this call's
@@ -85,10 +88,12 @@ class RowRule:
         name: the value of ``cache``.
         rows: the rows of a step, ``[B, S]`` bool.
         meaning: what they are, in words.
-        reach: rows that some step before the next refresh may compute, ``[B, S]`` bool, asked at the refresh: their
-            keys are never evicted. ``None`` where they are ``rows`` themselves.
-        refresh: which sequences, ``[B, 1]`` bool, compute every row now; ``None`` leaves that to the options
-            ``refresh_interval`` and ``prompt_interval``, and to where a block begins.
+        reach: rows that some step before the next refresh may compute, ``[B, S]`` bool, asked at the refresh where
+            ``keep_ratio`` is given: their keys are not evicted. ``None`` where they are ``rows`` themselves. A step
+            that would compute another row computes every row.
+        refresh: which sequences, ``[B, 1]`` bool, compute every row now; beside a ``prompt_interval`` every row of the
+            response. ``None`` leaves that to the options ``refresh_interval`` and ``prompt_interval``, and to where a
+            block begins.
         leaves_filled: a token that was filled need not be computed before the next refresh. Else one outside of the
             rows makes every row be computed.
         in_blocks: the rows follow from blocks alone, so that ``generate`` may compute a block anew by itself.
@@ -109,7 +114,7 @@ class RowRule:
     refused: Callable[[Any], str | None] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mechanism:
     """One way to compute less, of its own source, on every model.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dllm_compile.declared import filling
-from dllm_compile.mechanisms import RULES
+from dllm_compile.mechanisms import rule_of
 from dllm_compile.options import Options
 
 from .progress import Step, Turn
@@ -53,7 +53,7 @@ def any_order(settings: Settings, options: dict[str, Any]) -> Settings | None:
         ValueError: it needs to, and confidence decides that after the call.
     """
     cache = Options.of(options).cache if options else "none"
-    if not RULES[cache].told:
+    if not rule_of(cache).told:
         return None
     if settings.remasking != "random" or settings.parallel:
         raise ValueError(
