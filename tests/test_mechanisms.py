@@ -235,7 +235,7 @@ def test_what_cannot_be_registered_leaves_nothing_behind(mechanism: Mechanism, s
         rule("new", options=(Option("own", "a", lambda v: v > 0),)),
         {"name": "new"},
     ],
-    ids=str,
+    ids=["no option", "no rule", "a check that fails", "no mechanism"],
 )
 def test_errors_of_other_kinds_leave_nothing_behind_either(mechanism: Any) -> None:
     before = tables()
