@@ -121,17 +121,10 @@ class ActiveRows:
             ValueError: it is something else.
         """
         said = asked(Facts(call, self.blocks, self.response, self.since, self.options))
-        if (
-            not isinstance(said, torch.Tensor)
-            or (said.dtype, said.shape) != (torch.bool, like.shape)
-            or not said.is_cpu
-        ):
-            found = (
-                f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
-            )
-            raise ValueError(
-                f"the rule {self.rule.name!r} says {what} of {found}; give torch.bool {list(like.shape)} on the CPU"
-            )
+        found = f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
+        wanted = f"{like.dtype} {list(like.shape)} on {like.device}"
+        if found != wanted:
+            raise ValueError(f"the rule {self.rule.name!r} says {what} of {found}; give {wanted}")
         return said
 
     def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:

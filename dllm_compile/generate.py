@@ -105,7 +105,8 @@ def _of_transformers(settings: dict[str, Any], config: Any, return_dict: bool) -
         of = type(config).__name__
         raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
     _warn_of_processors(settings.get("logits_processor") or ())
-    own = {name: value for name, value in settings.items() if name in names()}
+    known = names()
+    own = {name: value for name, value in settings.items() if name in known}
     return own, return_dict or bool(config.return_dict_in_generate)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import unit_code
+from .backend import stats
 from .core.mechanism import is_int
 from .generate import generate
 from .sampler.check import embedded, kind_of
@@ -68,26 +69,19 @@ def warm(model: torch.nn.Module, prompt_length: int, gen_length: int = 128, batc
     if tokens is None or tokens < 2:
         raise ValueError("the model does not say how many tokens it embeds; call generate on a prompt of yours instead")
     mask_id = family(model, settings.get("mask_id"), settings.get("shift")).mask_id
-    mine, before, begun = {id(weight) for weight in model.parameters()}, Counter(_steps(model)), time.perf_counter()
+    before, begun = Counter(stats(model)["steps"]), time.perf_counter()
     device = next(model.parameters()).device
     with _counted() as compiled:
         for length in (prompt_length, prompt_length + 1):
             ids = torch.randint(0, tokens - 1, (batch, length), generator=torch.Generator().manual_seed(length))
             ids += ids >= mask_id  # any token but the mask
             generate(model, ids.to(device), gen_length=gen_length, **settings)
+    weights = {id(weight) for weight in model.parameters()}
     for session in sessions():
-        if session.shares(mine):
+        if session.shares(weights):
             session.drop()
-    steps = Counter(_steps(model)) - before
+    steps = Counter(stats(model)["steps"]) - before
     return Warmed(time.perf_counter() - begun, dict(compiled), dict(steps))
-
-
-def _steps(model: torch.nn.Module) -> dict[str, int]:
-    mine, steps = {id(weight) for weight in model.parameters()}, Counter[str]()
-    for session in sessions():
-        if session.shares(mine):
-            steps.update(session.stats.steps)
-    return steps
 
 
 @contextmanager
@@ -98,9 +92,8 @@ def _counted() -> Iterator[Counter[str]]:
     def note(name: str) -> None:
         compiled[name] += 1
         if shown:
-            print(
-                f"\rdllm: compiled {compiled.total()}, the last for {name!r}\033[K", end="", file=sys.stderr, flush=True
-            )
+            sys.stderr.write(f"\rdllm: compiled {compiled.total()}, the last for {name!r}\033[K")
+            sys.stderr.flush()
 
     unit_code.LISTENERS.append(note)
     try:

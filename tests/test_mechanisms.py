@@ -22,13 +22,25 @@ from .models import MASK
 pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 
+EVERY_THIRD = RowRule(
+    "third", lambda facts: facts.masked | facts.since, "them", refresh=lambda facts: facts.since.sum(1, True) >= 3
+)
+
+
+@pytest.fixture(autouse=True)
+def _unregistered() -> Iterator[None]:
+    """Each test leaves the package's mechanisms alone behind."""
+    yield
+    for name in tables().registered:
+        unregister(name)
+
+
 @pytest.fixture
-def sliding() -> Iterator[Mechanism]:
-    """The example's mechanism, for one test."""
+def sliding() -> Mechanism:
+    """The example's mechanism."""
     from examples.sliding_window import SLIDING_WINDOW
 
-    yield register(SLIDING_WINDOW)
-    unregister(SLIDING_WINDOW.name)
+    return register(SLIDING_WINDOW)
 
 
 def largest_error(options: dict[str, Any], batch: int = 2) -> float:
@@ -92,21 +104,27 @@ def test_a_sliding_window_goes_with_other_mechanisms(sliding: Mechanism, beside:
     for _ in range(RESPONSE):
         x = fill(call(x).clone(), x)
     assert not (x == MASK).any()
-    assert sum(number for name, number in steps(model).items() if name not in ("full", "evict")) >= 4
+    assert count_of_partial(model) >= 4
     if "prompt_interval" not in beside:  # then a refresh is of the response alone
         assert largest_error({**options, "refresh_interval": 1}) < TOLERANCE
 
 
 def test_all_rows_that_a_window_may_come_to_keep_their_keys(sliding: Mechanism) -> None:
-    """With every key outside of the response dropped, those in it are never among them."""
-    model = build()
+    """With every other key dropped, no step of the window needs one that is not there: none is a refresh."""
+    model, loop, x = build(), dllm_compile.loop(), start()
     options = {"method": "sliding-window", "window": 2, "keep_ratio": 0.0, "delay": 0}
-    call, x = shared.compiled(model, lowering="eager", mask_id=MASK, **options), start()
-    for step in range(5):
-        x = fill(call(x).clone(), x)
-        held = [state for session in dllm_compile.session.sessions() for b in session.batches for state in b.layers]
-        assert held or not step
-    assert all(torch.isfinite(call(x)).flatten().tolist())
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, **options)
+    for _ in range(6):
+        with loop:
+            x = fill(call(x).clone(), x)
+    with loop:
+        assert all(torch.isfinite(call(x)).flatten().tolist())
+    assert steps(model)["evict"] == 1
+    assert count_of_partial(model) == 6
+
+
+def count_of_partial(model: torch.nn.Module) -> int:
+    return sum(number for name, number in steps(model).items() if name not in ("full", "evict"))
 
 
 def test_its_options_are_checked_as_those_of_the_package(sliding: Mechanism) -> None:
@@ -160,29 +178,16 @@ def test_generate_and_explain_know_it(sliding: Mechanism) -> None:
 
 def test_a_rule_may_say_when_every_row_is_computed() -> None:
     """As DSB does (arXiv 2602.05992): when so many tokens were filled since the last time, and where a loop begins."""
-    every_third = RowRule(
-        "third", lambda facts: facts.masked | facts.since, "them", refresh=lambda facts: facts.since.sum(1, True) >= 3
-    )
-    register(Mechanism("third", "a test", rules=(every_third,)))
-    try:
-        model, x = build(), start(1)
-        call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="third")
-        full, loop = [], dllm_compile.loop()
-        for _ in range(RESPONSE):
-            before = steps(model)["full"]
-            with loop:
-                x = fill(call(x), x)
-            full.append(steps(model)["full"] - before)
-        assert full == [1, 0, 0, 1, 0, 0, 1, 0]
-    finally:
-        unregister("third")
-
-
-class Masks:
-    """Facts of a call that has not been made."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.masked = x == MASK
+    register(Mechanism("third", "a test", rules=(EVERY_THIRD,)))
+    model, x = build(), start(1)
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="third")
+    full, loop = [], dllm_compile.loop()
+    for _ in range(RESPONSE):
+        before = steps(model)["full"]
+        with loop:
+            x = fill(call(x), x)
+        full.append(steps(model)["full"] - before)
+    assert full == [1, 0, 0, 1, 0, 0, 1, 0]
 
 
 def rule_of_a_window(name: str) -> Mechanism:
@@ -248,81 +253,66 @@ def test_a_mechanism_defined_again_takes_the_place_of_the_first() -> None:
     first, second = rule("new", methods={"new": {"cache": "new"}}), rule("new", methods={"newer": {"cache": "new"}})
     before = dict(tables().methods), dict(tables().presets), dict(tables().rules)
     register(first)
-    try:
-        register(second)
-        assert "newer" in tables().methods
-        assert "new" not in tables().methods
-        with pytest.raises(ValueError, match="did you mean"):
-            register(rule("new", methods={"new": {"cache": "knew"}}))
-        assert "newer" in tables().methods
-    finally:
-        unregister("new")
+    register(second)
+    assert "newer" in tables().methods
+    assert "new" not in tables().methods
+    with pytest.raises(ValueError, match="did you mean"):
+        register(rule("new", methods={"new": {"cache": "knew"}}))
+    assert "newer" in tables().methods
+    unregister("new")
     assert (tables().methods, tables().presets, tables().rules) == before
 
 
 # -- what a rule says --------------------------------------------------------------------------------------------------
 
 
+WRONG: dict[str, Any] = {
+    "integers": lambda facts: facts.masked.long(),
+    "too few": lambda facts: facts.masked[:, 1:],
+    "one dimension": lambda facts: facts.masked[0],
+    "one a sequence": lambda facts: facts.masked.any(1, keepdim=True),
+    "another device": lambda facts: facts.masked.to("meta"),
+    "nothing": lambda facts: None,
+}
+
+
 @pytest.mark.parametrize(
-    "rows",
-    [
-        lambda facts: facts.masked.long(),
-        lambda facts: facts.masked[:, 1:],
-        lambda facts: facts.masked[0],
-        lambda facts: facts.masked.any(1, keepdim=True),
-        lambda facts: facts.masked.to("meta"),
-        lambda facts: None,
-    ],
-    ids=["integers", "too few", "one dimension", "one a sequence", "another device", "nothing"],
+    ("what", "how"),
+    [*(("rows", how) for how in WRONG), *(("refreshes", how) for how in WRONG if how != "one a sequence")],
 )
-@pytest.mark.parametrize("what", ["rows", "refreshes"])
-def test_what_a_rule_says_is_checked(rows: Any, what: str) -> None:
-    each = RowRule("new", rows, "them")
-    if what == "refreshes":  # which are one a sequence, and so none of these but that
-        each = RowRule("new", lambda facts: facts.masked, "them", refresh=lambda facts: rows(facts))
-        if rows(Masks(start())) is not None and rows(Masks(start())).shape == (2, 1):
-            pytest.skip("is what a refresh is")
+def test_what_a_rule_says_is_checked(what: str, how: str) -> None:
+    each = RowRule("new", WRONG[how], "them")
+    if what == "refreshes":
+        each = RowRule("new", lambda facts: facts.masked, "them", refresh=WRONG[how])
     register(Mechanism("new", "a test", rules=(each,)))
-    try:
-        call = shared.compiled(build(), lowering="eager", mask_id=MASK, cache="new")
-        with dllm_compile.loop(), pytest.raises(ValueError, match=f"the rule 'new' says {what}.*give torch.bool"):
-            call(start())
-    finally:
-        unregister("new")
+    call = shared.compiled(build(), lowering="eager", mask_id=MASK, cache="new")
+    with dllm_compile.loop(), pytest.raises(ValueError, match=f"the rule 'new' says {what}.*give torch.bool"):
+        call(start())
 
 
 def test_rows_outside_of_what_was_kept_are_computed_with_all_others() -> None:
     """Without ``reach`` nothing says that a window moves on: a step beyond what it was is a refresh."""
     register(rule_of_a_window("new"))
-    try:
-        model, x, loop, refreshes = build(), start(1), dllm_compile.loop(), 0
-        call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="new", keep_ratio=0.5, delay=0)
-        for _ in range(RESPONSE):
-            with loop:
-                got = call(x).clone()
-            want, before, refreshes = model(x), refreshes, steps(model)["evict"]
-            if refreshes > before:
-                assert off(got, want, x == MASK) < TOLERANCE
-            x = fill(want, x)
-        assert refreshes == RESPONSE - 1  # all but the last, whose window was in that of the one before
-    finally:
-        unregister("new")
+    model, x, loop, refreshes = build(), start(1), dllm_compile.loop(), 0
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="new", keep_ratio=0.5, delay=0)
+    for _ in range(RESPONSE):
+        with loop:
+            got = call(x).clone()
+        want, before, refreshes = model(x), refreshes, steps(model)["evict"]
+        if refreshes > before:
+            assert off(got, want, x == MASK) < TOLERANCE
+        x = fill(want, x)
+    assert refreshes == RESPONSE - 1  # all but the last, whose window was in that of the one before
 
 
 def test_a_refresh_of_the_response_alone_is_one() -> None:
     """Beside a long ``prompt_interval`` it computes the response, and what was filled counts anew."""
-    each = RowRule(
-        "new", lambda facts: facts.masked | facts.since, "them", refresh=lambda facts: facts.since.sum(1, True) >= 3
-    )
-    register(Mechanism("new", "a test", rules=(each,)))
-    try:
-        model, x, loop, rows = build(), start(1), dllm_compile.loop(), []
-        call = shared.compiled(model, lowering="eager", mask_id=MASK, shift=False, cache="new", prompt_interval=100)
-        for _ in range(RESPONSE):
-            before = sum(dllm_compile.stats(model)["rows"].values())
-            with loop:
-                x = fill(call(x), x)
-            rows.append(sum(dllm_compile.stats(model)["rows"].values()) - before)
-        assert rows == [14, 8, 8, 8, 5, 5, 8, 2]  # masked ones and those filled since, or the response
-    finally:
-        unregister("new")
+    register(Mechanism("third", "a test", rules=(EVERY_THIRD,)))
+    model, x, loop, rows = build(), start(1), dllm_compile.loop(), []
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, shift=False, cache="third", prompt_interval=100)
+    for _ in range(RESPONSE):
+        before = sum(dllm_compile.stats(model)["rows"].values())
+        with loop:
+            x = fill(call(x), x)
+        rows.append(sum(dllm_compile.stats(model)["rows"].values()) - before)
+    assert rows == [14, 8, 8, 8, 5, 5, 8, 2]  # masked ones and those filled since, or the response

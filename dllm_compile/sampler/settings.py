@@ -172,9 +172,10 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
     """
     own: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    of_the_backend = option_names()
     for name, value in given.items():
         meant = SYNONYMS.get(name, name)
-        if meant not in SETTINGS and name not in option_names():
+        if meant not in SETTINGS and name not in of_the_backend:
             near, valid = nearest(name, names()), ", ".join(names())
             raise ValueError(f"there is no argument {name!r}; did you mean {near!r}? Arguments: {valid}")
         target = own if meant in SETTINGS else options
