@@ -1,10 +1,10 @@
 """``torch.compile(model, backend="dllm")``: training-free speed for masked-diffusion language models."""
 
 from .backend import dllm, reset, stats
-from .core.mechanism import Facts, Mechanism, Option, RowRule
 from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
+from .interface.mechanism import Facts, Mechanism, Option, RowRule
 from .mechanisms import register, unregister
 from .options import Options
 from .prepare import prepare

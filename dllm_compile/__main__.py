@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from .command import Parser, dispatch, leave, require, whole
+from .bench.command import Parser, dispatch, leave, require, whole
 
 
 def explain_main(argv: list[str]) -> None:
@@ -62,7 +62,7 @@ def _checkpoint(parser: Parser, name: str) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a subcommand; ``argv`` are the words behind ``python -m dllm_compile``."""
     try:
-        from . import bench, demo
+        from .bench import bench, demo
 
         commands = {"demo": demo.main, "bench": bench.main, "explain": explain_main}
         dispatch(commands, sys.argv[1:] if argv is None else argv)

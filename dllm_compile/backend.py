@@ -18,23 +18,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .batch import Batch, Step
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
 from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
 from .declared import ExactCalls, declared
-from .lower import Compiled
-from .memory import process_peak_bytes
 from .options import Options, check_vocabulary
-from .program import Program
-from .run import run
-from .session import Session, sessions
-from .stats import Stats
-from .unchanged import Inputs
-from .unit_code import forget
-from .verify import compare
+from .runtime.batch import Batch, Step
+from .runtime.lower import Compiled
+from .runtime.memory import process_peak_bytes
+from .runtime.program import Program
+from .runtime.run import run
+from .runtime.session import Session, sessions
+from .runtime.stats import Stats
+from .runtime.unchanged import Inputs
+from .runtime.unit_code import forget
+from .runtime.verify import compare
 
 Key = tuple[Any, ...]
 PROGRAMS = 64
@@ -377,10 +377,11 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
         model: the module that was compiled, or what ``torch.compile`` returned for it.
 
     Returns:
-        The fields of :class:`dllm_compile.stats.Stats` summed over its graphs; ``state_bytes``, of the rows kept of
-        layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``, see
-        :func:`dllm_compile.memory.process_peak_bytes`; ``compiled``, whether any call of the model came here: not where
-        its methods or ``forward`` are called instead of itself, as the ``generate`` of some classes does.
+        The fields of :class:`dllm_compile.runtime.stats.Stats` summed over its graphs; ``state_bytes``, of the rows
+        kept of layers, and ``logits_bytes``, of logits kept for the rows that are not computed again; ``peak_bytes``,
+        see :func:`dllm_compile.runtime.memory.process_peak_bytes`; ``compiled``, whether any call of the model came
+        here: not where its methods or ``forward`` are called instead of itself, as the ``generate`` of some classes
+        does.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -8,18 +8,18 @@ from typing import Any
 import sympy
 import torch
 
-from . import cost
 from .backend import Backend
 from .core.arguments import attention
 from .core.assignment import EXACT, Assignment
-from .core.plan import Call
 from .core.units import Unit
-from .ids import infer_mask_id
-from .method import schedule
+from .interface.plan import Call
 from .options import Options, all_names, check_vocabulary
-from .program import Program
-from .run import HEAD
+from .runtime import cost
+from .runtime.ids import infer_mask_id
+from .runtime.program import Program
+from .runtime.run import HEAD
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
+from .schedule.method import schedule
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Explanation:
     Attributes:
         graphs: a description of each graph that Dynamo handed over, in order.
         refused: graphs that run on plain Inductor, with the reason.
-        flops: closed form per variant of a whole step, in the symbols of :mod:`dllm_compile.cost`.
+        flops: closed form per variant of a whole step, in the symbols of :mod:`dllm_compile.runtime.cost`.
         relative: the same relative to a full step, for the given lengths, half of the response still masked and a
             tenth of it salient.
         state_bytes: closed form of what is kept between steps.

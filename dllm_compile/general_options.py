@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .core.mechanism import Option, count, flag, is_int
+from .interface.mechanism import Option, count, flag, is_int
 
 LOWERINGS = ("inductor", "eager")
 READABLE = ("masked", "all")

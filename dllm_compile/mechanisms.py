@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .core.mechanism import Mechanism, Option, RowRule
 from .general_options import GENERAL
+from .interface.mechanism import Mechanism, Option, RowRule
 from .passes import block_cache, decoded_rows, eviction, feature_cache, saliency
 
 OWN = tuple(each.MECHANISM for each in (feature_cache, block_cache, decoded_rows, eviction, saliency))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .core.mechanism import nearest, one_of
 from .general_options import GENERAL
+from .interface.mechanism import nearest, one_of
 from .mechanisms import tables
 
 DEFAULT = "dllm-cache"

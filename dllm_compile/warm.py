@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from . import unit_code
 from .backend import stats
-from .core.mechanism import is_int
 from .generate import generate
+from .interface.mechanism import is_int
+from .runtime import unit_code
+from .runtime.session import sessions
 from .sampler.check import embedded, kind_of
 from .sampler.family import family
-from .session import sessions
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import argparse
 
 import torch
 
-from dllm_compile import stats, tiny
+from dllm_compile import tiny
+from dllm_compile.runtime import stats
 
 
 def embedded() -> None:

@@ -13,7 +13,7 @@ import torch
 
 import dllm_compile
 from dllm_compile import Facts, Mechanism, Option, RowRule, tiny
-from dllm_compile.core.mechanism import count
+from dllm_compile.interface.mechanism import count
 
 
 def window(facts: Facts) -> torch.Tensor:

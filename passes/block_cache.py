@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dllm_compile.core.assignment import ACTIVE, KEYS, Assignment
-from dllm_compile.core.mechanism import Facts, Mechanism, Option, RowRule, count
+from dllm_compile.interface.mechanism import Facts, Mechanism, Option, RowRule, count
 
 FULL = Assignment("full", keep=KEYS)
 BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, keep=KEYS)

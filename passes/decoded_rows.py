@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dllm_compile.core.mechanism import Facts, Mechanism, Option, RowRule, count
-from dllm_compile.core.plan import rows_before
+from dllm_compile.interface.mechanism import Facts, Mechanism, Option, RowRule, count
+from dllm_compile.interface.plan import rows_before
 
 
 def decoded(facts: Facts) -> torch.Tensor:

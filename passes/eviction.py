@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dllm_compile.core.assignment import KEYED, NOTHING, Assignment
-from dllm_compile.core.mechanism import Mechanism, Option, is_int, share_of
+from dllm_compile.interface.mechanism import Mechanism, Option, is_int, share_of
 
 
 def entries(fresh: torch.Tensor, keep_ratio: float) -> int:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from dllm_compile.core.assignment import NOTHING, PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
-from dllm_compile.core.mechanism import Mechanism, Option, interval, share_of
-from dllm_compile.core.plan import Call, Plan, with_row_before
 from dllm_compile.core.rows import NONE
+from dllm_compile.interface.mechanism import Mechanism, Option, interval, share_of
+from dllm_compile.interface.plan import Call, Plan, with_row_before
 
 FULL = Assignment("full")
 FIRST = Assignment("full", keep=NOTHING)  # the first layer: always computed, so never kept

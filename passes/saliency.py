@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from dllm_compile.core.assignment import ACTIVE, CONTEXTS, SALIENT, Assignment
-from dllm_compile.core.mechanism import Mechanism, Option, count, flag, is_number
+from dllm_compile.interface.mechanism import Mechanism, Option, count, flag, is_number
 
 
 def with_contexts(assignment: Assignment) -> Assignment:

@@ -58,7 +58,7 @@ def no_gradients_no_warnings() -> Iterator[None]:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial steps are recorded and replayed as on CUDA, with as few kinds of calls as a small response has."""
-    from dllm_compile import session
+    from dllm_compile.runtime import session
 
     from . import recorded_calls
 

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from dllm_compile import run
-from dllm_compile.batch import Step
+from dllm_compile.runtime import run
+from dllm_compile.runtime.batch import Step
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "Qwen2ForCausalLM": "Qwen2Config"}

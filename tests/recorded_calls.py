@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_compile import tapes
-from dllm_compile.outbox import Outbox
+from dllm_compile.runtime import tapes
+from dllm_compile.runtime.outbox import Outbox
 
 from .under_way import all_under_way
 

@@ -13,7 +13,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import dllm_compile
-from dllm_compile import Options, __main__, bench, demo, denoise_step, generate, options
+from dllm_compile import Options, __main__, denoise_step, generate, options
+from dllm_compile.bench import bench, demo
 from dllm_compile.mechanisms import tables
 from dllm_compile.sampler import step as sampler_step
 from dllm_compile.sampler import stepper

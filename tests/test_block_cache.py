@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm_compile
-from dllm_compile import unit_code
-from dllm_compile.lower import Code
-from dllm_compile.session import Session, sessions
+from dllm_compile.runtime import unit_code
+from dllm_compile.runtime.lower import Code
+from dllm_compile.runtime.session import Session, sessions
 
 from . import models, shared
 from .models import MASK

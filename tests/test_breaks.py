@@ -14,7 +14,7 @@ import transformers
 
 import dllm_compile
 from dllm_compile import denoise_step, generate, prepare
-from dllm_compile.session import sessions
+from dllm_compile.runtime.session import sessions
 
 from . import models
 from .test_layers_alone import Model

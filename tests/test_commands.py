@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_compile import bench, bench_model, demo, frontier, kernel_bench, length_bench, shape_bench, tiny
-from dllm_compile.contest import Contender, Row, play
+from dllm_compile import tiny
+from dllm_compile.bench import bench, demo, frontier
+from dllm_compile.bench import kernels as kernel_bench
+from dllm_compile.bench import lengths as length_bench
+from dllm_compile.bench import model as bench_model
+from dllm_compile.bench import shape as shape_bench
+from dllm_compile.bench.contest import Contender, Row, play
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_compile.ids import readable_rows
+from dllm_compile.runtime.ids import readable_rows
 
 from .composed import ByHand
 from .models import MASK, start

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dllm_compile
 from dllm_compile import Options
-from dllm_compile.ids import readable_rows
+from dllm_compile.runtime.ids import readable_rows
 
 from . import loops, models
 from .models import MASK

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dllm_compile.evidence import STEPS, Evidence, Expected, begins_masked
+from dllm_compile.runtime.evidence import STEPS, Evidence, Expected, begins_masked
 
 MASK, TOKENS, VOCABULARY = 99, 24, 100
 

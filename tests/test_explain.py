@@ -15,7 +15,7 @@ import dllm_compile
 from dllm_compile import Options
 from dllm_compile.backend import Backend
 from dllm_compile.mechanisms import METHODS
-from dllm_compile.memory import peak_bytes
+from dllm_compile.runtime.memory import peak_bytes
 
 from . import models
 from .test_properties import Model, Shape

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.batch import Batch, Step
-from dllm_compile.session import Session
+from dllm_compile.runtime.batch import Batch, Step
+from dllm_compile.runtime.session import Session
 
 from . import golden_models
 

@@ -17,11 +17,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from torchao import quantization
 
 import dllm_compile
-from dllm_compile import backend, unit_code
+from dllm_compile import backend
 from dllm_compile.core.errors import GraphRefused, refusing
 from dllm_compile.core.sizes import Size
-from dllm_compile.lower import lower
-from dllm_compile.unit_code import UnitCode
+from dllm_compile.runtime import unit_code
+from dllm_compile.runtime.lower import lower
+from dllm_compile.runtime.unit_code import UnitCode
 
 from . import models
 

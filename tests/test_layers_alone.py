@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_compile.session import sessions
+from dllm_compile.runtime.session import sessions
 
 from .models import MASK, VOCABULARY, compiled_loop, start
 from .under_way import UnderWay, under_way

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import unit_code
 from dllm_compile.core.sizes import Size
-from dllm_compile.lower import lower
+from dllm_compile.runtime import unit_code
+from dllm_compile.runtime.lower import lower
 
 from . import models
 from .grids import in_turn

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dllm_compile.core.layout import Factor
 from dllm_compile.core.rows import changed_rows, merge_rows
-from dllm_compile.lower import lower
+from dllm_compile.runtime.lower import lower
 
 from .kernel_runs import buffers
 

@@ -12,7 +12,7 @@ import torch
 
 import dllm_compile
 from dllm_compile import Mechanism, Option, Options, RowRule
-from dllm_compile.core.mechanism import count
+from dllm_compile.interface.mechanism import count
 from dllm_compile.mechanisms import OWN, register, tables, unregister
 
 from . import models, shared

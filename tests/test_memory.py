@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_compile.memory import Peaks, peak_bytes
+from dllm_compile.runtime.memory import Peaks, peak_bytes
 
 
 def held(count, device="cpu"):

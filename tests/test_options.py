@@ -478,9 +478,9 @@ def test_reduce_overhead_asks_for_cuda_graphs() -> None:
     embedding = torch.nn.Embedding(MASK + 1, 4)
     with torch.no_grad():
         torch.compile(embedding, backend="dllm", mode="reduce-overhead")(torch.full((1, 4), MASK))
-    assert [s.options.cuda_graphs for s in dllm_compile.session.sessions() if s.shares({id(embedding.weight)})] == [
-        True
-    ]
+    assert [
+        s.options.cuda_graphs for s in dllm_compile.runtime.session.sessions() if s.shares({id(embedding.weight)})
+    ] == [True]
 
 
 def test_options_reach_the_session() -> None:
@@ -488,7 +488,7 @@ def test_options_reach_the_session() -> None:
     written: dict[str, Any] = {"lowering": "eager", "gen_interval": 3, "mask_id": MASK}
     with torch.no_grad():
         torch.compile(embedding, backend="dllm", options=written)(torch.tensor([[3, 4, MASK, MASK]]))
-    (session,) = [s for s in dllm_compile.session.sessions() if s.batches]
+    (session,) = [s for s in dllm_compile.runtime.session.sessions() if s.batches]
     assert session.options == Options.of(written)
     assert dataclasses.asdict(session.options) == {
         **OFF,

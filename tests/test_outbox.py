@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_compile.outbox import Outbox
+from dllm_compile.runtime.outbox import Outbox
 
 from . import models
 

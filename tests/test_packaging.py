@@ -22,7 +22,7 @@ LINES_OF_A_FUNCTION = 60
 
 def files() -> list[Path]:
     """Every Python file of the product, once."""
-    folders = ("", "core/", "sampler/", "tiny/")
+    folders = ("", "core/", "interface/", "schedule/", "runtime/", "sampler/", "bench/", "tiny/")
     found = [path for folder in folders for path in PACKAGE.glob(f"{folder}*.py")]
     return sorted([*found, *(ROOT / "passes").glob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
@@ -80,9 +80,22 @@ def test_kernels_import_core_and_kernels_alone(path: Path) -> None:
     assert [name for name in ours(path) if not within(name, "dllm_compile.core", "dllm_compile.kernels")] == []
 
 
+@pytest.mark.parametrize("path", in_folder("interface"), ids=ident)
+def test_the_interface_imports_core_and_itself_alone(path: Path) -> None:
+    assert [name for name in ours(path) if not within(name, "dllm_compile.core", "dllm_compile.interface")] == []
+
+
 @pytest.mark.parametrize("path", [p for p in in_folder("passes") if p.name != "__init__.py"], ids=ident)
 def test_passes_never_import_each_other(path: Path) -> None:
-    assert [name for name in ours(path) if not within(name, "dllm_compile.core", "dllm_compile.kernels")] == []
+    below = "dllm_compile.core", "dllm_compile.kernels", "dllm_compile.interface"
+    assert [name for name in ours(path) if not within(name, *below)] == []
+
+
+@pytest.mark.parametrize("folder", ["schedule", "runtime"])
+def test_no_method_is_chosen_above_the_schedules(folder: str) -> None:
+    """What runs a step knows its row sets, and not the loop that generates with it, nor a command."""
+    above = ("dllm_compile.sampler", "dllm_compile.bench", "dllm_compile.generate", "dllm_compile.backend")
+    assert [(p.name, name) for p in in_folder(folder) for name in ours(p) if within(name, *above)] == []
 
 
 @pytest.mark.parametrize("path", [*files(), *sorted((ROOT / "tests").glob("*.py"))], ids=ident)
@@ -97,7 +110,11 @@ def test_the_import_reader_reads_every_spelling() -> None:
         "dllm_compile.core.axes",
         "torch.fx",
     }
-    assert set(ours(PACKAGE / "program.py")) >= {"dllm_compile.core.axes", "dllm_compile.passes", "dllm_compile.cost"}
+    assert set(ours(PACKAGE / "runtime" / "program.py")) >= {
+        "dllm_compile.core.axes",
+        "dllm_compile.passes",
+        "dllm_compile.runtime.cost",
+    }
     assert "dllm_compile.core.rows" in ours(PACKAGE / "core" / "emit.py")  # from . import rows
 
 
@@ -194,7 +211,7 @@ def test_it_imports_and_runs_without_triton_and_transformers() -> None:
     code = """
 import sys
 sys.modules["triton"] = sys.modules["transformers"] = sys.modules["safetensors"] = None
-import torch, dllm_compile, dllm_compile.stats, dllm_compile.declared
+import torch, dllm_compile
 model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
 call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": 8})
 ids = torch.tensor([[1, 2, 8, 8]])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import session, tiny
+from dllm_compile import tiny
 from dllm_compile.quota_loop import quota_loop
-from dllm_compile.session import Session
+from dllm_compile.runtime import session
+from dllm_compile.runtime.session import Session
 
 from . import golden_models
 from .dyllm_model import DyLLM

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_compile import bench, bench_model, contest, shape_bench
-from dllm_compile.bench_model import SHAPES, Setting, job_of, random_model
-from dllm_compile.contest import Contender, Job, Row, play
+from dllm_compile.bench import bench, contest
+from dllm_compile.bench import model as bench_model
+from dllm_compile.bench import shape as shape_bench
+from dllm_compile.bench.contest import Contender, Job, Row, play
+from dllm_compile.bench.model import SHAPES, Setting, job_of, random_model
 from dllm_compile.mechanisms import PRESETS
 
 PARAMETERS = {"llada-8b": 8.02e9, "dream-7b": 7.62e9}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.ids import mask_of_changes
+from dllm_compile.runtime.ids import mask_of_changes
 
 from . import models
 from .test_explain import counted

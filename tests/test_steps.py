@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dllm_compile
-from dllm_compile.ids import infer_mask_id, labels, positions, readable_rows
 from dllm_compile.passes.feature_cache import variant
-from dllm_compile.session import Session, sessions
+from dllm_compile.runtime.ids import infer_mask_id, labels, positions, readable_rows
+from dllm_compile.runtime.session import Session, sessions
 
 from . import loops, models
 from .under_way import UnderWay, all_under_way

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import session, tapes
-from dllm_compile.ids import positions
+from dllm_compile.runtime import session, tapes
+from dllm_compile.runtime.ids import positions
 
 from . import loops, models, test_layers_alone
 from .grids import in_turn

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from dllm_compile.unchanged import SAMPLE, SMALL, Inputs, Weights, checksum
+from dllm_compile.runtime.unchanged import SAMPLE, SMALL, Inputs, Weights, checksum
 
 
 def matrices() -> list[torch.Tensor]:

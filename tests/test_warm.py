@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import dllm_compile
-from dllm_compile import unit_code
+from dllm_compile.runtime import unit_code
 
 from . import models
 from .models import MASK

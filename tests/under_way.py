@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dllm_compile.batch import Batch, Step
-from dllm_compile.session import Session, sessions
-from dllm_compile.stats import Stats
+from dllm_compile.runtime.batch import Batch, Step
+from dllm_compile.runtime.session import Session, sessions
+from dllm_compile.runtime.stats import Stats
 
 
 class UnderWay:

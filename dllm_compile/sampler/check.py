@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.core.mechanism import is_int, nearest, one_of
+from dllm_compile.interface.mechanism import is_int, nearest, one_of
 from dllm_compile.options import check_vocabulary
 
 from .rules import RULES

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllm_compile.core.mechanism import is_int, is_number, nearest, one_of
+from dllm_compile.interface.mechanism import is_int, is_number, nearest, one_of
 from dllm_compile.options import all_names
 
 from .rules import RULES

@@ -1,0 +1,167 @@
+"""``python -m dllm_compile bench``: a random-weight model, ratios in one run against named baselines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from . import eviction as eviction_bench
+from . import frontier
+from . import kernels as kernel_bench
+from . import lengths as length_bench
+from . import saliency as saliency_bench
+from . import shape as shape_bench
+from .command import Parser, interval, picture, require, target, whole
+from .contest import Row, finish, play, relative_flops
+from .model import KINDS, SHAPES, Setting, check_lengths, check_model, contenders, job_of, random_model
+from .table import print_rows
+
+ALONE: dict[str, tuple[Callable[[], None], str]] = {
+    "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
+    "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
+    "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
+}
+
+
+def run(setting: Setting, device: str = "cpu") -> list[Row]:
+    """Time every contender on one model."""
+    model, job = random_model(setting, device=device), job_of(setting, device=device)
+    rows: list[Row] = []
+    reference: torch.Tensor | None = None
+    for contender in contenders(setting):
+        every = contender.options is None or contender.name == "neutral"
+        row, (ids,) = play(contender, model, [contender.within(job)], setting.baseline_steps if every else None)
+        done = (ids != job.mask_id) & (job.ids == job.mask_id)
+        row.tokens = int(done.sum())
+        reference = ids if reference is None else reference
+        both = done & (reference != job.mask_id)
+        row.same_tokens = (ids == reference)[both].float().mean().item()
+        row.flops = relative_flops(row, model, job, contender.options or {})
+        rows.append(row)
+        print(f"{row.name}: {row.forwards} forwards in {row.seconds:.1f} s", file=sys.stderr, flush=True)
+    return finish(rows)
+
+
+def _block_cost(setting: Setting, rows: list[Row]) -> str:
+    """A dual block's step against its share of a full step."""
+    by_name = {row.name: row for row in rows}
+    dual, full = by_name["fast-dllm dual"], by_name["inductor"].milliseconds["plain"]
+    block = dual.milliseconds.get("block", 0.0)
+    active = dual.rows.get("block", 0) / max(dual.steps.get("block", 0), 1)
+    part = block / (full * active / (setting.prompt + setting.response))
+    return f"dual: a block step takes {block:.1f} ms, {part:.2f} of rows / S of a full step's {full:.1f} ms"
+
+
+def _write(file_name: str | None, argv: list[str], content: dict[str, Any]) -> None:
+    """Write a report to a file, if one is named."""
+    if file_name:
+        with open(file_name, "w", encoding="utf-8") as file:
+            json.dump({"command": f"python -m dllm_compile bench {shlex.join(argv)}", **content}, file, indent=1)
+
+
+def _shape(name: str, setting: Setting, grid: shape_bench.Grid, write: Callable[[dict[str, Any]], None]) -> None:
+    """Measure a published size; what is there is written after each row, as a time limit may end it."""
+    for report in shape_bench.run(setting, grid):
+        if report["rows"]:
+            print(shape_bench.line(report["rows"][-1]), flush=True)
+        else:
+            print(shape_bench.title(name, report), flush=True)
+        write({"shape": name, **report})
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dllm_compile bench", description=__doc__)
+    kinds: dict[str, Any] = {"kind": str, "kv_heads": whole(0), "vocabulary": whole(2)}
+    kinds |= dict.fromkeys(("prompt_interval", "response_interval"), interval)
+    for name, value in asdict(Setting()).items():
+        choices = KINDS if name == "kind" else None
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kinds.get(name, whole()), default=value, choices=choices)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--json", type=target, help="also write the rows to this file")
+    parser.add_argument(
+        "--plot", type=picture, help="instead draw accuracy against speed on the embedded model to this PNG file"
+    )
+    parser.add_argument("--kernels", action="store_true", help="instead measure each operation alone")
+    for name, (_, what) in ALONE.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
+    shape_bench.add_flags(parser)
+    return parser
+
+
+def _alone(parser: Parser, given: dict[str, Any]) -> dict[str, Callable[[], None]]:
+    """Measurements of one thing that are asked for, by their flags; takes them out of what is ``given``."""
+    found = {f"--{name}": measure for name, (measure, _) in ALONE.items() if given.pop(name)}
+    if given["lengths"] == []:
+        if given["shape"]:
+            parser.error("--lengths without pairs such as 256,256 is a measurement of its own, without --shape")
+        given["lengths"], found["--lengths"] = None, length_bench.main
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Command line."""
+    parser = _parser()
+    shape = parser.parse_known_args(argv)[0].shape
+    if shape:
+        parser.set_defaults(**asdict(SHAPES[shape]))
+    given = vars(parser.parse_args(argv))
+    report, drawn, device = given.pop("json"), given.pop("plot"), given.pop("device")
+    alone = _alone(parser, given)
+    kernels = given.pop("kernels")
+    setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
+    del given["shape"]
+    apart = [*alone, *(["--kernels"] if kernels else []), *(["--plot"] if drawn else [])]
+    if (alone or kernels) and (report or drawn or shape):
+        parser.error("--json, --plot and --shape do not go with a measurement of one thing alone")
+    if len(apart) > 1:
+        parser.error(f"{' and '.join(apart)} are measurements of their own; give one of them")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    if device == "cuda" and (alone or drawn):
+        parser.error("--device cuda is for the bench itself, for --kernels and for --shape")
+    if not shape and any(value is not None for value in given.values()):
+        parser.error(f"--{next(n for n, v in given.items() if v is not None).replace('_', '-')} goes with --shape")
+    if apart:
+        for name, value in asdict(setting).items():
+            if value != getattr(Setting(), name):
+                parser.error(f"--{name.replace('_', '-')} is not for {apart[0]}, whose model is fixed; leave it out")
+    try:
+        check_model(setting)
+        if not shape:
+            check_lengths(setting)
+    except ValueError as error:
+        parser.error(str(error))
+    require(parser, "demo", "transformers")
+    if drawn:
+        require(parser, "plot", "matplotlib")
+
+    def write(content: dict[str, Any]) -> None:
+        _write(report, argv, content)
+
+    if alone:
+        next(iter(alone.values()))()
+    elif kernels:
+        kernel_bench.main(device)
+    elif drawn:
+        frontier.main(drawn, report)
+    elif shape:
+        try:
+            grid = shape_bench.grid_of({**given, "device": device}, setting, shape)
+        except ValueError as error:
+            parser.error(str(error))
+        _shape(shape, setting, grid, write)
+    else:
+        rows = run(setting, device)
+        print_rows(f"random {setting.kind}, {setting}", rows)
+        cached = next(row for row in rows if row.name == "dllm-cache")
+        print(f"realised speed-up over FLOP reduction, against eager: {cached.vs_eager * cached.flops:.2f}")
+        print(_block_cost(setting, rows))
+        where = shape_bench.machine(torch.device(device))
+        write({"setting": asdict(setting), **where, "rows": list(map(asdict, rows))})

@@ -1,0 +1,265 @@
+"""Time several ways to run one model: what ``demo``, ``bench`` and the plot share."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from dllm_compile import backend
+from dllm_compile.explain import explain
+from dllm_compile.generate import generate
+from dllm_compile.quota_loop import quota_loop
+from dllm_compile.runtime.cost import A, R, S, T
+from dllm_compile.runtime.memory import peak_bytes
+from dllm_compile.runtime.session import sessions
+from dllm_compile.sampler.decode import Generated
+
+Show = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation.
+
+    Attributes:
+        ids: ``[B, prompt + response]`` int64, the response masked.
+        prompt, response, block: tokens.
+        mask_id: the mask token.
+    """
+
+    ids: torch.Tensor
+    prompt: int
+    response: int
+    block: int
+    mask_id: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run a model.
+
+    Attributes:
+        name: of its row.
+        options: of this backend; ``None`` for the model as it is.
+        plain: whether to compile by Inductor alone.
+        steps: forward calls of the plain loop; ``None`` for one a token.
+        settings: of ``dllm_compile.generate``, which then takes the place of the plain loop.
+        warm: forwards of the plain loop before the timed ones, enough to compile every variant.
+    """
+
+    name: str
+    options: dict[str, Any] | None = None
+    plain: bool = False
+    steps: int | None = None
+    settings: dict[str, Any] | None = None
+    warm: int = 3
+
+    def compiled(self, model: torch.nn.Module, mask_id: int) -> Callable[..., Any]:
+        """The model as the plain loop calls it."""
+        if self.options is not None:
+            return torch.compile(model, backend=backend.dllm, options={"mask_id": mask_id, **self.options})
+        return torch.compile(model) if self.plain else model
+
+    def within(self, job: Job) -> Job:
+        """The job in blocks of the length that the options say, where they say one."""
+        return replace(job, block=(self.options or {}).get("block_length", job.block))
+
+
+@dataclass
+class Run:
+    """One job as it went: ids, seconds, forwards, and seconds of each forward by the variant that ran."""
+
+    ids: torch.Tensor
+    seconds: float
+    forwards: int
+    calls: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """What one contender did.
+
+    Attributes:
+        tokens: response tokens that count, padding excluded.
+        seconds: wall time of the timed forwards, sampling included.
+        forwards: timed forward calls.
+        compile_seconds: time of the first generation beyond what the same forwards take once compiled.
+        accuracy: share of problems answered exactly, where answers are known.
+        same_tokens: share of response tokens equal to those of the first contender.
+        flops: FLOPs of an average step relative to a full step.
+        tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
+        cheaper, fewer: how much of ``vs_eager`` is from the cost of a forward, and how much from their number.
+        milliseconds: median time of a forward by variant.
+        state_bytes: bytes of rows kept of layers behind the timed forwards.
+        peak_bytes: most bytes of tensors at once, weights included and compilation aside; 0 where not asked for.
+        salient: rows that an average layer of a saliency step found salient.
+        steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
+    """
+
+    name: str
+    tokens: float = 0.0
+    seconds: float = 0.0
+    forwards: int = 0
+    compile_seconds: float = 0.0
+    accuracy: float | None = None
+    same_tokens: float = 1.0
+    flops: float = 1.0
+    tokens_per_second: float = 0.0
+    vs_eager: float = 1.0
+    vs_inductor: float = 1.0
+    cheaper: float = 1.0
+    fewer: float = 1.0
+    state_bytes: int = 0
+    peak_bytes: int = 0
+    salient: float = 0.0
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    logits: dict[str, int] = field(default_factory=dict)
+
+
+def wait(device: torch.device) -> None:
+    """Return once the device has done what it was given, as a clock must; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _looped(
+    call: Callable[..., Any], model: torch.nn.Module, job: Job, steps: int | None, limit: int | None, show: Show | None
+) -> Run:
+    """The plain loop. What it takes to look a variant up, half a millisecond in a large model, is no part of it."""
+    run = Run(job.ids.clone(), 0.0, 0)
+    seen, beside = Counter(backend.stats(model)["steps"]), 0.0
+
+    def timed(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal seen, beside
+        wait(ids.device)
+        begin = time.perf_counter()
+        logits: torch.Tensor = call(ids).logits
+        wait(ids.device)
+        end = time.perf_counter()
+        now = Counter(backend.stats(model)["steps"])
+        run.calls.setdefault(next(iter(now - seen), "plain"), []).append(end - begin)
+        seen, beside = now, beside + time.perf_counter() - end
+        return logits
+
+    loop = quota_loop(timed, run.ids, job.prompt, job.response, job.block, job.mask_id, steps)
+    with torch.no_grad():
+        wait(run.ids.device)
+        begin = time.perf_counter()
+        for x in loop:
+            run.forwards += 1
+            if show is not None:
+                show(x)
+            if run.forwards == limit:
+                break
+        wait(run.ids.device)
+        run.seconds = time.perf_counter() - begin - beside
+    return run
+
+
+def _generated(model: torch.nn.Module, job: Job, settings: dict[str, Any]) -> Run:
+    """``dllm_compile.generate``."""
+    lengths = {"gen_length": job.response, "block_length": job.block, "mask_id": job.mask_id}
+    wait(job.ids.device)
+    begin = time.perf_counter()
+    out = generate(model, job.ids[:, : job.prompt], return_dict=True, **{**lengths, **settings})
+    assert isinstance(out, Generated)
+    wait(out.sequences.device)
+    return Run(out.sequences, time.perf_counter() - begin, out.nfe)
+
+
+def play(
+    contender: Contender,
+    model: torch.nn.Module,
+    jobs: Iterable[Job],
+    limit: int | None = None,
+    show: Show | None = None,
+    memory: bool = False,
+) -> tuple[Row, list[torch.Tensor]]:
+    """Warm one contender up, then time it on every job.
+
+    Args:
+        contender: the contender.
+        model: whom it runs.
+        jobs: generations, all of one shape.
+        limit: forwards timed in each job, all by default.
+        show: called after each step with the ids.
+        memory: also count the peak of memory. On CUDA that costs nothing; else in one more run, as counting takes time.
+    """
+    torch._dynamo.reset()
+    jobs = list(jobs)
+    device = jobs[0].ids.device
+    call = contender.compiled(model, jobs[0].mask_id)
+
+    def run(job: Job, limit: int | None, show: Show | None) -> Run:
+        if contender.settings is not None:
+            return _generated(model, job, {**contender.settings, **(contender.options or {})})
+        return _looped(call, model, job, contender.steps, limit, show)
+
+    first = run(jobs[0], contender.warm, None)
+    if memory:
+        _drop_state()
+    if memory and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = backend.stats(model)
+    runs = [run(job, limit, show) for job in jobs]
+    after = backend.stats(model)
+    row = Row(contender.name, seconds=sum(r.seconds for r in runs), forwards=sum(r.forwards for r in runs))
+    row.compile_seconds = max(0.0, first.seconds - first.forwards * row.seconds / row.forwards)
+    for kind in ("steps", "rows", "logits"):
+        getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
+    layers = after["salient_layers"] - before["salient_layers"]
+    row.salient = (after["salient"] - before["salient"]) / max(layers, 1)
+    calls: dict[str, list[float]] = {}
+    for each in runs:
+        for name, spent in each.calls.items():
+            calls.setdefault(name, []).extend(spent)
+    row.milliseconds = {name: 1000 * median(spent) for name, spent in calls.items()}
+    row.state_bytes = after["state_bytes"]
+    if memory and device.type == "cuda":
+        row.peak_bytes = after["peak_bytes"]
+    elif memory:
+        _drop_state()
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], contender.warm, None), device)
+    return row, [each.ids for each in runs]
+
+
+def _drop_state() -> None:
+    """Free what is kept of sequences: what a peak is counted from."""
+    for session in sessions():
+        session.drop()
+
+
+def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
+    """FLOPs of an average step of ``row``, from the closed forms, relative to a full step of the plain model."""
+    if not row.steps:
+        return 1.0
+    found = explain(model, job.ids, **{"mask_id": job.mask_id, **options})
+    lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}
+    whole = next(iter(found.flops.values())).subs({**lengths, A: lengths[S], R: lengths[S]})
+    work = 0.0
+    for name, count in row.steps.items():
+        if name in found.flops:
+            here = {**lengths, A: row.rows[name] / count, R: row.logits[name] / count, T: row.salient}
+            work += count * float(found.flops[name].subs(here) / whole)
+    return work / sum(row.steps.values())
+
+
+def finish(rows: list[Row]) -> list[Row]:
+    """Fill in speeds and ratios; the first row is eager, the second plain Inductor."""
+    for row in rows:
+        row.tokens_per_second = row.tokens / row.seconds
+    for row in rows:
+        row.vs_eager = row.tokens_per_second / rows[0].tokens_per_second
+        row.vs_inductor = row.tokens_per_second / rows[min(1, len(rows) - 1)].tokens_per_second
+        row.cheaper = (rows[0].seconds / rows[0].forwards) / (row.seconds / row.forwards)
+        row.fewer = (rows[0].forwards / rows[0].tokens) / (row.forwards / row.tokens)
+    return rows

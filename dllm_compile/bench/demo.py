@@ -1,0 +1,149 @@
+"""``python -m dllm_compile demo``: the embedded model solves problems, eagerly, by Inductor, and by this backend."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dllm_compile import tiny
+from dllm_compile.mechanisms import PRESETS
+
+from .command import Parser, require, target, whole
+from .contest import Contender, Job, Row, Show, finish, play, relative_flops
+from .table import print_rows
+
+HELD_OUT_SEED = 1
+THRESHOLD = 0.9
+
+
+def contenders(block: int) -> list[Contender]:
+    """Baselines and every method, with the embedded model's presets."""
+    features = PRESETS["dllm-cache/tiny"]
+    blocks = {"method": "fast-dllm", "block_length": block}
+    parallel = {"threshold": THRESHOLD}
+    return [
+        Contender("eager"),
+        Contender("inductor", plain=True),
+        Contender("dllm-cache", features, warm=int(features["prompt_interval"]) + 2),
+        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=2 * block + 2),
+        Contender("fast-dllm dual", {**blocks, "cache": "dual"}, warm=2 * block + 2),
+        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=2 * block + 2),
+        Contender("dyllm", {"method": "dyllm", "shift": False}, warm=12),
+        Contender("threshold, eager", settings=parallel),
+        Contender("dual + threshold", {**blocks, "cache": "dual"}, settings=parallel),
+        Contender("sparse + threshold", {**blocks, "method": "sparse-dllm"}, settings=parallel),
+        Contender("dyllm + threshold", {"method": "dyllm"}, settings=parallel),
+    ]
+
+
+def jobs_of(problems: list[tiny.Problem], tokenizer: Any, mask_id: int, batch: int, block: int) -> list[Job]:
+    """Batches of problems, each prompt followed by a masked response."""
+    out = []
+    for i in range(0, len(problems), batch):
+        prompts = tiny.encode(problems[i : i + batch], tokenizer)
+        masks = torch.full((len(prompts), tiny.RESPONSE_LENGTH), mask_id)
+        out.append(Job(torch.cat([prompts, masks], 1), tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH, block, mask_id))
+    return out
+
+
+def score(row: Row, results: list[torch.Tensor], problems: list[tiny.Problem], tokenizer: Any) -> None:
+    """Accuracy and tokens of a row; the filler behind an answer does not count as tokens."""
+    texts = [text for ids in results for text in tiny.decode(ids[:, tiny.PROMPT_LENGTH :], tokenizer)]
+    right = [tiny.is_exact(problem, text) for problem, text in zip(problems, texts, strict=True)]
+    row.accuracy = sum(right) / len(right)
+    row.tokens = sum(len(problem.answer) for problem in problems)
+
+
+def run(count: int, batch: int, block: int, show: Any = None, entrants: list[Contender] | None = None) -> list[Row]:
+    """Solve ``count`` held-out problems with each contender.
+
+    Args:
+        count: problems, a multiple of ``batch``.
+        batch: problems solved together.
+        block: block length of the loop.
+        show: makes a context that gives a function to show the first sequence with, by contender name.
+        entrants: who takes part; :func:`contenders` by default.
+    """
+    model, tokenizer = tiny.load()
+    mask_id = model.config.mask_token_id
+    problems = tiny.problems(count, HELD_OUT_SEED)
+    jobs = jobs_of(problems, tokenizer, mask_id, batch, block)
+    rows: list[Row] = []
+    reference: list[torch.Tensor] = []
+    for contender in entrants or contenders(block):
+        with (show or _quiet)(contender.name, tokenizer) as step:
+            row, results = play(contender, model, jobs, None, step)
+        score(row, results, problems, tokenizer)
+        reference = reference or results
+        same = [
+            (a == b)[:, tiny.PROMPT_LENGTH :].float().mean().item() for a, b in zip(results, reference, strict=True)
+        ]
+        row.same_tokens = sum(same) / len(same)
+        row.flops = relative_flops(row, model, jobs[0], contender.options or {})
+        rows.append(row)
+    return finish(rows)
+
+
+@contextmanager
+def _quiet(name: str, tokenizer: Any) -> Iterator[Show | None]:
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    yield None
+
+
+@contextmanager
+def _live(name: str, tokenizer: Any) -> Iterator[Show]:
+    """Show the first sequence of the batch while it is denoised."""
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(refresh_per_second=20, transient=False) as live:
+
+        def show(x: torch.Tensor) -> None:
+            text = tokenizer.decode(x[0, tiny.PROMPT_LENGTH :])
+            shown = text.replace(tokenizer.mask_token, "\N{MIDDLE DOT}")
+            live.update(
+                Text.assemble(
+                    (f"{name:<18}", "bold"), tokenizer.decode(x[0, : tiny.PROMPT_LENGTH]), "\n", (shown, "green")
+                )
+            )
+
+        yield show
+
+
+def main(argv: list[str]) -> None:
+    """Command line."""
+    parser = Parser(prog="dllm_compile demo", description=__doc__)
+    parser.add_argument("--problems", type=whole(), default=16, help="held-out problems, a multiple of the batch")
+    parser.add_argument("--batch", type=whole(), default=8, help="problems solved together")
+    parser.add_argument("--block", type=whole(), default=32, help="block length, a divisor of 96")
+    parser.add_argument("--json", type=target, help="also write the rows to this file")
+    given = parser.parse_args(argv)
+    if given.problems % given.batch:
+        parser.error(f"--problems {given.problems} is not a multiple of --batch {given.batch}")
+    if tiny.RESPONSE_LENGTH % given.block:
+        parser.error(f"--block {given.block} does not divide the response of {tiny.RESPONSE_LENGTH} tokens")
+    require(parser, "demo", "transformers", "safetensors", "rich")
+    rows = run(given.problems, given.batch, given.block, _live if sys.stdout.isatty() else None)
+    print_rows(
+        f"{given.problems} held-out problems, batch {given.batch}, block {given.block}, dLLM-Cache with "
+        f"{PRESETS['dllm-cache/tiny']}, threshold {THRESHOLD}",
+        rows,
+    )
+    if given.json:
+        with open(given.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {
+                    "problems": given.problems,
+                    "batch": given.batch,
+                    "block": given.block,
+                    "rows": [asdict(r) for r in rows],
+                },
+                file,
+                indent=1,
+            )

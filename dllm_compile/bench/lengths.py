@@ -1,0 +1,100 @@
+"""``bench --lengths``: what it costs to meet a prompt length, a response length or a batch for the first time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from dllm_compile.backend import dllm
+from dllm_compile.declared import loop
+
+from .contest import Job
+from .model import Setting, job_of, random_model
+
+Size = tuple[int, int, int]
+FIRST: tuple[Size, ...] = ((96, 64, 1), (128, 64, 1), (96, 64, 2), (128, 64, 3))
+"""Prompt, response and batch of the generations that make code: Dynamo specializes a batch of one."""
+THEN: tuple[Size, ...] = tuple((80 + 7 * i, (32, 64, 96)[i % 3], 1 + i % 4) for i in range(20))
+CALLS = 4  # of a generation
+
+
+@dataclass
+class Found:
+    """What one compiled model did.
+
+    Attributes:
+        seconds: of the first generation at each of the sizes that make code, in all.
+        frames: that Dynamo traced behind those.
+        graphs: that Inductor was given behind those, found in its cache or not.
+        first: seconds of the first call at each further size.
+        again: of the first call of a second generation of that size.
+    """
+
+    seconds: float
+    frames: int
+    graphs: int
+    first: list[float]
+    again: list[float]
+
+
+def _made() -> tuple[int, int]:
+    graphs = sum(counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss", "bypass"))
+    return counters["stats"]["unique_graphs"], graphs
+
+
+def measure(setting: Setting, options: dict[str, Any] | None, first: Sequence[Size], then: Sequence[Size]) -> Found:
+    """Generate a few tokens at sizes that make code, then at others, twice each.
+
+    Args:
+        setting: of the model.
+        options: of the backend; ``None`` for plain Inductor.
+        first: sizes that make code.
+        then: the others.
+    """
+    torch._dynamo.reset()
+    model = random_model(setting)
+
+    def play(size: Size) -> float:
+        """Seconds of the first call of a generation."""
+        prompt, response, batch = size
+        job: Job = job_of(replace(setting, prompt=prompt, response=response), batch)
+        x, spent = job.ids.clone(), []
+        with loop(), torch.no_grad():
+            for step in range(CALLS):
+                begin = time.perf_counter()
+                call(x)
+                spent.append(time.perf_counter() - begin)
+                x[:, prompt + step] = step
+        return spent[0]
+
+    known = {"mask_id": setting.vocabulary - 1, **(options or {})}
+    call: Any = torch.compile(model) if options is None else torch.compile(model, backend=dllm, options=known)
+    begin = time.perf_counter()
+    for size in first:
+        play(size)
+    seconds, before = time.perf_counter() - begin, _made()
+    spent = [(play(size), play(size)) for size in then]
+    frames, graphs = (now - old for now, old in zip(_made(), before, strict=True))
+    return Found(seconds, frames, graphs, [a for a, _ in spent], [b for _, b in spent])
+
+
+def main(setting: Setting | None = None, first: Sequence[Size] = FIRST, then: Sequence[Size] = THEN) -> None:
+    """Print both, one line each."""
+    setting = setting or Setting()
+    print(f"{len(then)} sizes after {len(first)}: {setting.layers} layers, width {setting.width}", flush=True)
+    blocks = {"method": "fast-dllm", "cache": "dual", "block_length": 32, "shift": False}
+    for name, options in (("inductor", None), ("fast-dllm dual", blocks)):
+        found = measure(setting, options, first, then)
+        more = median(a - b for a, b in zip(found.first, found.again, strict=True))
+        print(
+            f"{name:<16}{found.seconds:>7.1f} s for the first sizes, then {found.frames} frames of Dynamo and "
+            f"{found.graphs} graphs of Inductor; first call {1000 * median(found.first):.1f} ms, "
+            f"{1000 * more:+.1f} against a second generation",
+            flush=True,
+        )

@@ -1,0 +1,128 @@
+"""What a schedule is told about a forward call, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Protocol
+
+import torch
+
+from dllm_compile.core.assignment import EXACT, Assignment
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call, read off its ids on the host.
+
+    Attributes:
+        number: calls since the sequence began, from 0.
+        repeat: the ids are those of the call before.
+        masked: ``[B, S]`` bool, positions that hold the mask.
+        filled: ``[B, S]`` bool, positions that held it at the call before and do not now.
+        changed: ``[B, S]`` bool, positions that hold another token than at the call before.
+        filling: ``[B, S]`` bool, positions that the sampler fills from this call; ``None`` where it does not say.
+    """
+
+    number: int
+    repeat: bool
+    masked: torch.Tensor
+    filled: torch.Tensor
+    changed: torch.Tensor
+    filling: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows that a call computes.
+
+    Attributes:
+        assignment: row sets of the layers.
+        selected: rows each sequence may select where ``SELECTED`` is picked, ``[B]`` int64.
+        active: ``[B, S]`` bool, the rows of ``ACTIVE``.
+        written: ``[B, S]`` bool, those of them that enter the state. The others are computed for samplers alone: all
+            of them exactly, with keys and values that nobody sees.
+        salient: ``[B, S]`` bool, those that are salient in the first layer.
+        bound: ``[B]`` float, rows whose context has a smaller cosine with its former self are salient behind it.
+        block: ``[B, S]`` bool, the rows whose queries choose the entries to keep, where they are chosen.
+        fresh: ``[B, S]`` bool, the rows that are never evicted, because later steps compute them.
+        kept: entries that a sequence keeps of the others.
+        same: whether the ids of the call before would give its result again.
+        warning: what to tell the user where the plan is followed.
+    """
+
+    assignment: Assignment
+    selected: torch.Tensor | None = None
+    active: torch.Tensor | None = None
+    written: torch.Tensor | None = None
+    salient: torch.Tensor | None = None
+    bound: torch.Tensor | None = None
+    block: torch.Tensor | None = None
+    fresh: torch.Tensor | None = None
+    kept: int = 0
+    same: bool = True
+    warning: str | None = None
+
+
+def with_row_before(rows: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool rows, and the one before each: it predicts their token where logits are shifted."""
+    return rows | rows_before(rows)
+
+
+def rows_before(rows: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool rows; those one before each."""
+    return torch.cat([rows[:, 1:], rows[:, :1] & False], 1)
+
+
+class Schedule(Protocol):
+    """A method, for one sequence: from what happened to the rows of the next call."""
+
+    variants: tuple[Assignment, ...]
+    """What it may answer; the first refreshes everything."""
+
+    first: Assignment | None
+    """Row sets of the first layer, where they are always the same."""
+
+    def next(self, call: Call) -> Plan:
+        """Rows of a call; every call of the sequence is shown in order, repeated ones too."""
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """Some sequences of the batch were replaced by new ones, which the next call computes whole.
+
+        Args:
+            rows: ``[B]`` bool, which ones.
+            response: ``[B, S]`` bool, the responses of all of them.
+
+        Returns:
+            Whether the others go on; else all begin anew.
+        """
+
+
+def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a schedule, or of something in it, with ``change`` made to each tensor.
+
+    All tensors of a schedule are ``[B, ...]``, an entry a sequence; what is frozen and without tensors is shared.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Plan) or (hasattr(value, "__dict__") and not is_dataclass(value)):
+        new = copy(value)
+        vars(new).update({name: with_tensors(each, change) for name, each in vars(value).items()})
+        return new
+    return value
+
+
+class Exact:
+    """Every row at every call: nothing is kept."""
+
+    variants: tuple[Assignment, ...] = (EXACT,)
+    first: Assignment | None = None
+
+    def next(self, call: Call) -> Plan:
+        """Always the same."""
+        return Plan(EXACT)
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """Nothing is kept of anybody."""
+        return True

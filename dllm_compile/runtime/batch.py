@@ -1,0 +1,360 @@
+"""One run of a denoising loop: the ids it was at, and the rows kept of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dllm_compile.core.assignment import ACTIVE, Assignment
+from dllm_compile.declared import Declared
+from dllm_compile.interface.plan import Call, Exact, Schedule, with_tensors
+from dllm_compile.schedule.method import response_of, schedule
+
+from . import tapes
+from .evidence import Evidence, Expected, begins_masked
+from .ids import positions, response_rows
+from .outbox import Outbox
+from .positions import Places, unpacked
+from .unchanged import Inputs
+
+if TYPE_CHECKING:
+    from .program import Program, Signature
+    from .session import Session
+
+HISTORY = 8  # earlier ids that are remembered, to tell a second loop on the same prompt
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a sequence was called with up to one call; replaced as a whole when the next one has run.
+
+    Attributes:
+        ids: ``[B, S]`` int64 of that call, on the CPU.
+        on_device: the same on the device of the model.
+        number: calls that the schedule was shown, from 0; -1 for none.
+        schedule: as these calls left it.
+        caller: the graph that was called.
+        evidence: whether the sequence is a denoising loop.
+        missed: whether the last calls ran exactly, in doubt, without the schedule.
+        history: ids of the last few calls that differ.
+    """
+
+    ids: torch.Tensor
+    on_device: torch.Tensor
+    number: int
+    schedule: Schedule
+    caller: object
+    evidence: Evidence
+    missed: bool
+    history: tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Step:
+    """One forward call of a denoising loop.
+
+    Attributes:
+        past: what the sequence has seen once this call has run.
+        repeat: the ids are those of the previous call, so its results are too.
+        assignment: rows that layers compute; the schedule may say otherwise of the first.
+        indices: positions ``[B, K]`` of each row set, on the device of the ids; ``S`` stands for "no row".
+        sizes: ``K`` of each row set.
+        counts: ``[B, 1]`` int64, rows each sequence may select.
+        bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
+        layer: how many layers have run in this step.
+        seen: the layers that have run.
+        counted: the name that ``stats`` has counted the step by.
+        delivered: whether the caller has its result; an interrupt may come when it is made, and before.
+        late: inputs that only the head reads.
+        own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
+        anew: rows kept are not good for this step: layers that still come compute every row.
+        inputs: tensors of graphs behind the first that were compared with those of the step before.
+        memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
+        places: of each of them there.
+    """
+
+    past: Past
+    repeat: bool
+    assignment: Assignment
+    indices: dict[str, torch.Tensor]
+    sizes: dict[str, int]
+    counts: torch.Tensor
+    bound: torch.Tensor | None
+    shape: tuple[int, int]
+    layer: int = 0
+    seen: set[Any] = field(default_factory=set)
+    counted: str | None = None
+    delivered: bool = False
+    late: Inputs | None = None
+    own: bool = False
+    anew: bool = False
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    memory: torch.Tensor | None = None
+    places: Places = ()
+
+    @classmethod
+    def of(
+        cls, memory: torch.Tensor, places: Places, past: Past, repeat: bool, assignment: Assignment, *more: Any
+    ) -> Step:
+        """A step whose positions, counts and bound lie in ``memory``; ``more`` are ``sizes`` and ``shape``."""
+        found = unpacked(memory, places)
+        counts, bound = found.pop("counts"), found.pop("bound", None)
+        sizes, shape = more
+        return cls(past, repeat, assignment, found, sizes, counts, bound, shape, memory=memory, places=places)
+
+    def elsewhere(self, memory: torch.Tensor) -> Step:
+        """The same step, before any of its layers ran, with its positions, counts and bound in other memory."""
+        return Step.of(memory, self.places, self.past, self.repeat, self.assignment, self.sizes, self.shape)
+
+    @property
+    def number(self) -> int:
+        """Calls since the sequence began, from 0."""
+        return self.past.number
+
+    @property
+    def entries(self) -> int:
+        """Keys that are kept where others are evicted, and those of rows computed since."""
+        return self.sizes["kept"] + self.sizes.get("fresh", 0)
+
+
+class Batch:
+    """The sequences of one batch, from a prompt to a response without masks, and what is kept of them.
+
+    Args:
+        session: of the model.
+        ids: ``[B, S]`` int64 of the first call, on the CPU.
+        mask_id: the mask token.
+        inputs: the inputs beside the ids.
+        model: what tells the graphs of this model from others.
+        word: what the caller declared of its calls.
+    """
+
+    def __init__(
+        self, session: Session, ids: torch.Tensor, mask_id: int, inputs: Inputs, model: Signature, word: Declared | None
+    ) -> None:
+        self.session, self.options, self.mask_id = session, session.options, mask_id
+        self.inputs, self.model, self.word = inputs, model, word
+        self.thread: int | None = None  # that a step in several graphs is under way on
+        self.past: Past | None = None
+        self.late: Inputs | None = None  # what only the head read at the last call
+        self.part_inputs: dict[Any, Inputs] = {}  # of graphs that are called behind the one with the ids
+        self.finished = False  # a call behind the last step filled all masks
+        self.whole = False  # some part of the model cannot run for fewer rows
+        self.stale = False  # what is kept is not good for the next call
+        self.last: Step | None = None
+        self.layers_seen = 0  # of a step
+        self.drop_rows()
+        self._start(ids)
+
+    def _start(self, ids: torch.Tensor) -> None:
+        masked = ids == self.mask_id
+        self.first = ids
+        self.response = response_rows(ids, masked)
+        self._locate()
+
+    def _locate(self) -> None:
+        self.answer = response_of(self.options, self.response)
+        self.fixed = {"response": positions(self.answer), "prompt": positions(~self.answer)}
+
+    def new_schedule(self) -> Schedule:
+        """The schedule of a sequence that begins."""
+        return Exact() if self.whole else schedule(self.options, self.response)
+
+    def drop_rows(self) -> None:
+        """Free all that is kept of earlier calls but their ids."""
+        self.layers: dict[Any, list[torch.Tensor]] = {}
+        self.outputs: dict[Any, Any] = {}
+        self.kept: dict[Any, torch.Tensor] = {}
+        self.outboxes: dict[Any, Outbox] = {}
+        self.selected: dict[int, torch.Tensor] = {}
+        self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.tapes = tapes.Tapes()  # they hold addresses of rows
+        self.expected: Expected | None = None  # while it is in doubt whether this is a loop
+
+    def begin_anew(self) -> None:
+        """Let the next call compute every row, as if the sequence began there; nobody's doubts come back."""
+        self.drop_rows()
+        self.stale, self.last = False, None
+        if self.past is not None:
+            self.past = replace(self.past, number=-1, schedule=self.new_schedule(), caller=None, missed=False)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last step ended before all of its layers had run, or the rows kept are no good otherwise."""
+        last = self.last
+        return self.stale or (
+            last is not None and (last.layer < self.layers_seen or (self.thread is not None and not last.delivered))
+        )
+
+    def state_bytes(self) -> int:
+        """Bytes of the rows kept of layers between steps."""
+        return sum(t.nbytes for tensors in self.layers.values() for t in tensors)
+
+    def logits_bytes(self) -> int:
+        """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
+        return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.outboxes.values())
+
+    # -- the ids of a call -------------------------------------------------------------------------------------------
+
+    def goes_on(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which sequences, ``[B]`` bool, a call with ``ids`` ``[B, S]`` could be the next of.
+
+        A loop may fill masks, put some back, and edit some tokens; the first ids again after others are a restart. As
+        long as it is in doubt whether it is a loop, it may only fill.
+        """
+        assert self.past is not None
+        before = self.past.ids
+        changed = ids != before
+        filled = changed & (before == self.mask_id)
+        if not self.past.evidence.declared:
+            many = filled.sum(1) * 4 > self.response.sum(1)
+            if bool(many.all()) and begins_masked(ids == self.mask_id, ids):
+                return torch.zeros_like(many)  # rather the start of a longer prompt
+        if not self.past.evidence.is_loop:
+            return (~changed | filled).all(1)
+        remasked = changed & (ids == self.mask_id)
+        edited = changed & ~filled & ~remasked
+        size = self.response.sum(1)
+        inside = ~(changed & ~self.response).any(1)
+        again = (ids == self.first).all(1) & changed.any(1)
+        few = remasked.sum(1) * 4 <= size
+        if not self.past.evidence.declared:
+            few &= edited.sum(1) * 2 <= size  # another text on the same prompt
+        return inside & ~again & few
+
+    def distance(self, ids: torch.Tensor) -> tuple[int, int]:
+        """How far ``ids`` are from the last call: tokens that were not just filled, and tokens at all, that changed."""
+        assert self.past is not None
+        changed = ids != self.past.ids
+        return int((changed & (self.past.ids != self.mask_id)).sum()), int(changed.sum())
+
+    def branches(self, ids: torch.Tensor) -> bool:
+        """Whether ``ids`` fill masks of an earlier call, not of the last one: another loop on the same prompt.
+
+        Where the last call has another token, or one in place of a mask, the earlier one is as ``ids`` are.
+        """
+        assert self.past is not None
+        undone = (ids != self.past.ids) & (self.past.ids != self.mask_id)
+        return any(
+            bool(((ids == old) | ((old == self.mask_id) & ~undone)).all() and (ids != old).any())
+            and not torch.equal(old, self.first)
+            for old in self.past.history[:-1]
+        )
+
+    def _fresh(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which sequences, ``[B]`` bool, are a prompt with masks behind it, or hold no mask."""
+        masked = ids == self.mask_id
+        behind = masked.long().cummax(1).values.bool()
+        return (masked == behind).all(1)
+
+    def replaces(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Which sequences, ``[B]`` bool, were replaced by new ones while others went on; ``None`` if it is not so."""
+        assert self.past is not None
+        if not self.past.evidence.is_loop or torch.equal(ids, self.first):
+            return None
+        same = self.goes_on(ids)
+        changed = ids != self.past.ids
+        pure = ~(changed & (self.past.ids != self.mask_id)).any(1)
+        stay = same & pure
+        if not bool(stay.any()) or not bool(self._fresh(ids)[~stay].all()):
+            return None
+        return ~stay
+
+    def replace(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
+        """Begin anew for some sequences of the batch.
+
+        Args:
+            rows: ``[B]`` bool, which ones.
+            ids: ``[B, S]`` int64 of the call that begins them.
+        """
+        assert self.past is not None
+        at = rows.unsqueeze(1)
+        self.first = torch.where(at, ids, self.first)
+        self.response = torch.where(at, ids == self.mask_id, self.response)
+        self._locate()
+        plans = with_tensors(self.past.schedule, torch.clone)
+        old = torch.where(at, ids, self.past.ids)
+        self.past = replace(self.past, ids=old, schedule=plans, caller=None, history=())
+        if not plans.begin_anew(rows, self.response):
+            self.begin_anew()
+
+    def rows_of(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Which of the sequences a smaller batch ``ids`` ``[b, S]`` goes on with: ``[b]`` int64, or ``None``."""
+        assert self.past is not None
+        size = len(self.past.ids)
+        if not self.past.evidence.is_loop or len(ids) >= size:
+            return None
+        found: list[int] = []
+        for row in ids:
+            every = row.unsqueeze(0).expand(size, -1)
+            fits = self.goes_on(every) & ~((every != self.past.ids) & (self.past.ids != self.mask_id)).any(1)
+            after = [i for i in fits.nonzero().flatten().tolist() if not found or i > found[-1]]
+            if not after:
+                return None
+            found.append(after[0])
+        return torch.tensor(found)
+
+    def keep_sequences(self, index: torch.Tensor, inputs: Inputs, model: Signature) -> None:
+        """Drop the other sequences of the batch.
+
+        Args:
+            index: ``[b]`` int64, those that stay.
+            inputs: of those.
+            model: what tells the graphs of the smaller batch.
+        """
+        assert self.past is not None
+        past, self.inputs, self.model = self.past, inputs, model
+        size = len(past.ids)
+
+        def some(value: torch.Tensor) -> torch.Tensor:
+            return value[index.to(value.device)]
+
+        layers = {key: [some(each) for each in rows] for key, rows in self.layers.items()}
+        kept = {key: some(each) for key, each in self.kept.items()}
+        self.drop_rows()
+        self.layers, self.kept = layers, kept
+        self.part_inputs.clear()
+        self.first, self.response = some(self.first), some(self.response)
+        self._locate()
+        plans = with_tensors(past.schedule, lambda each: some(each) if each.shape[:1] == (size,) else each)
+        self.past = replace(past, ids=some(past.ids), on_device=some(past.on_device), schedule=plans, history=())
+
+    def call(self, ids: torch.Tensor, caller: object, filling: torch.Tensor | None) -> Call:
+        """What happened since the last call, for the schedule."""
+        masked, past = ids == self.mask_id, self.past
+        before = ids if past is None else past.ids
+        changed = before != ids
+        filled = changed & ~masked & (before == self.mask_id)
+        number = 0 if past is None else past.number + 1
+        repeat = past is not None and number > 0 and caller is not None and caller is past.caller
+        repeat = repeat and not bool(changed.any())
+        return Call(number, repeat, masked, filled, changed, filling)
+
+    def expect(self, program: Program) -> None:
+        """While this may be no loop, see what the logits handed out say of the tokens to come."""
+        made = program.logits(self.session.vocabulary)
+        logits = self.outputs.get(program, {}).get(made) if made is not None else None
+        if self.past is None or self.past.evidence.is_loop:
+            self.expected = None
+        elif logits is not None:
+            places = (self.past.ids == self.mask_id).any(0).nonzero()
+            self.expected = Expected(logits, max(int(places[0]) - 1, 0), int(places[-1]) + 1)
+
+    def narrows(self, plans: Schedule) -> bool:
+        """Whether the residual stream of this sequence may be carried for fewer rows."""
+        return any(variant.enter == ACTIVE for variant in plans.variants)
+
+    def run_whole(self, reason: str) -> None:
+        """From the next call on compute every row: some part of the model cannot run for fewer."""
+        if not self.whole:
+            warnings.warn(f"dllm: {self.options.method} computes every row at every step: {reason}", stacklevel=2)
+        self.whole = True
+
+
+def bytes_of(batches: Sequence[Batch]) -> int:
+    """Bytes of all that is kept of some sequences."""
+    return sum(each.state_bytes() + each.logits_bytes() for each in batches)

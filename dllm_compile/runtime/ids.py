@@ -1,0 +1,94 @@
+"""Read token ids: what is masked, what is readable, which positions a row set has. Pure functions of tensors."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from dllm_compile.interface.plan import with_row_before
+
+
+def labels(hidden: torch.Tensor) -> torch.Tensor:
+    """Number the rows of ``[B, S, d]``: ``[B, S]`` int64, the same where rows are bitwise the same (a 63-bit hash)."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
+    words = hidden.detach().contiguous().view(kind).long()
+    return (words * _multipliers(words.shape[-1]).to(words.device)).sum(-1) & 0x7FFFFFFFFFFFFFFF
+
+
+@cache
+def _multipliers(width: int) -> torch.Tensor:
+    """Random odd numbers, the same in every run."""
+    return torch.randint(2**62, (width,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+
+def infer_mask_id(ids: torch.Tensor) -> int | None:
+    """The id that ends every sequence at least twice in a row, or ``None``.
+
+    Args:
+        ids: ``[B, S]`` ids of a first call, whose response is still all masks.
+    """
+    if ids.shape[1] < 2:
+        return None
+    last = ids[:, -1]
+    alike = bool((ids[:, -2] == last).all()) and bool((last == last[0]).all())
+    return int(last[0]) if alike else None
+
+
+def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
+    """Rows a sampler can read, ``[B, S]`` bool: masked ones and, unless ``shift`` is False, the row before each."""
+    return masked if shift is False else with_row_before(masked)
+
+
+def positions(rows: torch.Tensor, least: int = 0, empty: bool = True, multiple: int = 1) -> torch.Tensor:
+    """Positions ``[B, K]`` int64 of the rows set in a ``[B, S]`` bool; what is missing in shorter ones is ``S``.
+
+    Args:
+        rows: which rows.
+        least: columns that any non-empty index has at least. Code compiled for any number of rows takes two or more.
+        empty: whether an index of no rows may have no columns.
+        multiple: of which the columns are one, unless they are all ``S``.
+    """
+    tokens = rows.shape[1]
+    most = min(-int(-rows.sum(1).max() // multiple) * multiple, tokens)
+    where = torch.where(rows, torch.arange(tokens), tokens)
+    where = where.sort(1).values[:, :most]
+    if most < least and (most or not empty):
+        where = torch.cat([where, torch.full((rows.shape[0], least - most), tokens)], 1)
+    return where.contiguous()
+
+
+def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """What is masked at the first call; for ``[x; x with a masked prompt]`` (guidance), what is masked in ``x``."""
+    half = ids.shape[0] // 2
+    if ids.shape[0] % 2 or not half:
+        return masked
+    cond, uncond = ids[:half], masked[half:]
+    mirrors = (ids[half:] == cond) | uncond
+    if bool(mirrors.all()) and bool((uncond | ~masked[:half]).all()) and not torch.equal(uncond, masked[:half]):
+        return torch.cat([masked[:half], masked[:half]])
+    return masked
+
+
+def mask_of_changes(before: torch.Tensor | None, now: torch.Tensor, known: int | None = None) -> int | None:
+    """The label that all changed rows had, if several rows had it: what a sampler fills in was the mask.
+
+    Where ids never reach the backend, this tells the mask of a batch that is padded on the right, or masked in its
+    middle, at its second call. One row that changes could be an edit, so its label must occur twice.
+
+    Args:
+        before, now: ``[B, S]`` labels, or ids, of two consecutive calls of a sequence.
+        known: what is taken for the mask so far. Where all changed rows have become it, a text was masked again.
+
+    Returns:
+        The label; ``None`` where nothing changed, where changed rows had several labels, or one that occurred once.
+    """
+    if before is None or before.shape != now.shape:
+        return None
+    changed = before != now
+    filled = torch.unique(before[changed])
+    if len(filled) != 1 or int((before == filled).sum()) < 2:
+        return None
+    if known is not None and bool((now[changed] == known).all()):
+        return None
+    return int(filled)

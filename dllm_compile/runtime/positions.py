@@ -1,0 +1,87 @@
+"""Positions of the row sets of a call, from what its schedule planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from dllm_compile.interface.plan import Call, Plan
+
+from .ids import positions, readable_rows
+
+
+def positions_of_call(
+    call: Call, plan: Plan, response: torch.Tensor, shift: bool | None, every: bool, multiple: int
+) -> dict[str, torch.Tensor]:
+    """Positions ``[B, K]`` int64 of the row sets that change from call to call, by name.
+
+    Args:
+        call: what happened.
+        plan: rows that it computes.
+        response: ``[B, S]`` bool, rows of the response.
+        shift: whether samplers read the row before a token; see :class:`dllm_compile.Options`.
+        every: whether all rows are readable.
+        multiple: of which the number of rows is one, unless they are all.
+    """
+    varying = partial(positions, least=2, multiple=multiple)
+    readable = torch.ones_like(call.masked) if every else readable_rows(call.masked, shift)
+    rows: dict[str, torch.Tensor] = {}
+    tokens = none = readable.shape[1]
+    slots = torch.arange(tokens).expand_as(readable)
+    if plan.fresh is not None:  # keys and values have a place behind the kept entries, in order
+        rows["fresh"] = positions(plan.fresh, 2, empty=False)
+        slots, none = plan.kept + plan.fresh.long().cumsum(1) - 1, plan.kept + rows["fresh"].shape[1]
+        slots = torch.where(plan.fresh, slots, none)
+        if plan.active is None:
+            rows["response@keyed"] = _at(slots, positions(response), none)
+    if plan.block is not None and plan.fresh is not None:
+        rows["block"] = positions(plan.block, 2, empty=False)
+        rows["outside"] = positions(~plan.fresh, 2, empty=False)
+    if plan.active is None or plan.written is None:
+        return {**rows, "readable": varying(readable)}
+    active, readable = varying(plan.active, empty=False), varying(readable & plan.active)
+    kept = _at(plan.written, active, False)  # the others are there for samplers alone, and leave nothing behind
+    written = torch.where(kept, _at(slots, active, none), none)
+    rank = plan.active.long().cumsum(1) - 1
+    rows |= {"active": active, "written": written, "stored": torch.where(kept, active, tokens), "readable": readable}
+    rows["readable@active"] = _at(rank, readable, active.shape[1])
+    if plan.salient is not None:
+        rows["salient"] = varying(_at(plan.salient, active, False), empty=False)
+    return rows
+
+
+Places = tuple[tuple[str, torch.dtype, torch.Size], ...]
+ALIGNED = 16
+"""Bytes at whose multiples compiled code expects its inputs to begin."""
+
+
+def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Places]:
+    """Tensors of the host in one piece of memory ``[N]`` uint8 on a device: one transfer, not waited for.
+
+    Returns:
+        The memory, and what lies where in it, for :func:`unpacked`.
+    """
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
+    memory = torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGNED)) for part in parts])
+    if device.type == "cuda":
+        memory = memory.pin_memory()
+    places = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+    return memory.to(device, non_blocking=True), places
+
+
+def unpacked(memory: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:
+    """Views of the tensors that were :func:`packed`, by name."""
+    found, begin = {}, 0
+    for name, dtype, shape in places:
+        size = shape.numel() * dtype.itemsize
+        found[name] = memory[begin : begin + size].view(dtype).view(shape)
+        begin += size + -size % ALIGNED
+    return found
+
+
+def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:
+    """Entries ``[B, K]`` of ``values`` ``[B, S]`` at positions ``[B, K]``; ``none`` for ``S``, "no row"."""
+    tokens = values.shape[1]
+    return torch.where(index < tokens, values.gather(1, index.clamp(max=tokens - 1)), none)

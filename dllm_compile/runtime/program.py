@@ -1,0 +1,212 @@
+"""A graph made ready to run: cut into units, each compiled once per variant and called for every layer like it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dllm_compile.core.axes import Axes, fake_like, follow
+from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.graph import fingerprint, fix_sizes, output_node, placeholders, target_name
+from dllm_compile.core.layout import position, size
+from dllm_compile.core.outline import outline
+from dllm_compile.core.units import Unit, closure
+from dllm_compile.options import Options
+from dllm_compile.passes import cut, normalized
+from dllm_compile.passes.causal import refuse_causal_masks
+from dllm_compile.passes.seeds import find_seed
+from dllm_compile.passes.unmask import unmask
+
+from .cost import whole
+from .unit_code import shared
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What tells the graphs of one model from those of others.
+
+    Attributes:
+        units: keys of stem, layers and head, which say all that they compute, for one sequence or for several.
+        constants: the same of what they read that does not depend on tokens.
+        family: names of all that is called, in order: equal for one sequence and for several.
+    """
+
+    units: tuple[str, ...]
+    constants: str
+    family: tuple[str, ...]
+
+
+class Program:
+    """One graph at one set of input shapes, known from the arguments of a call or from what Dynamo shows a backend.
+
+    Attributes:
+        units: stem, layers and head, whichever the graph has.
+        decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
+        ids: the placeholder that holds token ids, if the graph has it.
+        beside: tensors that stem and layers read, but the ids and parameters.
+        late: likewise those that only the head reads.
+        signature: equal for graphs of the same model, which may go on with each other's rows.
+        origin: what a value is called in every graph of the same signature, and of smaller batches.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
+        self.options = options
+        given, args = args, fake_like(args, fake_mode := FakeTensorMode())
+        self.graph = graph = normalized(fix_sizes(module.graph, args, fake_mode, given))
+        names = placeholders(graph)
+        self.seed, layout = find_seed(graph, args)
+        again = partial(follow, graph, args, fake_mode, {self.seed.name: layout})
+        self.axes = unmask(graph, again(), again)
+        self.units, constants = cut(graph, self.axes, halves=options.saliency_threshold is not None)
+        self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
+        self.layers = [unit for unit in self.units if unit.is_layer]
+        self.heads: dict[int | None, Unit | None] = {}
+        self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
+        self.vocabulary = _vocabulary(self.seed, self.axes)
+        self.index = {node: i for i, node in enumerate(names)}
+        self.decision = self.units[-1] if len(self.units) > 1 and self.units[-1].stream is None else None
+        read = closure([n for unit in self.units if unit is not self.decision for n in unit.nodes], set())
+        tensors = [i for n, i in self.index.items() if isinstance(args[i], torch.Tensor) and n is not self.seed]
+        model = [i for i in tensors if names[i] in read or self.decision is None]
+        given = [i for i in model if not isinstance(args[i], torch.nn.Parameter)]
+        behind = (self.head(self.vocabulary), self.decision) if self.ids is not None else (self.decision,)
+        before = closure([n for unit in self.units if unit not in behind for n in unit.nodes], set())
+        self.late = [i for i in given if names[i] not in before and self.layers]
+        self.beside = [i for i in given if i not in self.late]
+        self.codes = [shared(unit, self.axes, options.lowering) for unit in self.units]
+        whole = self.ids is not None
+        self.origin = {
+            node: (None if whole else unit.key, at, i)
+            for at, unit in enumerate(self.units)
+            for i, node in enumerate(unit.outputs)
+        }
+        self.constants = [n for n in constants if any(user not in constants for user in n.users)]
+        self.prelude = outline(graph, self.constants) if self.constants else None
+        self.result = output_node(graph).args[0]
+        self.results = output_node(graph).all_input_nodes
+        self.dead = _dead(self.units, set(self.results))
+        if not self.units:
+            raise GraphRefused("nothing here depends on the tokens")
+        parts = [unit.nodes for unit in self.units if unit is not self.decision]
+        self.signature = Signature(
+            tuple(unit.key for unit in self.units if unit is not self.decision),
+            fingerprint(
+                constants, [n for n in names if any(u in constants for u in n.users)], self.constants, self.axes
+            ),
+            tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
+        )
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Look at the values that the first call has.
+
+        Raises:
+            GraphRefused: attention is causal by its mask.
+        """
+        refuse_causal_masks(self.graph, self.axes, dict(zip(self.index, args, strict=True)))
+
+    def head(self, vocabulary: int | None) -> Unit | None:
+        """The unit whose first output a sampler reads: it is as wide as the vocabulary.
+
+        A graph of its own could also be a norm that sits between two layers, whose every row is needed.
+        """
+        if vocabulary is None or vocabulary in self.heads:
+            return self.heads.get(vocabulary)
+        self.heads[vocabulary] = None
+        for unit in reversed(self.units):
+            if unit.is_layer:
+                break
+            if unit.stream is not None and not unit.mixing(self.axes) and self._is_head(unit, vocabulary):
+                self.heads[vocabulary] = unit
+                break
+        return self.heads[vocabulary]
+
+    def _is_head(self, unit: Unit, vocabulary: int) -> bool:
+        layouts = [self.axes.layout.get(node) for node in unit.outputs[: unit.leaving]]
+        by_row = all(found and None not in (position(found, "T"), position(found, "B")) for found in layouts)
+        widths = [size(self.axes.layout[node][-1]) for node in unit.nodes if self.axes.layout.get(node)]
+        return bool(layouts) and by_row and max(widths, default=0) >= vocabulary
+
+    @cached_property
+    def chooses(self) -> bool:
+        """Whether the decision reads a few numbers a row, such as a confidence, in place of logits."""
+        head = self.head(self.vocabulary)
+        if self.decision is None or head is None:
+            return False
+        return all(len(self.axes.layout[node]) == 2 for node in head.outputs[: head.leaving])
+
+    @cached_property
+    def fills(self) -> bool:
+        """Whether the graph is a whole denoising step: it returns token ids for each row."""
+        decided = [node for node in self.results if self.decision is not None and node in self.decision.outputs]
+        made = [self.axes.fake[node] for node in decided]
+        return any(tuple(value.shape) == self.axes.size and value.dtype == torch.int64 for value in made)
+
+    def logits(self, vocabulary: int | None) -> torch.fx.Node | None:
+        """What the head makes for each token of the vocabulary; another head may be wider, and may come first."""
+        head = self.head(vocabulary)
+        if head is None or vocabulary is None:
+            return None
+        wide = [node for node in head.outputs if self._width(node) >= vocabulary]
+        return min(wide, key=self._width, default=None)
+
+    def reads_all(self, vocabulary: int | None) -> bool:
+        """Whether something other than logits and token ids is made of each row behind the layers, such as a quality.
+
+        What no sampler can read may be old. That is known of logits, and of ids in place of those that were given. The
+        head need not be in the graph that begins a step, so each graph is asked for itself, with the vocabulary of the
+        model.
+        """
+        head, logits = self.head(vocabulary), self.logits(vocabulary)
+        decided = self.decision.outputs if self.decision is not None else []
+        ids = [node for node in decided if self.axes.fake[node].dtype == torch.int64]
+        behind = [*decided, *(head.outputs if head is not None else [])]
+        read = [node for node in self.results if node in behind and node not in ids and self._has_rows(node)]
+        return any(logits is None or self._width(node) != self._width(logits) for node in read)
+
+    def _has_rows(self, node: torch.fx.Node) -> bool:
+        return position(self.axes.layout.get(node, ()), "T") is not None
+
+    def _width(self, node: torch.fx.Node) -> int:
+        """Numbers that a value has for each row."""
+        return prod(factor.size for dim in self.axes.layout.get(node, ()) for factor in dim if factor.kind == "")
+
+    @cached_property
+    def flops(self) -> float:
+        """FLOPs of a call that computes every row, behind the stem and before the decision."""
+        units = [unit for unit in self.units if unit.stream is not None]
+        found = [item for unit in units for item in whole(unit, self.axes).items()]
+        batch, tokens = self.axes.size
+        return sum((float(count) * batch * float(tokens) ** len(names) for names, count in found), 0.0)
+
+    def is_first(self, unit: Unit) -> bool:
+        """Whether a unit is known to be the first layer of the model: the ids enter the same graph."""
+        return self.ids is not None and unit is self.layers[0]
+
+    def first_weights(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        """Parameters of the first layer."""
+        given = [args[self.index[n]] for n in self.layers[0].inputs if n in self.index]
+        return [a for a in given if isinstance(a, torch.nn.Parameter)]
+
+
+def _dead(units: list[Unit], results: set[torch.fx.Node]) -> list[list[torch.fx.Node]]:
+    """Values of units that nothing reads behind each unit."""
+    made = {node for unit in units for node in unit.outputs} - results
+    last = {n: i for i, u in enumerate(units) for n in [*u.outputs, *([u.stream] if u.stream else []), *u.inputs]}
+    return [[node for node in made if last[node] == i] for i in range(len(units))]
+
+
+def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
+    """Rows of the table that token ids are looked up in."""
+    if axes.fake[seed].is_floating_point():
+        return None
+    looked_up = [user for user in axes.live if user.target is torch.nn.functional.embedding]
+    looked_up.sort(key=lambda user: user.args[0] is not seed)  # positions may be computed from ids and looked up too
+    table = looked_up[0].args[1] if looked_up else None
+    return int(axes.fake[table].shape[0]) if isinstance(table, torch.fx.Node) else None

@@ -1,0 +1,310 @@
+"""One call of a graph, as part of a step: which variant each unit runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.fx
+
+from dllm_compile.core.assignment import (
+    ACTIVE,
+    EXACT,
+    FEATURES,
+    KEYED,
+    KEYS,
+    NOTHING,
+    PROMPT_SELECTED,
+    READABLE,
+    Assignment,
+)
+from dllm_compile.core.rows import ALL, NONE, RowSet, read_all
+from dllm_compile.core.state import allocate
+from dllm_compile.core.units import Unit
+from dllm_compile.passes.feature_cache import KEEP
+from dllm_compile.passes.saliency import thorough
+
+from .batch import Batch, Step
+from .cost import terms
+from .held import Held
+from .program import Program
+from .stats import Tally
+from .unit_code import UnitCode, Values, Variant
+
+HEAD = Assignment("head", leave=READABLE, keep=NOTHING)
+STEM = Assignment("stem", leave=ACTIVE, keep=NOTHING)
+TAIL = Assignment("tail", leave=ACTIVE, keep=NOTHING)
+MOST = 0.9  # with more of the rows readable than this, the head computes all: nothing to gather, one code
+
+
+def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
+    """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
+    call, stats = _Call(program, args, batch, step), batch.session.stats
+    if step.repeat and program in batch.outputs and program.decision is None:
+        stats.ran(step, call.tally, program.flops)
+        return call.answer(batch.outputs[program])
+    if step.repeat and (kept := call.kept_results()) is not None:
+        stats.ran(step, call.tally, program.flops)
+        return call.answer(kept)
+    layer, seen = step.layer, set(step.seen)
+    if call.recordable():
+        kind = step.assignment, tuple(step.sizes.items()), call.room
+        record = partial(_made, program, batch)
+        call = batch.tapes.run(program, kind, record, args, step)
+    else:
+        call.compute()
+    if call.spilled():  # what it wrote is among the active rows, which now are all written anew
+        step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
+        first, call = call, _made(program, batch, args, step)
+        call.tally.flops += first.tally.flops
+    stats.ran(step, call.tally, program.flops)
+    batch.selected.update(call.selected)
+    results = call.results
+    if call.head is not None or program.ids is not None:
+        if program.ids is not None and not step.repeat:
+            batch.outputs.clear()  # graphs behind made theirs of other ids, and may not all be called this time
+        batch.outputs[program] = results
+    elif not call.stored:
+        results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
+        return torch.fx.map_arg(program.result, lambda n: results[n])
+    return call.answer(results)
+
+
+def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> _Call:
+    call = _Call(program, args, batch, step)
+    call.compute()
+    return call
+
+
+@cache
+def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
+    """The assignment for a stream that is at hand on ``rows``."""
+    return assignment if assignment.enter == rows else replace(assignment, enter=rows)
+
+
+class _Call(Held):
+    """One call as it is made."""
+
+    def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
+        super().__init__(program, args, batch, step)
+        self.results: dict[torch.fx.Node, Any] = {}
+        self.tally = Tally()
+        self.selected: dict[int, torch.Tensor] = {}  # rows that each layer chose
+        self.room = batch.session.room(step)
+        self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
+        self.most = 0  # salient rows of any layer, where they are counted on the host
+        self.full = step.past.schedule.variants[0]
+        self.rest = step.assignment
+        self.first = step.past.schedule.first or self.rest
+        if step.anew or (step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read()))):
+            self.first = self.rest = self.full
+        self.only_decides = step.repeat and program.decision is not None and self._kept_whole(self._read(), True)
+
+    def _known(self) -> bool:
+        """Whether each layer has rows kept and runs once, so that the others need not be computed."""
+        keys = set(self.keys.values())
+        once = len(keys) == len(self.keys) and not keys & (self.step.seen | self.batch.session.tied)
+        return once and keys <= self.batch.layers.keys()
+
+    def _read(self) -> list[torch.fx.Node]:
+        """What the decision and the caller read of layers and head."""
+        decision = self.program.decision
+        read = [*self.program.results, *(decision.inputs if decision is not None else [])]
+        units = [*self.program.layers, *([self.head] if self.head is not None else [])]
+        made = {n for unit in units for n in unit.outputs}
+        return [n for n in dict.fromkeys(read) if n in made]
+
+    def _kept_whole(self, nodes: list[torch.fx.Node], current: bool = False) -> bool:
+        """Whether all rows of ``nodes`` are kept where some may not be computed; ``current`` asks for all of them."""
+        return all(self._slot(n) is not None or not (current or self._widens(n)) for n in nodes)
+
+    def kept_results(self) -> dict[torch.fx.Node, Any] | None:
+        """Results of layers traced alone whose inputs are those of the step before, where all of them are kept."""
+        if not self.keys or self.head is not None or not self._known() or self._read() != list(self.program.results):
+            return None
+        slots = {n: self._slot(n) for n in self.program.results}
+        if None in slots.values():
+            return None
+        self.step.seen |= set(self.keys.values())
+        self.step.layer += len(self.keys)
+        return {n: read_all(kept, self.program.axes.layout[n]) for n, kept in slots.items() if kept is not None}
+
+    def recordable(self) -> bool:
+        """Whether the call may be recorded: a partial step of a whole model."""
+        step, whole = self.step, self.program.ids is not None and self.head is not None
+        if not (self.batch.session.records and whole) or step.repeat or step.assignment.evict is not None:
+            return False
+        return self.full not in (step.assignment, self.rest) and (self.room is not None or not step.assignment.salient)
+
+    def compute(self) -> None:
+        """Run all units; a value is dropped behind its last reader."""
+        program = self.program
+        if program.prelude is not None:
+            self.env.update(zip(program.constants, program.prelude(self.env), strict=True))
+        for unit, code, dead in zip(program.units, program.codes, program.dead, strict=True):
+            self.unit(unit, code)
+            for node in dead:
+                self.env.pop(node, None)
+        self.results = {n: self.whole(n) for n in program.results}
+        self.env.clear()  # a tape keeps the call, and is not to keep the model
+
+    def spilled(self) -> bool:
+        """Whether a layer had more salient rows than there was room for; then there is more from now on."""
+        session, step = self.batch.session, self.step
+        if self.room is None and session.records and step.assignment.salient:
+            session.make_room(step, 2 * self.most)
+        most = int(torch.stack(self.turned).max()) if self.turned else 0  # the one read of a step
+        if self.room is None or most <= self.room:
+            return False
+        session.make_room(step, most)
+        self.batch.tapes.clear()  # they have the old one
+        session.stats.spills += 1
+        return True
+
+    def unit(self, unit: Unit, code: UnitCode) -> None:
+        """Run one unit. Deciding again on the same ids needs no layers: what the head gave is kept."""
+        outs: Sequence[Any]
+        if self.only_decides and (unit.is_layer or unit is self.head):
+            outs, rows = [None] * len(unit.outputs), [NONE] * len(unit.outputs)
+        elif unit.is_layer:
+            outs, rows = self._layer(unit, code)
+        elif unit is self.head:
+            outs, rows = self._head(unit, code)
+        else:
+            outs, rows = self._other(unit, code)
+        for node, value, at in zip(unit.outputs, outs, rows, strict=False):
+            self.env[node], self.have[node] = value, at
+
+    def _values(self, unit: Unit, state: Sequence[torch.Tensor] = ()) -> Values:
+        inputs = [self.whole(n) for n in unit.inputs]
+        stream = self.env[unit.stream] if unit.stream is not None else None
+        return Values(stream, inputs, state, self.step)
+
+    def _at_hand(self, unit: Unit) -> RowSet:
+        return ALL if unit.stream is None else self.have.get(unit.stream, ALL)
+
+    def _layer(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        step = self.step
+        number, step.layer = step.layer, step.layer + 1
+        values = self._values(unit)
+        assignment = self._assigned(unit, code, self.rest if number else self.first, values)
+        values = self._values(unit, self._state(unit, assignment))
+        variant = code.variant(assignment, step, values)
+        if unit.attentions:
+            self.tally.layer(assignment, step.assignment)
+        self._count(code, variant, assignment)
+        outs = variant(values)
+        if assignment.pick:
+            self.selected[number] = outs[-1]
+        if variant.turns:
+            self._turn(outs[-2], outs[-1])
+        if self.batch.narrows(step.past.schedule) and (step.number == 0 or code.narrows is None):
+            self._check(code, values)
+        return outs, variant.rows
+
+    def _assigned(self, unit: Unit, code: UnitCode, wanted: Assignment, values: Values) -> Assignment:
+        """What a layer runs: what the schedule says, where rows are kept that allow it."""
+        key = self.keys[id(unit)]
+        if key in self.step.seen:
+            self.batch.session.tied.add(key)  # what ran in this step already has no rows of its own
+        if key in self.step.seen or not wanted.keep:
+            return EXACT
+        self.step.seen.add(key)
+        if wanted.evict is None and key not in self.batch.layers:
+            wanted = self.full
+        elif self.step.repeat and wanted != self.full and wanted.keep >= FEATURES:
+            wanted = replace(KEEP, keys=wanted.keys)  # every row as it was: the same input gives the same output
+        elif wanted.enter == ALL and wanted.evict is None and wanted != self.full and not code.narrow(values):
+            wanted = self.full
+        if not wanted.keep:
+            return EXACT
+        return wanted if wanted.enter == ALL else _entering(wanted, self._at_hand(unit))
+
+    def _check(self, code: UnitCode, values: Values) -> None:
+        """See that the layer can run for fewer rows, and else compute all from the next call on."""
+        if not code.narrow(values):
+            self.batch.run_whole("the rows of a layer depend on one another in more than its attention")
+        elif not code.writable(self.step.past.schedule.variants):
+            self.batch.run_whole("a layer cannot be written for fewer rows")
+
+    def _state(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
+        """Rows kept of the layer that these weights are; made where there are none, or not as many."""
+        if not assignment.keep:
+            return []
+        key, step, layers = self.keys[id(unit)], self.step, self.batch.layers
+        compact = unit.anchors(KEYS) if assignment.compact else []
+        rows = step.entries
+        if key in layers and (not compact or layers[key][-1].shape[1] == rows):
+            return layers[key]
+        layers.pop(key, None)  # free the old ones first
+        self.batch.tapes.clear()
+        anchors, size = unit.anchors(assignment.keep), step.shape
+        layers[key] = allocate(anchors, self.program.axes, size, step.counts.device, compact, rows)
+        return layers[key]
+
+    def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
+        """Rows whose contexts turned: those that the MLP and the next layer's keys and values are computed for."""
+        room = self.room
+        if room is None:
+            room = int(counts.max())
+            self.most = max(self.most, room)
+            self.batch.session.stats.salient += room
+            self.batch.session.stats.salient_layers += 1
+        else:
+            self.turned.append(counts.max())
+        self.step.indices["salient"] = places[:, : max(room, 2)].contiguous()
+
+    def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        """The readable rows, or all at hand where not only logits are read; beside them those kept of the others."""
+        rows, readable = self._at_hand(unit), self.step.indices["readable"]
+        values = self._values(unit)
+        wanted = _entering(HEAD, rows)
+        new = self._slot(unit.outputs[0]) is None and not self.program.chooses
+        every = self.program.reads_all(self.batch.session.vocabulary)
+        if rows == ALL and (every or new or readable.shape[1] > self.step.shape[1] * MOST):
+            wanted = EXACT
+        elif every:
+            wanted = _entering(TAIL, rows)
+        elif not readable.shape[1]:
+            return [None] * unit.leaving, [NONE] * unit.leaving
+        variant = code.variant(wanted, self.step, values)
+        self._count(code, variant, wanted)
+        return variant(values), variant.rows
+
+    def _other(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        """A stem, a tail that is no head, or a unit whose rows mix."""
+        assignment = EXACT
+        if unit.stream is None and self.first.enter == ACTIVE and not code.mixing:
+            assignment = STEM
+        elif self._at_hand(unit) == ACTIVE and not code.mixing:
+            assignment = _entering(TAIL, ACTIVE)
+        elif unit.stream is not None:
+            self.env[unit.stream] = self.whole(unit.stream)
+        values = self._values(unit)
+        variant = code.variant(assignment, self.step, values)
+        if unit.stream is not None:
+            self._count(code, variant, assignment)
+        return variant(values), variant.rows
+
+    def _count(self, code: UnitCode, variant: Variant, assignment: Assignment) -> None:
+        """Note what a unit costs for the rows it is called for now."""
+        if variant.work is None:
+            found = terms(code.unit, code.axes, assignment, variant.computed)
+            variant.work = [(names, float(count)) for names, count in found.items()]
+        rows = sum(count * prod(map(self._number, names)) for names, count in variant.work)
+        self.tally.flops += rows * self.step.shape[0]
+
+    def _number(self, name: str) -> int:
+        """Rows a sequence in a set, with those that pad its index; all where nobody says."""
+        sizes = self.step.sizes
+        if name in self.step.indices:
+            return self.step.indices[name].shape[1]
+        if name == KEYED.name:
+            return self.step.entries
+        if name == PROMPT_SELECTED.name:
+            return sizes["prompt"] + sizes["selected"]
+        return sizes.get(name, self.step.shape[1])

@@ -1,0 +1,468 @@
+"""The sequences that are under way in one model, and which of them a call goes on with.
+
+The loop is the user's; nobody tells the backend where a sequence begins, which tokens are the prompt or what the mask
+is. A :class:`Session` works it out from the ids of the calls. All that it reads of the device is one tensor a step: the
+ids, and behind them a few truth values and sums that were computed there.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import is_
+from typing import Any
+
+import torch
+
+from dllm_compile.core.assignment import EXACT
+from dllm_compile.declared import Declared, ExactCalls, Loop, declared, to_be_filled
+from dllm_compile.interface.plan import Call, Exact, Plan, with_tensors
+from dllm_compile.options import Options
+
+from . import tapes
+from .batch import HISTORY, Batch, Past, Step, bytes_of
+from .evidence import SHORT, Evidence, begins_masked
+from .ids import infer_mask_id, labels, mask_of_changes
+from .positions import packed, positions_of_call
+from .program import Program
+from .stats import Stats
+from .unchanged import Inputs, Weights
+
+BATCHES = 16  # alive in one model at most
+MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
+SCORED = 64  # prompts that are remembered because texts on them were scored
+ROOM = 64  # salient rows that a recorded layer has room for at least
+
+
+@dataclass
+class _Read:
+    """What a call looks like from the host."""
+
+    ids: torch.Tensor
+    on_device: torch.Tensor
+    same_late: dict[Batch, bool]
+    same_inputs: dict[Batch, bool]
+    found: dict[Batch, list[float]]
+    weights_written: bool
+
+
+class Session:
+    """One compiled model: its weights, and the sequences that are under way in it.
+
+    Args:
+        options: what the user chose.
+        weights: its parameters, or those of its first layer where layers are traced alone; may be empty.
+    """
+
+    def __init__(self, options: Options, weights: Sequence[torch.Tensor]) -> None:
+        self.options = options
+        self.mask_id = options.mask_id
+        self.stats = Stats()
+        self.vocabulary: int | None = None
+        self.tied: set[Any] = set()  # layers that run more than once in a step
+        self.rooms: dict[int, int] = {}  # see :meth:`room`
+        self.records = False  # whether partial steps become CUDA graphs
+        self.lock = threading.RLock()
+        self.batches: list[Batch] = []  # the one used last comes last
+        self.scored: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
+        self.filled_with: dict[int | None, set[int]] = {}  # by mask token, the tokens that were filled in where it was
+        self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
+        self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
+        this = weakref.ref(self)
+        self.owners = [weakref.ref(weight) for weight in weights]
+        self.weights = Weights(weights, lambda: _forget(this))
+        _SESSIONS.add(self)
+
+    def mask_seen(self, mask_id: int | None) -> bool:
+        """Whether the mask was given, or seen to be filled; by two tokens, as a text ending in one may be masked."""
+        return self.options.mask_id is not None or len(self.filled_with.get(mask_id, ())) > 1
+
+    def owns(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether this is the session of these very weights."""
+        return len(weights) == len(self.owners) and all(map(is_, [ref() for ref in self.owners], weights))
+
+    def lives(self) -> bool:
+        """Whether all weights that it was made for are alive."""
+        return all(ref() is not None for ref in self.owners)
+
+    def shares(self, weights: set[int]) -> bool:
+        """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
+        return any(ref() is not None and id(ref()) in weights for ref in self.owners)
+
+    def room(self, step: Step) -> int | None:
+        """Salient rows that a layer of a step has room for where their number stays on the device; ``None`` elsewhere.
+
+        The first step of as many active rows is counted on the host, layer by layer, and tells what to expect.
+        """
+        return self.rooms.get(step.sizes.get("active", 0)) if self.records else None
+
+    def make_room(self, step: Step, rows: int) -> None:
+        """From now on have room for at least so many salient rows in steps of as many active rows."""
+        active = step.sizes["active"]
+        self.rooms[active] = min(active, max(ROOM, 1 << (rows - 1).bit_length()))
+
+    def drop(self) -> None:
+        """Forget all sequences and free their rows."""
+        dropped, self.batches = self.batches, []
+        for each in dropped:
+            each.drop_rows()
+        self.before = None
+
+    def state_bytes(self) -> int:
+        """Bytes of the rows kept of layers between steps."""
+        return sum(each.state_bytes() for each in self.batches)
+
+    def logits_bytes(self) -> int:
+        """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
+        return sum(each.logits_bytes() for each in self.batches)
+
+    # -- one call ----------------------------------------------------------------------------------------------------
+
+    def begin_hidden(
+        self, hidden: torch.Tensor, beside: Sequence[torch.Tensor], program: Program
+    ) -> tuple[Batch, Step] | None:
+        """Read one call off the hidden state ``[B, S, d]`` that enters the first layer: equal rows, equal tokens.
+
+        A model that breaks its graph before the first layer looks its ids up outside of any graph. What is masked is
+        then inferred in any case, since a user's mask id says nothing about rows.
+        """
+        return self.begin(labels(hidden), beside, program)
+
+    def begin(
+        self,
+        ids: torch.Tensor,
+        beside: Sequence[torch.Tensor],
+        program: Program,
+        late: Sequence[torch.Tensor] = (),
+    ) -> tuple[Batch, Step] | None:
+        """Read one call.
+
+        Args:
+            ids: ``[B, S]`` integer token ids.
+            beside: the other tensors that the layers read, but parameters.
+            program: the graph that is called.
+            late: those that only the head reads; with others the same ids are no repetition.
+
+        Returns:
+            The sequence that the call belongs to and the step that it is, to be committed once it has run; ``None``
+            where these ids are no denoising step: nothing is masked, nobody knows the mask, or the caller said so.
+        """
+        word = declared()
+        if isinstance(word, ExactCalls):
+            return None
+        moved = self.weights.moved()
+        if moved:
+            self._weights_changed()
+        candidates = [each for each in self.batches if self._could_be(each, ids, beside, program, word)]
+        read = self._read(ids, beside, late, candidates, moved)
+        if read.weights_written:
+            self._weights_changed()
+        candidates = [each for each in candidates if read.same_inputs[each]]
+        for each in candidates:
+            if each.interrupted:
+                each.begin_anew()
+        before, self.before = self.before, read.ids if self.options.mask_id is None else None
+        batch, branched = self._found(read.ids, candidates)
+        if batch is None and not branched:
+            batch = self._smaller(read.ids, beside, program, word)
+        if batch is not None and not bool((read.ids == batch.mask_id).any()):
+            batch.finished = True
+            return None
+        if batch is None:
+            batch = self._start(read.ids, before, beside, program, word, branched)
+            if batch is None:
+                return None
+        if not batch.layers:
+            self._make_room(batch)
+        step = self._step(batch, read, program)
+        step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
+        return batch, step
+
+    def commit(self, batch: Batch, step: Step) -> None:
+        """A step has run, or the first of its graphs has: it is now the last one of its sequences."""
+        batch.past, batch.late, batch.last, batch.finished = step.past, step.late, step, False
+        if batch not in self.batches:
+            self.stats.sequences += 1
+        self.batches = [*(each for each in self.batches if each is not batch), batch]
+        self.stats.count(step)
+
+    def _could_be(
+        self, each: Batch, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+    ) -> bool:
+        past = each.past
+        alike = past is not None and past.ids.shape == ids.shape and each.model == program.signature
+        mine = each.word is (word if isinstance(word, Loop) else None)
+        free = each.thread in (None, threading.get_ident())
+        return alike and mine and free and each.inputs.fit(beside)
+
+    def _read(
+        self,
+        ids: torch.Tensor,
+        beside: Sequence[torch.Tensor],
+        late: Sequence[torch.Tensor],
+        candidates: list[Batch],
+        looked: bool,
+    ) -> _Read:
+        """The ids, and what was computed on the device about them, in one transfer."""
+        parts = [ids.detach().reshape(-1).long()]
+        device = ids.device
+
+        def put(values: torch.Tensor) -> None:
+            flat = values.reshape(-1)
+            parts.append((flat.view(torch.int64) if flat.dtype == torch.float64 else flat.long()).to(device))
+
+        written = [] if looked else self.weights.written()
+        for flag in written:
+            put(flag)
+        differ = [each.inputs.differ(beside) for each in candidates]
+        lately = [each.late if each.late is not None and each.late.fit(late) else None for each in candidates]
+        later = [known.differ(late) if known is not None else [] for known in lately]
+        for flag in (flag for mine in (*differ, *later) for flag in mine):
+            put(flag)
+        doubted = [each for each in candidates if each.expected is not None]
+        for each in doubted:
+            assert each.past is not None
+            assert each.expected is not None
+            put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
+        packed = torch.cat(parts)
+        host, at = packed.cpu(), ids.numel()
+        flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), *map(len, later), 7 * len(doubted)])
+        count = 1 + len(candidates)
+        numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
+        return _Read(
+            host[:at].view(ids.shape),
+            packed[:at].view(ids.shape),
+            same_late={
+                each: known is not None and not bool(mine.any())
+                for each, known, mine in zip(candidates, lately, flags[count:-1], strict=True)
+            },
+            same_inputs={each: not bool(mine.any()) for each, mine in zip(candidates, flags[1:count], strict=True)},
+            weights_written=bool(flags[0].any()),
+            found=dict(zip(doubted, numbers, strict=True)),
+        )
+
+    def _weights_changed(self) -> None:
+        """Sequences that are under way compute every row at their next call: nothing old is of use."""
+        for each in self.batches:
+            each.begin_anew()
+        self.weights.look()
+
+    # -- which sequence ----------------------------------------------------------------------------------------------
+
+    def _found(self, ids: torch.Tensor, candidates: list[Batch]) -> tuple[Batch | None, bool]:
+        """The sequences that a call goes on with, and whether it is another loop that has left one of the candidates.
+
+        Some of the sequences of a batch may begin anew.
+        """
+        fitting = [each for each in candidates if bool(each.goes_on(ids).all())]
+        fitting.sort(key=lambda each: each.distance(ids))
+        best = fitting[0] if fitting else None
+        last = self.batches[-1] if self.batches else None
+        if best is not None and last in fitting and torch.equal(last.first, best.first):
+            best = (
+                last if best.distance(ids) == (0, 0) else best
+            )  # a run on the same prompt comes by where one was left
+        if best is not None:
+            branched = best.distance(ids)[0] > 0 and best.branches(ids)
+            return (None, True) if branched else (best, False)
+        for each in reversed(candidates):
+            rows = each.replaces(ids)
+            if rows is not None:
+                each.replace(rows, ids)
+                return each, False
+        return None, False
+
+    def _smaller(
+        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+    ) -> Batch | None:
+        """A sequence of a larger batch, of which these are the ones that are left."""
+        for each in reversed(self.batches):
+            past = each.past
+            if past is None or past.ids.shape[1] != ids.shape[1] or each.model.family != program.signature.family:
+                continue
+            if each.word is not (word if isinstance(word, Loop) else None) or each.thread is not None:
+                continue
+            index = each.rows_of(ids)
+            inputs = each.inputs.of_sequences(index, len(past.ids)) if index is not None else None
+            if index is not None and inputs is not None and inputs.fit(beside) and not any(inputs.differ(beside)):
+                each.keep_sequences(index, inputs, program.signature)
+                return each
+        return None
+
+    def _start(
+        self,
+        ids: torch.Tensor,
+        before: torch.Tensor | None,
+        beside: Sequence[torch.Tensor],
+        program: Program,
+        word: Declared | None,
+        loop: bool,
+    ) -> Batch | None:
+        """Sequences that begin with these ids, known to be a ``loop`` or not; ``None`` where nothing is masked.
+
+        ``before`` are the ids of the last call, where the mask is inferred.
+        """
+        fills, begins_with = 0, ids
+        if self.options.mask_id is None:
+            filled = None if self.mask_seen(self.mask_id) else mask_of_changes(before, ids, self.mask_id)
+            if before is not None and filled not in (None, self.mask_id):  # the first call ended in padding, or in text
+                self.mask_id, fills, begins_with = filled, 1, before
+            elif self.mask_id is None or not bool((ids == self.mask_id).any()):
+                found = infer_mask_id(ids)
+                self.mask_id = self.mask_id if found is None else found
+        mask_id = self.mask_id
+        if mask_id is None or not bool((ids == mask_id).any()):
+            return None
+        inputs = Inputs(beside)
+        scores = self._scores(ids, inputs)
+        self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
+        batch = Batch(self, ids, mask_id, inputs, program.signature, word if isinstance(word, Loop) else None)
+        begins = begins_masked(begins_with == mask_id, begins_with)
+        short = int(batch.response.sum(1).max()) < SHORT
+        plans = batch.new_schedule()
+        declared_so = loop or isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
+        evidence = Evidence(declared_so, begins, scores, self.options.shift, short, fills)
+        batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
+        if begins or evidence.declared:
+            self.weights.sum()
+        return batch
+
+    def _scores(self, ids: torch.Tensor, inputs: Inputs) -> bool:
+        """Whether texts on this prompt seem to be scored: a run on it was given up before it had used up its masks.
+
+        A run beside other inputs is another stream, which may well go on.
+        """
+        for each in self.batches:
+            evidence = each.past.evidence if each.past is not None else None
+            given_up = evidence is not None and evidence.fills > 0 and not evidence.is_loop and not each.finished
+            if given_up and _agrees(ids, each.first, each.response):
+                self.scored = [*self.scored[1 - SCORED :], (each.first, each.response, each.inputs.checksums())]
+        alike = [sums for first, response, sums in self.scored if _agrees(ids, first, response)]
+        mine = inputs.checksums() if alike else None
+        return mine is not None and any(torch.equal(sums, mine) for sums in alike)
+
+    def _make_room(self, batch: Batch) -> None:
+        """Drop rows of the sequences used longest ago, until one more of the largest has room."""
+        others = [each for each in self.batches if each is not batch and each.layers]
+        needed = max((bytes_of([each]) for each in others), default=0)
+        while others and bytes_of(others) + needed > self.options.max_state_bytes:
+            others.pop(0).begin_anew()
+
+    # -- what a step computes ----------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch, read: _Read, program: Program) -> Step:
+        past, last = batch.past, batch.last
+        assert past is not None
+        device = read.on_device.device
+        caller = program if read.same_late.get(batch, False) else None
+        call = batch.call(read.ids, caller, to_be_filled(read.ids.shape))
+        if call.repeat and past.number == 0 and self.weights.written_anywhere():
+            self.weights.sum()  # a few numbers differ of which the sample has none
+            batch.begin_anew()
+            past = batch.past
+            assert past is not None
+            call = batch.call(read.ids, caller, call.filling)
+        if call.repeat and last is not None and not last.delivered and program in batch.outputs:
+            return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
+        evidence = past.evidence
+        if call.number > 0 and not self.mask_seen(batch.mask_id) and bool(call.filled.any()):
+            self.filled_with.setdefault(batch.mask_id, set()).update(read.ids[call.filled].tolist())
+        if call.number and bool(call.filled.any()) and not evidence.is_loop:
+            found = read.found.get(batch)
+            evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)
+            if evidence.sure and not evidence.is_loop and not past.evidence.sure:
+                warnings.warn(
+                    "dllm: these calls look like a denoising loop that did not begin fully masked behind a prompt, and "
+                    "run without a cache; if they are one, make them inside of `with dllm_compile.loop():`",
+                    stacklevel=2,
+                )
+        lossy = not isinstance(past.schedule, Exact)
+        missed = False
+        if past.missed and evidence.is_loop:  # the schedule begins here
+            plans = batch.new_schedule()
+            call = Call(0, False, call.masked, call.filled, call.changed, call.filling)
+        else:
+            plans = with_tensors(past.schedule, torch.clone)
+        if batch.whole and lossy:
+            plans = Exact()
+        plan = plans.next(call)
+        served = call.repeat and plan.same and batch.thread is None and program in batch.outputs
+        known = evidence.is_loop or not lossy or served
+        if not known and (plan.warning is not None or not plan.assignment.computes_all):
+            missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
+        elif plan.warning is not None:
+            warnings.warn(plan.warning, stacklevel=2)
+        history = (
+            past.history if past.history and torch.equal(past.history[-1], read.ids) else (*past.history, read.ids)
+        )
+        new = Past(
+            read.ids,
+            read.on_device,
+            call.number,
+            plans,
+            program,
+            evidence,
+            missed or (past.missed and not evidence.is_loop),
+            history[-HISTORY:],
+        )
+        return self._planned(batch, new, call, plan, program, device)
+
+    def _planned(
+        self, batch: Batch, past: Past, call: Call, plan: Plan, program: Program, device: torch.device
+    ) -> Step:
+        size, tokens = call.masked.shape
+        self.records = self.options.cuda_graphs and tapes.possible(device)
+        if bool((call.changed & call.masked).any()) and past.number > 0 and not self.reads_filled:
+            self._tell_of_remasking(program)
+        every = self.options.readable == "all" or self.reads_filled or program.reads_all(self.vocabulary)
+        every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
+        every |= not self.mask_seen(batch.mask_id)  # a sampler may read rows of another token
+        multiple = MULTIPLE if self.records else 1
+        rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
+        indices = {**batch.fixed, **rows}
+        selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
+        sizes = {name: index.shape[1] for name, index in indices.items()}
+        sizes["selected"] = int(selected.max())
+        sizes["kept"] = plan.kept
+        bound = {"bound": plan.bound.unsqueeze(1)} if plan.bound is not None else {}
+        memory, places = packed({"counts": selected.unsqueeze(1), **bound, **indices}, device)
+        repeat = call.repeat and plan.same
+        return Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
+
+    def _tell_of_remasking(self, program: Program) -> None:
+        self.reads_filled = True
+        if self.options.readable != "all" and not program.chooses:
+            warnings.warn(
+                "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which "
+                "so far were those of an earlier step; from here on they are computed at every step. Give "
+                "readable='all' to have them from the first call on",
+                stacklevel=2,
+            )
+
+
+def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> bool:
+    """Whether ids are those of another call outside of its response."""
+    return ids.shape == first.shape and bool(((ids == first) | response).all())
+
+
+def _again(call: Call, number: int) -> Call:
+    """The same call, of which the schedule is not told."""
+    return replace(call, number=number, repeat=False)
+
+
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def sessions() -> list[Session]:
+    """All live sessions."""
+    return list(_SESSIONS)
+
+
+def _forget(session: weakref.ref[Session]) -> None:
+    """A weight died: free the rows kept for it."""
+    alive = session()
+    if alive is not None:
+        alive.drop()

@@ -1,0 +1,96 @@
+"""Prove by trial that a unit's rows are independent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.node import map_aggregate
+
+from dllm_compile.core.assignment import EXACT, RESPONSE, Assignment
+from dllm_compile.core.axes import Axes
+from dllm_compile.core.emit import emit
+from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.layout import position
+from dllm_compile.core.rows import ALL
+from dllm_compile.core.state import allocate
+from dllm_compile.core.units import Unit
+from dllm_compile.core.writing import Choices
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CASTS = ("half", "bfloat16", "float", "double")
+_PROBE = Assignment("probe", RESPONSE, ALL, ALL)
+
+
+def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any]) -> bool:
+    """Run a unit for all rows and for every third row, and compare those.
+
+    Experts that sort tokens, or a custom kernel, are token-wise as a whole although single calls in them are not. The
+    comparison is on the real weights and the real hidden state, in float64, or in float32 where a call has no kernel
+    for that: in half precision a mean over all tokens drowns in rounding.
+
+    Args:
+        unit: a layer with calls whose rows may mix.
+        axes: of its graph.
+        stream: the residual stream, ``[B, S, d]``.
+        inputs: the unit's other inputs.
+
+    Returns:
+        Whether the rows came out the same up to rounding; not where neither dtype can be run.
+    """
+    layout = axes.layout[unit.outputs[0]]
+    tokens = position(layout, "T")
+    assert tokens is not None
+    count = stream.shape[1]
+    index = torch.arange(0, count, 3, device=stream.device).expand(stream.shape[0], -1)
+    try:
+        probe = emit(unit, axes, _PROBE, Choices())
+    except GraphRefused:
+        return False
+    whole = emit(unit, axes, EXACT, Choices())
+    state = allocate(unit.anchors(), axes, (stream.shape[0], count), stream.device)
+    given = {"stream": stream, "index:response": index, "tokens": count, "batch": stream.shape[0]}
+    given |= {f"input:{i}": v for i, v in enumerate(inputs)} | {f"state:{i}": v for i, v in enumerate(state)}
+    for dtype in (torch.float64, torch.float32):
+        if dtype.itemsize < stream.dtype.itemsize:
+            break
+        values = {name: _widened(value, dtype) for name, value in given.items()}
+        try:
+            with torch.no_grad():
+                want = _Widened(whole.module, dtype).run(*[values[name] for name in whole.takes])[0]
+                got = _Widened(probe.module, dtype).run(*[values[name] for name in probe.takes])[0]
+        except (RuntimeError, TypeError, ValueError):  # no kernel for this dtype
+            continue
+        want, got = want[:, index[0]].double(), got[:, index[0]].double()
+        scale = want.abs().max().clamp(min=1e-12)
+        return bool(((want - got).abs().max() / scale) < 50 * torch.finfo(dtype).eps ** 0.75)
+    return False
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """A floating tensor in ``dtype``; tensors of classes of their own, such as quantized weights, as they are."""
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+    return value.to(dtype) if plain and value.dtype in _FLOATS else value
+
+
+class _Widened(torch.fx.Interpreter):
+    """Runs a graph with every dtype that its calls name widened too."""
+
+    def __init__(self, module: torch.fx.GraphModule, dtype: torch.dtype) -> None:
+        super().__init__(module)
+        self.dtype = dtype
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, *self._wide(args, kwargs))
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in _CASTS:
+            return args[0].to(self.dtype)
+        return super().call_method(target, *self._wide(args, kwargs))
+
+    def _wide(self, args: Any, kwargs: Any) -> Any:
+        def one(value: Any) -> Any:
+            return self.dtype if isinstance(value, torch.dtype) and value in _FLOATS else value
+
+        return map_aggregate((args, kwargs), one)

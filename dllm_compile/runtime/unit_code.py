@@ -1,0 +1,192 @@
+"""Compiled code of a unit: one a variant, called for every layer of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch._dynamo.convert_frame import compile_lock
+
+from dllm_compile.core.assignment import KEYS, Assignment
+from dllm_compile.core.axes import Axes
+from dllm_compile.core.emit import Emitted, emit
+from dllm_compile.core.errors import GraphRefused, refusing
+from dllm_compile.core.rows import ALL
+from dllm_compile.core.sizes import BATCH, TOKENS, Extent, Size, of_constant, of_layout
+from dllm_compile.core.units import Unit
+from dllm_compile.core.writing import Choices
+from dllm_compile.kernels.delta_attention import delta_attention
+from dllm_compile.kernels.kept_entries import kept_and_fresh
+from dllm_compile.kernels.row_change import pick_rows
+from dllm_compile.kernels.salient_rows import salient_rows
+from dllm_compile.kernels.sparse_attention import sparse_attention
+
+from .batch import Step
+from .lower import Code, SizesFixed, lower
+from .trial import rows_are_independent
+
+
+class Variant:
+    """Compiled code of a unit for one assignment, and where its arguments lie in a call's values."""
+
+    def __init__(self, code: Code, emitted: Emitted, pick: Pick) -> None:
+        self.code, self.pick = code, pick
+        self.rows = emitted.leaves
+        self.computed = emitted.rows
+        self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
+        self.turns = emitted.turns
+
+    def __call__(self, values: Values) -> Any:
+        """Run it; returns the unit's outputs, then the picked rows if there are any."""
+        return self.code.run(*self.pick(values.flat))
+
+
+class Values:
+    """All that one unit can be called with in one step, in a flat list."""
+
+    SAME = {"written": "active", "stored": "active", "readable@active": "readable"}
+    SETS = (
+        *("response", "prompt", "response@keyed", "readable", "active", "written", "stored", "salient"),
+        *("readable@active", "block", "outside", "fresh"),
+    )
+    FIXED = ("stream", "counts", "bound", TOKENS, BATCH, "selected", "entries", *[f"index:{name}" for name in SETS])
+
+    def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
+        self.stream, self.inputs = stream, inputs
+        batch, tokens = step.shape
+        sets = map(step.indices.get, self.SETS)
+        numbers = tokens, batch, step.sizes["selected"], step.entries
+        self.flat = [stream, step.counts, step.bound, *numbers, *sets, *inputs, *state]
+
+    def pick(self, names: Sequence[str]) -> Pick:
+        """Takes the arguments of these names out of a call's values."""
+        take = itemgetter(*map(self.slot, names))
+        return take if len(names) > 1 else lambda flat: (take(flat),)
+
+    def slot(self, name: str) -> int:
+        """Where an argument of an emitted unit lies."""
+        if name in self.FIXED:
+            return self.FIXED.index(name)
+        kind, _, which = name.partition(":")
+        return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
+
+
+CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, salient_rows)
+
+MOST = 32
+"""Codes that are kept of a unit for one assignment: more than one where some size had to be compiled as a number."""
+Pick = Callable[[Sequence[Any]], tuple[Any, ...]]
+_SHARED: dict[tuple[str, int, str], UnitCode] = {}
+LISTENERS: list[Callable[[str], None]] = []  # called with the name of a step whenever code is compiled for it
+
+
+def shared(unit: Unit, axes: Axes, lowering: str) -> UnitCode:
+    """The code of a unit, made once for all layers of its kind, of whatever graph."""
+    return _SHARED.setdefault((unit.key, unit.leaving, lowering), UnitCode(unit, axes, lowering))
+
+
+def forget() -> None:
+    """Drop all code."""
+    _SHARED.clear()
+
+
+class UnitCode:
+    """All variants of one kind of unit."""
+
+    def __init__(self, unit: Unit, axes: Axes, lowering: str) -> None:
+        self.unit, self.axes, self.lowering = unit, axes, lowering
+        self.variants: dict[Assignment, list[Variant]] = {}
+        self.fixed: dict[Assignment, set[str]] = {}  # sizes that cannot be left open
+        self.written: dict[tuple[Assignment, ...], bool] = {}
+        self.mixing = unit.mixing(axes)
+        self.narrows: bool | None = None if self.mixing else True
+
+    def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+        """Compiled on first use, for any sizes of two or more."""
+        found = self._found(assignment, values)
+        if found is None:
+            with compile_lock, refusing(f"compiled for the step {assignment.name!r}"):  # as Dynamo
+                found = self._found(assignment, values) or self._compile(assignment, step, values)
+        return found
+
+    def _found(self, assignment: Assignment, values: Values) -> Variant | None:
+        known = self.variants.get(assignment)
+        if not known:
+            return None
+        args = known[0].pick(values.flat)
+        return next((each for each in reversed(known) if each.code.serves(args)), None)
+
+    def _compile(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+        """Compile for any sizes but those that cannot be left open, which are found by trying."""
+        fixed = self.fixed.setdefault(assignment, set())
+        while True:
+            emitted = emit(self.unit, self.axes, assignment, CHOICES)
+            pick = values.pick(emitted.takes)
+            args = pick(values.flat)
+            writes = any(name.startswith("state:") for name in emitted.takes)
+            extents = [self._extents(n, value, assignment, step) for n, value in zip(emitted.takes, args, strict=True)]
+            try:
+                code = lower(emitted.module, args, self.lowering, extents, writes, fixed)
+                break
+            except SizesFixed as found:
+                fixed |= found.names
+            except Exception:
+                names = {
+                    name for given in extents for each in given or () if isinstance(each, Size) for name in each.names
+                }
+                if fixed >= names:
+                    raise
+                fixed |= names  # the compiler fails with symbols; what it does without them is to be seen
+        variants = self.variants.setdefault(assignment, [])
+        del variants[: 1 - MOST]
+        variants.append(Variant(code, emitted, pick))
+        for listener in LISTENERS:
+            listener(assignment.name)
+        return variants[-1]
+
+    def narrow(self, values: Values) -> bool:
+        """Whether the unit may run for fewer rows: known, or tried once on real values."""
+        if self.narrows is None:
+            with refusing("tried for fewer rows"):
+                self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
+        return self.narrows
+
+    def writable(self, variants: tuple[Assignment, ...]) -> bool:
+        """Whether the unit can be written for each of ``variants``; found out once."""
+        if variants not in self.written:
+            with refusing("written for fewer rows"):
+                self.written[variants] = all(map(self._can_write, variants))
+        return self.written[variants]
+
+    def _can_write(self, assignment: Assignment) -> bool:
+        try:
+            emit(self.unit, self.axes, assignment, CHOICES)
+        except GraphRefused:
+            return False
+        return True
+
+    def _extents(self, name: str, value: Any, assignment: Assignment, step: Step) -> tuple[Extent, ...] | None:
+        """Which sizes of an argument may be others at another call."""
+        kind, _, which = name.partition(":")
+        if not isinstance(value, torch.Tensor):
+            return (Size((name,)),)
+        if name == "stream":
+            assert self.unit.stream is not None
+            enter = assignment.enter
+            return of_layout(self.axes.layout[self.unit.stream], TOKENS if enter == ALL else enter.name)
+        if kind == "input":
+            node = self.unit.inputs[int(which)]
+            layout = self.axes.layout.get(node, self.axes.made.get(node))
+            return of_layout(layout) if layout is not None else of_constant(value, *step.shape, name)
+        if kind == "index":
+            return Size((BATCH,)), Size((Values.SAME.get(which, which),))
+        if kind != "state":
+            return Size((BATCH,)), 1
+        keys, at = self.unit.anchors(KEYS), int(which)
+        last = len(self.unit.anchors(assignment.keep))
+        if assignment.compact and at == last:
+            return Size((BATCH,)), Size(("entries",))
+        rows = Size(("entries" if assignment.compact and at < len(keys) else TOKENS,), 1, 1)
+        return (Size((BATCH,)), rows, *map(int, value.shape[2:]))

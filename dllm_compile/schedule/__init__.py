@@ -1,0 +1,1 @@
+"""Which rows a step computes: the chosen mechanisms, put together."""

@@ -1,0 +1,158 @@
+"""The schedule of methods that compute a few rows of the residual stream between two refreshes.
+
+Each sequence of a batch is at one of three levels, and the call is written for the rows of all of them:
+
+    full       every row               a block begins (and ``delay`` steps after it), or a refresh is due
+    response   the response            where a prompt interval keeps the prompt longer than that
+    partial    what the cache leaves   otherwise; with a saliency threshold, the salient ones among those
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dllm_compile.core.assignment import Assignment
+from dllm_compile.interface.blocks import Blocks
+from dllm_compile.interface.mechanism import Facts, Rows
+from dllm_compile.interface.plan import Call, Plan, with_row_before
+from dllm_compile.mechanisms import rule_of
+from dllm_compile.options import Options
+from dllm_compile.passes.block_cache import BLOCK, FULL
+from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
+from dllm_compile.passes.saliency import salient, with_contexts
+
+from .refreshes import Refreshes
+
+FIRST_WHOLE = 4  # so many steps of a sequence with saliency compute every row, whatever the interval is
+
+
+class ActiveRows:
+    """The schedule of one sequence.
+
+    Args:
+        options: what the user chose; ``cache``, ``keep_ratio`` and ``saliency_threshold`` say which rows, the intervals
+            and steps when.
+        response: ``[B, S]`` bool, the rows of the response.
+    """
+
+    first: Assignment | None = None
+
+    def __init__(self, options: Options, response: torch.Tensor) -> None:
+        self.options, self.rule = options, rule_of(options.cache)
+        self.wide = bool(options.shift) and options.cache == "none"
+        self.response = with_row_before(response) if self.wide else response
+        self.before = options.shift is not False and not self.wide and not (options.shift and self.rule.shifts)
+        self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
+        self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
+        self.bound = options.saliency_threshold
+        full, self.part = FULL, BLOCK
+        if self.bound is not None:
+            full, self.part = with_contexts(full), with_contexts(self.part)
+        self.evict: Assignment | None = None
+        if options.keep_ratio is not None:
+            self.evict = evicting(full, options.keep_ratio, options.kernel_size)
+            full = unkept(full)
+        self.full = full
+        self.variants: tuple[Assignment, ...] = self._variants()
+        self.refreshes = Refreshes(options, response.shape[0])
+        self.edited = torch.zeros(response.shape[0], 1, dtype=torch.bool)  # a change that no refresh has seen yet
+        self.chosen: Plan | None = None  # the eviction whose entries are kept
+        self.gaps = False
+        self.follows = False  # whether contexts of this step's keys are kept
+        self.settled = True
+
+    def _variants(self) -> tuple[Assignment, ...]:
+        partial = (self.part,) if self.bound is None else (self.part, salient(self.part))
+        if self.evict is None:
+            return self.full, *partial
+        return self.full, self.evict, *(evicted(each, gaps=False) for each in partial)
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """New sequences compute every row as those do that begin a block; not where kept entries are of one step."""
+        self.response = with_row_before(response) if self.wide else response
+        self.blocks.begin_anew(rows, response)
+        self.since = self.since & ~rows.unsqueeze(1)
+        self.refreshes.begin_anew(rows)
+        return self.options.keep_ratio is None
+
+    def next(self, call: Call) -> Plan:
+        """Rows of the call; a repeated one counts."""
+        self.blocks.next(call)
+        self.since = self.since | (call.filled & (call.number > 0))
+        plan = self._planned(call)
+        return replace(plan, warning=self.blocks.warning) if self.blocks.warning else plan
+
+    def _planned(self, call: Call) -> Plan:
+        part = self._partial(call)
+        full, response = self.refreshes.next(call.number, self._begins(call, part))
+        self.since = self.since & ~(full | response)
+        if bool((full | self.blocks.done).all()):
+            return self._full(call, part)
+        written = part | full | (response & self.response)
+        active = with_row_before(written) if self.before else written
+        exact = full | response
+        same = self.settled and not bool(exact.any()) and call.filling is None
+        self.settled = True
+        plan = Plan(self.part, active=active, written=written, same=same)
+        if self.bound is not None and self.follows and not bool(exact.all()):
+            bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
+            first = active & (exact | call.changed | ~written)
+            plan = replace(plan, assignment=salient(self.part), salient=first, bound=bound)
+        self.follows = True
+        if self.chosen is None:
+            return plan
+        assignment = evicted(plan.assignment, self.gaps)
+        return replace(plan, assignment=assignment, fresh=self.chosen.fresh, kept=self.chosen.kept)
+
+    def _partial(self, call: Call) -> torch.Tensor:
+        """Rows of a partial step."""
+        options = self.options
+        if options.cache == "none" and self.evict is None and self.bound is not None:
+            due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
+            if due or not options.response_only:
+                return torch.ones_like(self.response)
+        return self._said("rows", self.rule.rows, call, call.masked)
+
+    def _said(self, what: str, asked: Rows, call: Call, like: torch.Tensor) -> torch.Tensor:
+        """What the rule says, which is as large as ``like``.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        said = asked(Facts(call, self.blocks, self.response, self.since, self.options))
+        found = f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
+        wanted = f"{like.dtype} {list(like.shape)} on {like.device}"
+        if found != wanted:
+            raise ValueError(f"the rule {self.rule.name!r} says {what} of {found}; give {wanted}")
+        return said
+
+    def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:
+        """Which sequences, ``[B, 1]`` bool, begin a block, or were edited where no partial step sees it."""
+        missed = call.changed & ~part
+        if self.rule.leaves_filled:
+            missed &= ~call.filled
+        if self.chosen is not None and self.chosen.fresh is not None:
+            missed |= (call.changed | part) & ~self.chosen.fresh  # it has no place among the entries
+        self.edited |= missed.any(1, keepdim=True)
+        begins = self.blocks.moved | self.edited
+        if self.rule.refresh is not None:
+            begins |= self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
+        begins &= ~self.blocks.done
+        self.edited &= ~begins
+        return begins
+
+    def _full(self, call: Call, reach: torch.Tensor) -> Plan:
+        """A call that computes every row; the last of several chooses what is kept beside rows within ``reach``."""
+        self.follows = self.evict is None
+        self.chosen = None
+        if self.evict is None or bool((self.refreshes.left > 0).any()):
+            return Plan(self.full, same=False)
+        assert self.options.keep_ratio is not None
+        if self.rule.reach is not None:
+            reach = reach | self._said("reach", self.rule.reach, call, call.masked)
+        self.settled, self.gaps = False, has_gaps(reach, self.options.keep_ratio)
+        kept = entries(reach, self.options.keep_ratio)
+        self.chosen = Plan(self.evict, block=self.blocks.active, fresh=reach, kept=kept, same=False)
+        return self.chosen

@@ -1,0 +1,63 @@
+"""Which sequences of a batch compute every row in a call, and which all of their response."""
+
+from __future__ import annotations
+
+import torch
+
+from dllm_compile.options import Options
+from dllm_compile.passes.feature_cache import due
+
+
+class Refreshes:
+    """The refreshes of the sequences of a batch.
+
+    A sequence refreshes where a block begins, and ``delay`` steps more; where its last refresh is old, or the prompt is
+    due; and in the first steps of a method with saliency. Where entries are evicted all sequences do so together, as
+    the kept entries are of one step.
+
+    Args:
+        options: the intervals and steps.
+        sequences: how many there are.
+
+    Attributes:
+        left: ``[B, 1]`` int64, full steps that are still to come.
+    """
+
+    def __init__(self, options: Options, sequences: int) -> None:
+        self.options = options
+        self.age = torch.zeros(sequences, 1, dtype=torch.int64)  # calls since the last refresh
+        self.left = torch.zeros(sequences, 1, dtype=torch.int64)
+
+    def next(self, number: int, begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which sequences, ``[B, 1]`` bool, compute all rows, and which others all of the response.
+
+        Args:
+            number: calls since the sequences began, from 0.
+            begins: ``[B, 1]`` bool, sequences that begin a block, or hold an edit that only a refresh sees.
+        """
+        options, together = self.options, self.options.keep_ratio is not None
+        prompt = options.prompt_interval is not None and due(options.prompt_interval, number)
+        response = options.response_interval is not None and due(options.response_interval, number)
+        self.age += 1
+        anew = begins | (self.age >= options.refresh_interval) if options.refresh_interval is not None else begins
+        if together and (prompt or response or bool(anew.any())):
+            begins = anew = torch.ones_like(begins)
+        self.age[anew] = 0
+        self._at_least(1, anew | prompt)
+        self._at_least(options.full_steps_of_a_block, begins)
+        warm = options.saliency_threshold is not None and number < options.full_steps
+        if warm:
+            self._at_least(1 if number + 1 == options.full_steps else 2, torch.ones_like(begins))
+        full = self.left > 0
+        self.left = (self.left - 1).clamp(min=0)
+        if options.prompt_interval is None or prompt or warm or together:
+            return full, ~full & response
+        return torch.zeros_like(full), full | response  # the prompt is kept for longer
+
+    def begin_anew(self, rows: torch.Tensor) -> None:
+        """Some sequences, ``[B]`` bool, are new ones."""
+        if self.options.saliency_threshold is not None:
+            self._at_least(self.options.full_steps, rows.unsqueeze(1))
+
+    def _at_least(self, steps: int, where: torch.Tensor) -> None:
+        self.left = torch.where(where, self.left.clamp(min=steps), self.left)
