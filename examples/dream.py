@@ -11,8 +11,7 @@ import argparse
 
 import torch
 
-from dllm_compile import tiny
-from dllm_compile.runtime import stats
+from dllm_compile import stats, tiny
 
 
 def embedded() -> None:

@@ -9,9 +9,8 @@ import argparse
 
 import torch
 
-from dllm_compile import tiny
+from dllm_compile import stats, tiny
 from dllm_compile.quota_loop import quota_loop
-from dllm_compile.runtime import stats
 
 
 def main() -> None:
