@@ -5,6 +5,8 @@ from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
 from .interface.mechanism import Facts, Mechanism, Option, RowRule
+from .interface.plan import AfterLayer, Measured
+from .kernels.attention_weights import attention_weights
 from .mechanisms import register, unregister
 from .options import Options
 from .prepare import prepare
@@ -13,14 +15,17 @@ from .sampler.step import denoise_step
 from .warm import Warmed, warm
 
 __all__ = [
+    "AfterLayer",
     "Explanation",
     "Facts",
     "Generated",
+    "Measured",
     "Mechanism",
     "Option",
     "Options",
     "RowRule",
     "Warmed",
+    "attention_weights",
     "denoise_step",
     "dllm",
     "exact_calls",

@@ -13,6 +13,7 @@ from .core.arguments import attention
 from .core.assignment import EXACT, Assignment
 from .core.units import Unit
 from .interface.plan import Call
+from .mechanisms import turned_on
 from .options import Options, all_names, check_vocabulary
 from .runtime import cost
 from .runtime.ids import infer_mask_id
@@ -38,6 +39,7 @@ class Explanation:
         lengths: the lengths that ``relative`` is for.
         variants: of a step, by name.
         first: the variant of the first layer, where it is always the same.
+        more: a sentence for whatever else happens in a step.
     """
 
     graphs: list[str] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Explanation:
     lengths: dict[str, int] = field(default_factory=dict)
     variants: dict[str, Assignment] = field(default_factory=dict)
     first: str | None = None
+    more: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [*self.graphs]
@@ -60,6 +63,7 @@ class Explanation:
         if self.variants:
             first = f"the first layer is always {self.first}; " if self.first else ""
             lines.append(f"({first}the head computes the readable rows)")
+        lines += self.more
         lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
         lines.append(f"state bytes = {self.state_bytes}")
         lines += [f"peak bytes {name} ~ {count}" for name, count in self.peak_bytes.items()]
@@ -174,6 +178,14 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
         return
     out.variants = {variant.name: variant for variant in method.variants}
     out.first = method.first.name if method.first else None
+    if method.after_layer is not None:
+        measure, decide = (
+            getattr(f, "__name__", repr(f)) for f in (method.after_layer.measure, method.after_layer.decide)
+        )
+        out.more.append(f"behind each layer: {measure}, then {decide} may have deeper layers compute every row")
+    hiding = [mechanism.name for mechanism in turned_on(options) if mechanism.visible is not None]
+    if hiding:
+        out.more.append(f"attention reads only the keys that {' and '.join(hiding)} leave visible")
     for name, assignment in out.variants.items():
         work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
         out.flops[name] = sympy.expand(work)

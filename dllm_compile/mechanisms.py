@@ -114,6 +114,13 @@ def rule_of(cache: str) -> RowRule:
     return rule
 
 
+def turned_on(options: Any) -> list[Mechanism]:
+    """The registered mechanisms that an option switches on, in the order of registration."""
+    known = _TABLES
+    on = {name for name in known.switches if getattr(options, name) != known.options[name].default}
+    return [each for each in known.registered.values() if on.intersection(each.switches)]
+
+
 def register(mechanism: Mechanism) -> Mechanism:
     """Make a mechanism one of the package's: its methods, presets, options and rules are valid from here on.
 
@@ -192,6 +199,10 @@ def _check(mechanism: Mechanism) -> None:
             raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
         if option.read is not None and not option.beside:
             raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
+    if (mechanism.narrows is not None or mechanism.visible is not None) and not mechanism.switches:
+        raise ValueError(
+            f"{mechanism.name!r} says rows or keys, and nothing switches it on; name an option in `switches`"
+        )
     for name in mechanism.switches:
         if name not in {option.name for option in mechanism.options}:
             raise ValueError(f"{mechanism.name!r} is switched on by {name!r}, which is none of its options")

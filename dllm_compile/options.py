@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .general_options import GENERAL
 from .interface.mechanism import nearest, one_of
-from .mechanisms import tables
+from .mechanisms import tables, turned_on
 
 DEFAULT = "dllm-cache"
 DECLARED = tables().options
@@ -139,11 +139,26 @@ class Options:
             sentence = check(self) if check is not None else None
             if sentence is not None:
                 raise ValueError(sentence)
+        self._check_axes()
         for name, option in known.options.items():
             value = getattr(self, name)
             said = value is not None and (name in written or value != option.default)
             if said and not self.reads(name):
                 raise ValueError(f"{name} is {value!r}, but no mechanism reads it; give {option.beside} too")
+
+    def _check_axes(self) -> None:
+        """Refuse what has no place in the steps of the other mechanisms."""
+        kept = "keep_ratio" if self.keep_ratio is not None else "saliency_threshold"
+        if tables().rules[self.cache].after_layer is not None and getattr(self, kept) is not None:
+            raise ValueError(
+                f"cache {self.cache!r} measures whole layers and recomputes those behind them, and {kept} keeps no "
+                "whole layers; leave out one of them"
+            )
+        for mechanism in turned_on(self) if self.cache == "none" and self.saliency_threshold is None else ():
+            if mechanism.narrows is not None:
+                raise ValueError(
+                    f"the mechanism {mechanism.name!r} narrows the rows of a cache of blocks; give cache='dual' too"
+                )
 
     def reads(self, name: str) -> bool:
         """Whether anything reads an option beside the others, whatever it is set to."""

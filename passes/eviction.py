@@ -19,6 +19,8 @@ import torch
 
 from dllm_compile.core.assignment import KEYED, NOTHING, Assignment
 from dllm_compile.interface.mechanism import Mechanism, Option, is_int, share_of
+from dllm_compile.kernels.kept_entries import kept_and_fresh
+from dllm_compile.kernels.sparse_attention import sparse_attention
 
 
 def entries(fresh: torch.Tensor, keep_ratio: float) -> int:
@@ -42,14 +44,14 @@ def unkept(full: Assignment) -> Assignment:
 
 
 def evicting(full: Assignment, keep_ratio: float, kernel_size: int | None) -> Assignment:
-    """The full step that chooses; see :func:`dllm_compile.kernels.kept_entries.kept_entries`."""
-    return replace(full, name="evict", evict=(keep_ratio, kernel_size))
+    """The full step that chooses; see :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`."""
+    return replace(full, name="evict", evict=(kept_and_fresh, keep_ratio, kernel_size))
 
 
 def evicted(partial: Assignment, gaps: bool) -> Assignment:
     """A step behind it; ``gaps`` says that some entries of some sequence are no rows."""
     name = "sparse" if partial.name == "block" else partial.name
-    return replace(partial, name=name, keys=KEYED, gaps=gaps)
+    return replace(partial, name=name, keys=KEYED, gaps=gaps, attend=partial.attend or sparse_attention)
 
 
 def _is_of_something(options: Any) -> str | None:

@@ -20,7 +20,8 @@ import torch
 from dllm_compile.core.assignment import NOTHING, PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
 from dllm_compile.core.rows import NONE
 from dllm_compile.interface.mechanism import Mechanism, Option, interval, share_of
-from dllm_compile.interface.plan import Call, Plan, with_row_before
+from dllm_compile.interface.plan import AfterLayer, Call, Plan, with_row_before
+from dllm_compile.kernels.row_change import pick_rows
 
 FULL = Assignment("full")
 FIRST = Assignment("full", keep=NOTHING)  # the first layer: always computed, so never kept
@@ -29,8 +30,8 @@ KEEP = Assignment("keep", NONE, NONE, NONE)  # a share of 0: nothing between two
 _VARIANTS = (
     FULL,
     Assignment("response", RESPONSE, RESPONSE, RESPONSE),
-    Assignment("select", SELECTED, SELECTED, RESPONSE, pick=True),
-    Assignment("prompt+select", PROMPT_SELECTED, PROMPT_SELECTED, pick=True),
+    Assignment("select", SELECTED, SELECTED, RESPONSE, pick=pick_rows),
+    Assignment("prompt+select", PROMPT_SELECTED, PROMPT_SELECTED, pick=pick_rows),
     Assignment("values", NONE, NONE, RESPONSE),  # a share that rounds to no row still replaces the values
     Assignment("prompt+values", PROMPT, PROMPT),
     KEEP,
@@ -71,6 +72,7 @@ class FeatureCache:
     """
 
     first: Assignment | None = FIRST
+    after_layer: AfterLayer | None = None
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """DyLLM's saliency as row sets (arXiv 2603.08026, and its authors' code where the two differ).
 
-A row whose attention context barely turned since the step before is not computed again by the MLP, nor are its key and
+A row whose attention context barely drifted since the step before is not computed again by the MLP, nor are its key and
 value in the next layer. In the first layer the salient rows are those whose token changed; each layer chooses those of
 the next:
 
@@ -18,8 +18,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dllm_compile.core.assignment import ACTIVE, CONTEXTS, SALIENT, Assignment
+from dllm_compile.core.assignment import ACTIVE, CONTEXTS, KEYED, SALIENT, Assignment
 from dllm_compile.interface.mechanism import Mechanism, Option, count, flag, is_number
+from dllm_compile.kernels.delta_attention import delta_attention
+from dllm_compile.kernels.salient_rows import salient_rows
+from dllm_compile.kernels.sparse_attention import sparse_attention
 
 
 def with_contexts(assignment: Assignment) -> Assignment:
@@ -29,12 +32,15 @@ def with_contexts(assignment: Assignment) -> Assignment:
 
 def salient(partial: Assignment) -> Assignment:
     """A step that recomputes the salient ones of its active rows."""
-    return replace(partial, name="salient", key=SALIENT, value=SALIENT, mlp=SALIENT)
+    rows = replace(partial, name="salient", key=SALIENT, value=SALIENT, mlp=SALIENT)
+    return replace(rows, attend=delta_attention, choose_salient=salient_rows)
 
 
 def thorough(assignment: Assignment) -> Assignment:
     """The same step with every active row salient, whatever its context does."""
-    return replace(assignment, name="block", key=ACTIVE, value=ACTIVE, mlp=None)
+    attend = sparse_attention if assignment.keys == KEYED else None
+    rows = replace(assignment, name="block", key=ACTIVE, value=ACTIVE, mlp=None)
+    return replace(rows, attend=attend, choose_salient=None)
 
 
 def _on(options: Any) -> bool:

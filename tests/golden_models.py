@@ -52,10 +52,10 @@ Salient = dict[int, list[torch.Tensor]]
 def noted_salient(monkeypatch: pytest.MonkeyPatch) -> Salient:
     """Filled by the steps that run from now on; rows that are computed for samplers alone are left out."""
     seen: Salient = {}
-    turn = run._Call._turn
+    take = run.GraphCall._take_salient
 
     def noted(call: Any, *given: Any) -> None:
-        turn(call, *given)
+        take(call, *given)
         step = call.step
         places, stored = step.indices["salient"][0], step.indices["stored"][0]
         at = stored[places[places < len(stored)]]
@@ -63,7 +63,7 @@ def noted_salient(monkeypatch: pytest.MonkeyPatch) -> Salient:
         found = torch.zeros(tokens, dtype=torch.bool).index_fill(0, at[at < tokens], True)
         seen.setdefault(step.number, []).append(found)
 
-    monkeypatch.setattr(run._Call, "_turn", noted)
+    monkeypatch.setattr(run.GraphCall, "_take_salient", noted)
     return seen
 
 

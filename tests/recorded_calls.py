@@ -51,7 +51,7 @@ class Graph:
         made = self.body()
         for node, value in self.made.results.items():
             value.copy_(made.results[node])
-        for value, now in zip(self.made.turned, made.turned, strict=True):
+        for value, now in zip(self.made.salient_counts, made.salient_counts, strict=True):
             value.copy_(now)
         for layer, index in self.made.selected.items():
             index.copy_(made.selected[layer])

@@ -93,7 +93,9 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     """As on a GPU, where the number of salient rows is not read before the step ends."""
     model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
     calls = steps_of(11, 14, mask_id, 9)
-    monkeypatch.setattr(Session, "room", lambda self, step: self.rooms.get(step.sizes.get("active"), 2))
+    monkeypatch.setattr(
+        Session, "salient_capacity", lambda self, step: self.salient_capacities.get(step.sizes.get("active"), 2)
+    )
     monkeypatch.setattr(session, "ROOM", 2)
 
     def run(threshold: float, **more: Any) -> list[torch.Tensor]:
@@ -106,7 +108,7 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     got = run(0.999)
     spills = dllm_compile.stats(model)["spills"]
     assert 0 < spills < 5
-    assert max(room for each in session.sessions() for room in each.rooms.values()) > 2
+    assert max(rows for each in session.sessions() for rows in each.salient_capacities.values()) > 2
     every = run(0.999, response_interval=1)
     exact = [step for step in range(4, 9) if torch.equal(got[step], every[step])]
     assert len(exact) >= 1

@@ -117,7 +117,9 @@ def test_recorded_calls_of_generate_equal_those_that_are_made() -> None:
 @pytest.mark.parametrize("name", ["saliency", "all three"])
 @pytest.mark.usefixtures("recording")
 def test_a_call_with_too_many_salient_rows_is_made_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session.Session, "room", lambda self, step: self.rooms.get(step.sizes.get("active"), 2))
+    monkeypatch.setattr(
+        session.Session, "salient_capacity", lambda self, step: self.salient_capacities.get(step.sizes.get("active"), 2)
+    )
     monkeypatch.setattr(session, "ROOM", 2)
     model, options = models.build("llama"), METHODS[name]
     want = denoised(model, 2, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from dllm_compile import backend
 from dllm_compile.explain import explain
-from dllm_compile.runtime import unit_code
+from dllm_compile.passes import saliency
 from dllm_compile.runtime.cost import A, R, S, T
 
 from .model import Setting, job_of, random_model
@@ -26,8 +25,8 @@ def main() -> None:
     model, job = random_model(setting), job_of(setting)
     count = round(SHARE * setting.response)
 
-    def turned(similarity: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """So many of the rows that turned most, whatever the threshold."""
+    def most_drifted(similarity: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many of the rows whose contexts drifted most, whatever the threshold."""
         rows = similarity.shape[1]
         found = similarity.topk(count, 1, largest=False).indices.sort(1).values
         listed = torch.nn.functional.pad(found, (0, rows - count), value=0) + rows * (
@@ -35,12 +34,12 @@ def main() -> None:
         )
         return listed, torch.full_like(found[:, 0], count)
 
-    real = unit_code.CHOICES
-    unit_code.CHOICES = replace(real, turn=turned)
+    real = vars(saliency)["salient_rows"]
+    vars(saliency)["salient_rows"] = most_drifted
     try:
         spent, readable = _time(model, job, {"saliency_threshold": 0.99, "full_steps": FULL})
     finally:
-        unit_code.CHOICES = real
+        vars(saliency)["salient_rows"] = real
         torch._dynamo.reset()
     found = explain(model, job.ids, saliency_threshold=0.99, full_steps=FULL, mask_id=job.mask_id)
     lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}

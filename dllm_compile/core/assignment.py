@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from .rows import ALL, RowSet
 
@@ -16,6 +18,7 @@ SALIENT = RowSet("salient", ACTIVE)
 KEYED = RowSet("keyed")
 READABLE = RowSet("readable")
 
+Operation = Callable[..., Any]
 NOTHING: frozenset[str] = frozenset()
 KEYS = frozenset({"key", "value"})
 FEATURES = KEYS | {"attended", "mlp"}
@@ -33,10 +36,20 @@ class Assignment:
         mlp: rows of the branches without attention; those of ``query`` if ``None``.
         enter, leave: rows of the residual stream that come in, and of the outputs that go on.
         keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS``, ``FEATURES``, ``CONTEXTS``.
-        pick: whether ``SELECTED`` is chosen here, from the values.
         keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the rows computed since.
         gaps: whether some of those may be no rows.
-        evict: share and pooling window, where the entries to keep are chosen here, from queries and keys.
+        hides: whether attention reads only those of them that the step says are visible.
+        pick: the operation that chooses ``SELECTED`` from the values, now and before; ``None`` where none are chosen.
+            See :func:`dllm_compile.kernels.row_change.pick_rows`.
+        attend: the operation that attends in place of the model's own call: over ``KEYED``, see
+            :func:`dllm_compile.kernels.sparse_attention.sparse_attention`; where rows are ``SALIENT``, from the change
+            of their values, see :func:`dllm_compile.kernels.delta_attention.delta_attention`.
+        choose_salient: the operation that chooses the salient rows of what follows by how far contexts drifted; see
+            :func:`dllm_compile.kernels.salient_rows.salient_rows`.
+        evict: the operation that chooses the entries to keep, from queries and keys, and its settings; see
+            :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`.
+        measure: called with the query ``[B, H, Q, h]``, key ``[B, Hkv, K, h]``, mask and scale of the first attention
+            call of a layer; what it returns is a further output of the layer.
     """
 
     name: str
@@ -47,14 +60,18 @@ class Assignment:
     enter: RowSet = ALL
     leave: RowSet = ALL
     keep: frozenset[str] = FEATURES
-    pick: bool = False
     keys: RowSet = ALL
     gaps: bool = False
-    evict: tuple[float, int | None] | None = None
+    hides: bool = False
+    pick: Operation | None = None
+    attend: Operation | None = None
+    choose_salient: Operation | None = None
+    evict: tuple[Any, ...] | None = None
+    measure: Operation | None = None
 
     @cached_property
     def salient(self) -> bool:
-        """Whether ``SALIENT`` rows come in, and others go out, chosen by how far the contexts turned."""
+        """Whether ``SALIENT`` rows come in, and others go out, chosen by how far the contexts drifted."""
         return SALIENT in self.sets()
 
     @cached_property
@@ -66,7 +83,7 @@ class Assignment:
     def computes_all(self) -> bool:
         """Whether every row is computed from the ids of this call alone, so that the result is exact."""
         rows = {self.query, self.key, self.value, self.enter, self.keys, *([self.mlp] if self.mlp is not None else [])}
-        return rows == {ALL} and not self.pick
+        return rows == {ALL} and self.pick is None and not self.hides
 
     @cached_property
     def stored(self) -> frozenset[str]:
@@ -76,7 +93,7 @@ class Assignment:
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""
         named = {self.query, self.key, self.value, self.enter, self.leave, self.keys}
-        named |= ({self.mlp} if self.mlp is not None else set()) | ({SELECTED} if self.pick else set())
+        named |= ({self.mlp} if self.mlp is not None else set()) | ({SELECTED} if self.pick is not None else set())
         return named | {s.parent for s in named if s.parent is not None}
 
 

@@ -13,24 +13,25 @@ along the token axis are written anew. Nothing else of the unit changes.
 from __future__ import annotations
 
 import operator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 import torch.fx
 
 from . import rows as row_ops
-from .arguments import attention
-from .assignment import ACTIVE, KEYED, SALIENT, Assignment
-from .attention_forms import AttentionForms
+from .arguments import attention, attention_arguments
+from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SALIENT, SELECTED, Assignment
 from .axes import Axes
-from .demand import at_hand, rows_read
+from .demand import COUNTED, at_hand, find_demand, rows_read
 from .errors import GraphRefused
 from .graph import open_sizes
-from .layout import opened, position
+from .layout import Layout, opened, position
 from .rows import ALL, NONE, RowSet
 from .units import Unit
-from .writing import Choices
 
 
 @dataclass
@@ -39,63 +40,272 @@ class Emitted:
 
     Attributes:
         module: called with ``(stream, *inputs, *state, *indices)`` in the order of ``takes``; returns the outputs of
-            the unit, then the picked rows ``[B, n]`` if there are any, or the salient ones and their number.
+            the unit, then what ``extras`` names.
         takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``,
             ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"`` and
             ``"index:stored"`` (where the active rows are in the state of keys and of other roles), ``"counts"``,
-            ``"bound"``, and the numbers ``"tokens"``, ``"batch"``, ``"selected"`` and ``"entries"``. Where entries are
-            evicted, the last state has the positions of those kept.
+            ``"bound"``, ``"visible"``, and the numbers ``"tokens"``, ``"batch"``, ``"selected"`` and ``"entries"``.
+            Where entries are evicted, the last state has the positions of those kept.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
         leaves: the row set of each output.
-        turns: whether the last two outputs are the rows that are salient from here on, ``[B, K]`` places among the
-            active ones, and how many a sequence has, ``[B]``.
+        extras: where further outputs are: ``"picked"``, the rows ``[B, n]`` of ``SELECTED``; ``"salient"``, the rows
+            that are salient from here on, ``[B, K]`` places among the active ones, and ``"salient count"``, how many a
+            sequence has, ``[B]``; ``"measured"``, what the operation of the assignment measured at the first attention.
     """
 
     module: torch.fx.GraphModule
     takes: list[str]
     rows: dict[torch.fx.Node, RowSet] = field(default_factory=dict)
     leaves: list[RowSet] = field(default_factory=list)
-    turns: bool = False
+    extras: dict[str, int] = field(default_factory=dict)
 
 
-def emit(unit: Unit, axes: Axes, assignment: Assignment, choices: Choices) -> Emitted:
+def emit(unit: Unit, axes: Axes, assignment: Assignment) -> Emitted:
     """Write ``unit`` for ``assignment``.
 
     Args:
         unit: a sealed unit.
         axes: what following the axes of its graph found.
-        assignment: the row set of each role.
-        choices: how the rows are chosen that are decided inside.
+        assignment: the row set of each role, and the operations that choose rows inside.
 
     Raises:
         GraphRefused: the unit has a shape that cannot be written for fewer rows.
     """
-    return _Writer(unit, axes, assignment, choices).write()
+    return _Writer(unit, axes, assignment).write()
 
 
-class _Writer(AttentionForms):
+class _Writer:
+    """A unit being written."""
+
+    def __init__(self, unit: Unit, axes: Axes, assignment: Assignment) -> None:
+        self.unit, self.axes, self.assignment = unit, axes, assignment
+        self.graph = torch.fx.Graph()
+        self.kept = unit.anchors(assignment.keep)
+        self.keys = set(unit.anchors(KEYS))
+        demand = find_demand(unit, axes, assignment)
+        self.anchors, self.computed, self.leaves = demand.anchors, demand.computed, demand.leaves
+        self.env: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.narrowed: dict[tuple[torch.fx.Node, RowSet], torch.fx.Node] = {}
+        self.places: dict[RowSet, torch.fx.Node] = {}
+        self.chosen: tuple[torch.fx.Node, torch.fx.Node] | None = None
+        self.changed: torch.fx.Node | None = None
+        self.similarity: torch.fx.Node | None = None  # of the contexts of the active rows with their former selves
+        self.measured: torch.fx.Node | None = None
+        self.inside = set(unit.nodes)
+        self._placeholders()
+
+    def _placeholders(self) -> None:
+        self.takes: list[str] = []
+        self.slot: dict[str, torch.fx.Node] = {}
+        names = [*(["stream"] if self.unit.stream is not None else [])]
+        names += [f"input:{i}" for i in range(len(self.unit.inputs))]
+        names += [f"state:{i}" for i in range(len(self.kept))]
+        compact = self.assignment.compact and bool(self.keys)
+        names += [f"state:{len(self.kept)}"] if compact else []
+        sets = self.assignment.sets()
+        handed = sets - {ALL, NONE, SELECTED, PROMPT_SELECTED, KEYED}
+        names += [f"index:{name}" for name in sorted(s.name for s in handed)]
+        names += ["index:prompt"] if PROMPT_SELECTED in sets else []
+        names += ["index:response", "counts"] if self.assignment.pick is not None else []
+        names += ["index:response@keyed"] if RESPONSE in sets and compact else []
+        names += ["index:written", "index:stored"] if ACTIVE in sets else []
+        names += ["bound"] if self.assignment.salient else []
+        names += ["visible"] if self.assignment.hides else []
+        names += ["index:block", "index:outside", "index:fresh"] if self.assignment.evict is not None else []
+        names += [f"index:{s.name}@{parent.name}" for s, parent in COUNTED if s in sets and parent in sets]
+        names += ["tokens", "batch", "selected", *(["entries"] if compact else [])]
+        for name in dict.fromkeys(names):
+            self.takes.append(name)
+            self.slot[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
+        if self.unit.stream is not None:
+            self.env[self.unit.stream] = self.slot["stream"]
+        for i, node in enumerate(self.unit.inputs):
+            self.env[node] = self.slot[f"input:{i}"]
+        self.state = {n: self.slot[f"state:{i}"] for i, n in enumerate(self.kept)}
+        self.entries = self.slot[f"state:{len(self.kept)}"] if compact else None
+
+    def _index(self, rows: RowSet, parent: RowSet) -> torch.fx.Node:
+        """Positions of ``rows`` counted in ``parent``."""
+        if rows == SELECTED:
+            picked, at = self._choose()
+            if parent == RESPONSE:
+                return picked
+            return at
+        if rows == PROMPT_SELECTED:
+            return self._call(torch.cat, ([self.slot["index:prompt"], self._choose()[1]], 1))
+        if rows == SALIENT:
+            if parent == ACTIVE:
+                return self.slot["index:salient"]
+            return self._place(SALIENT, self.slot["index:active"], self._tokens())
+        name = f"index:{rows.name}" if parent == ALL else f"index:{rows.name}@{parent.name}"
+        if name not in self.slot:
+            raise GraphRefused(f"rows {rows.name!r} cannot be found inside {parent.name!r}")
+        return self.slot[name]
+
+    def _place(self, rows: RowSet, index: torch.fx.Node, none: Any) -> torch.fx.Node:
+        """``index`` of the active rows, for the salient among them."""
+        key = RowSet(f"{rows.name}@{index.name}")
+        if key not in self.places:
+            self.places[key] = self._call(row_ops.pick_index, (index, self.slot["index:salient"], none))
+        return self.places[key]
+
+    def _written(self, node: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
+        """Where in the state of ``node`` its ``rows`` are; the spare row for those that leave nothing behind."""
+        if rows in (ACTIVE, SALIENT):
+            at = self.slot["index:written" if node in self.keys else "index:stored"]
+            return at if rows == ACTIVE else self._place(SALIENT, at, self._call(row_ops.spare, (self.state[node],)))
+        if node not in self.keys or rows not in (RESPONSE, SELECTED) or self.entries is None:
+            return self._index(rows, ALL)
+        slots = self.slot["index:response@keyed"]
+        if rows == RESPONSE:
+            return slots
+        none = self._call(row_ops.spare, (self.state[node],))
+        return self._call(row_ops.positions_of, (self._choose()[0], slots, self.slot["counts"], none))
+
+    def _choose(self) -> tuple[torch.fx.Node, torch.fx.Node]:
+        """Pick the selected rows once, by comparing the new values of the response with those of the last step."""
+        if self.chosen is None:
+            assert self.assignment.pick is not None
+            anchor = self.unit.attentions[0].value
+            layout = self._layout(anchor)
+            at = self.slot["index:response"]
+            old = self._call(row_ops.read_rows, (self.state[anchor], self._written(anchor, RESPONSE)))
+            fresh = self._raw(anchor)
+            if self.computed[anchor] == ALL:
+                fresh = self._call(row_ops.gather_rows, (fresh, at, layout))
+            fresh = self._call(row_ops.rows_first, (fresh, layout, self.slot["batch"]))
+            picked = self._call(self.assignment.pick, (fresh, old, at, self._tokens(), self.slot["selected"]))
+            self.chosen = picked, self._call(row_ops.positions_of, (picked, at, self.slot["counts"], self._tokens()))
+        return self.chosen
+
+    def _tokens(self) -> torch.fx.Node:
+        return self.slot["tokens"]
+
+    def _batch(self, times: int) -> torch.fx.Node:
+        batch = self.slot["batch"]
+        return batch if times == 1 else self._call(operator.mul, (batch, times))
+
+    def _layout(self, node: torch.fx.Node) -> Layout:
+        """Layout of a value, for any number of tokens and sequences."""
+        return opened(self.axes.layout[node])
+
+    def _call(self, target: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.Node:
+        return self.graph.call_function(target, args)
+
+    def _plain(self, node: torch.fx.Node) -> torch.fx.Node:
+        if node not in self.env:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self._plain)
+            self.env[node] = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        return self.env[node]
+
+    # -- attention -----------------------------------------------------------------------------------------------------
+
+    def _attention(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
+        """An attention call: as it was, over the kept entries, or from the change of the salient values."""
+        given = attention_arguments(args, kwargs)
+        mask, entries = given.attn_mask, None
+        if self.entries is not None and (mask is not None or self.assignment.gaps or self.assignment.hides):
+            entries = self._visible_entries()
+        elif self.assignment.hides:
+            mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"]))
+            kwargs = {**kwargs, "attn_mask": mask}
+        if self.assignment.measure is not None and self.measured is None:
+            self.measured = self._call(self.assignment.measure, (*given[:2], mask, given.scale))
+        if self.assignment.salient:
+            mask = mask if entries is None else self._call(row_ops.mask_keys, (mask, entries, self._tokens()))
+            return self._delta(node, args, mask, given.scale)
+        if self.assignment.keys != KEYED:
+            return self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        assert self.assignment.attend is not None
+        return self._call(self.assignment.attend, (*given[:3], entries, self._tokens(), mask, given.scale))
+
+    def _visible_entries(self) -> torch.fx.Node | None:
+        """Positions of the kept entries; no row for those that are hidden."""
+        if not self.assignment.hides:
+            return self.entries
+        return self._call(row_ops.visible_entries, (self.entries, self.slot["visible"], self._tokens()))
+
+    def _delta(self, node: torch.fx.Node, args: tuple[Any, ...], mask: Any, scale: Any) -> torch.fx.Node:
+        """Contexts of the active rows: exact for the salient ones, their former ones and the change for the others."""
+        assert self.assignment.attend is not None
+        att = self.unit.attentions[0]
+        value = attention_arguments(node.args, node.kwargs).value
+        change = self._moved(att.value, value, self._change())
+        change = self._call(torch.transpose, (change, 1, 2))
+        active, at = self.slot["index:active"], self.slot["index:salient"]
+        former = self._call(row_ops.former_rows, (self.state[node], active, self._layout(node)))
+        given = (*args[:3], change, self._written(att.key, SALIENT), at, former)
+        both = self._call(self.assignment.attend, (*given, mask, scale))
+        self.similarity = self._call(operator.getitem, (both, 1))
+        return self._call(operator.getitem, (both, 0))
+
+    def _change(self) -> torch.fx.Node:
+        """How far the values of the salient rows are from those in the state, before they enter it."""
+        if self.changed is None:
+            if len(self.unit.attentions) > 1:
+                raise GraphRefused("a layer with several attention calls has no single context", self.unit.outputs[0])
+            anchor = self.unit.attentions[0].value
+            at, fresh, layout = self._written(anchor, SALIENT), self._raw(anchor), self._layout(anchor)
+            if self.computed[anchor] != SALIENT:  # with the queries, by one projection
+                fresh = self._call(row_ops.gather_rows, (fresh, self._index(SALIENT, self.computed[anchor]), layout))
+            self.changed = self._call(row_ops.changed_rows, (self.state[anchor], at, fresh, layout))
+        return self.changed
+
+    def _moved(self, start: torch.fx.Node, end: torch.fx.Node, value: torch.fx.Node) -> torch.fx.Node:
+        """``value``, in place of ``start``, through the views and repeats up to ``end``."""
+        if end is start:
+            return value
+        (before,) = [n for n in end.all_input_nodes if n in self.axes.live]
+        moved = self._moved(start, before, value)
+        args, kwargs = torch.fx.map_arg((end.args, end.kwargs), lambda n: moved if n is before else self._plain(n))
+        args = open_sizes(end, args, self._layout(end), self._batch) if end in self.axes.layout else args
+        return self.graph.create_node(end.op, end.target, args, kwargs)
+
+    def _evict(self) -> None:
+        """Choose the entries to keep, and keep them and the rows that later steps compute."""
+        assert self.assignment.evict is not None
+        assert self.entries is not None
+        choose, *settings = self.assignment.evict
+        call = self.unit.attentions[0].node
+        given = attention_arguments(call.args, call.kwargs)
+        query, key = self._on(given.query, ALL), self._on(given.key, ALL)
+        mask = given.attn_mask
+        mask = self._plain(mask) if isinstance(mask, torch.fx.Node) else None
+        mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"])) if self.assignment.hides else mask
+        block, outside, fresh = (self.slot[f"index:{name}"] for name in ("block", "outside", "fresh"))
+        at = self._call(choose, (query, key, mask, block, outside, self.entries, fresh, *settings))
+        self._call(torch.Tensor.copy_, (self.entries, at))
+        for node in self.unit.anchors(KEYS):
+            self._call(row_ops.keep_rows, (self.state[node], self._available(node), at, self._layout(node)))
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
     def write(self) -> Emitted:
         outs = [self._on(node, rows) for node, rows in zip(self.unit.outputs, self.leaves, strict=True)]
         for node, rows in self.anchors.items():
             if rows != NONE:
                 self._available(node)  # a role nobody reads in this step still enters the state
-        if self.assignment.pick:
-            outs.append(self._choose()[1])
-        if self.turned is not None:
-            assert self.choices.turn is not None
+        extras: dict[str, torch.fx.Node] = {}
+        if self.assignment.pick is not None:
+            extras["picked"] = self._choose()[1]
+        if self.similarity is not None:
+            assert self.assignment.choose_salient is not None
             places = self.slot["index:active"], self.slot["index:stored"], self._tokens()
-            turned = self._call(self.choices.turn, (self.turned, self.slot["bound"], *places))
-            outs += [self._call(operator.getitem, (turned, i)) for i in (0, 1)]
+            both = self._call(self.assignment.choose_salient, (self.similarity, self.slot["bound"], *places))
+            extras["salient"], extras["salient count"] = (self._call(operator.getitem, (both, i)) for i in (0, 1))
+        if self.measured is not None:
+            extras["measured"] = self.measured
         if self.assignment.evict is not None and self.keys:
             self._evict()
-        self.graph.output(tuple(outs))
+        self.graph.output((*outs, *extras.values()))
         takes = self.takes
         for name, node in self.slot.items():
             if not node.users and name not in ("tokens", "entries"):  # the state has one more than those
                 self.graph.erase_node(node)
                 takes = [t for t in takes if t != name]
         module = torch.fx.GraphModule(torch.nn.Module(), self.graph)
-        return Emitted(module, takes, dict(self.computed), self.leaves, self.turned is not None)
+        at = {name: len(outs) + i for i, name in enumerate(extras)}
+        return Emitted(module, takes, dict(self.computed), self.leaves, at)
 
     def _on(self, node: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
         """``node`` on exactly ``rows``."""
@@ -133,7 +343,7 @@ class _Writer(AttentionForms):
             return self._raw(node)
         rows, layout, state = self.anchors[node], self._layout(node), self.state[node]
         if self.unit.attentions and node is self.unit.attentions[0].value:
-            if self.assignment.pick:
+            if self.assignment.pick is not None:
                 self._choose()  # compares with the state before it is overwritten
             if self.assignment.salient:
                 self._change()
@@ -163,10 +373,8 @@ class _Writer(AttentionForms):
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
         if node in self.axes.layout:
             args = open_sizes(node, args, self._layout(node), self._batch)
-        if node.target is attention and self.assignment.salient:
-            copied = self._delta(node, args, kwargs)
-        elif node.target is attention and self.assignment.keys == KEYED:
-            copied = self._sparse(args, kwargs)
+        if node.target is attention:
+            copied = self._attention(node, args, kwargs)
         else:
             copied = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         copied.meta["stack_trace"] = node.meta.get("stack_trace", "")

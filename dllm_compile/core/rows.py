@@ -204,6 +204,29 @@ def mask_keys(mask: torch.Tensor | None, index: torch.Tensor, tokens: int) -> to
     return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
 
+def hide_keys(mask: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
+    """An attention mask that also hides the keys outside of ``visible``.
+
+    Args:
+        mask: ``[B or 1, H or 1, Q or 1, S]`` or its last dimensions, bool (may attend) or floating (added).
+        visible: ``[B, S]`` bool.
+
+    Returns:
+        ``[B, H or 1, Q or 1, S]``.
+    """
+    there = visible[:, None, None, :]
+    if mask is None:
+        return there
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
+
+
+def visible_entries(entries: torch.Tensor, visible: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Positions ``[B, E]`` int64 of entries; ``tokens``, "no row", for those not in ``visible`` ``[B, S]`` bool."""
+    seen = visible.gather(1, entries.clamp(max=tokens - 1))
+    return torch.where(seen, entries, tokens)
+
+
 def positions_of(picked: torch.Tensor, response: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
     """Positions ``[B, n]`` of picked response rows; ``tokens`` ("no row") beyond a sequence's own count.
 

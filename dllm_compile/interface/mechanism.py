@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .blocks import Blocks
-from .plan import Call
+from .plan import AfterLayer, Call
 
 Rows = Callable[["Facts"], torch.Tensor]
 """A pure function of what a step is told: what it needs of earlier calls is in there."""
@@ -73,6 +73,14 @@ class Facts:
     options: Any
 
     @property
+    def notes(self) -> Mapping[Any, Any]:
+        """By layer, what ``after_layer`` noted at the last step that ran the layer; empty where a sequence begins.
+
+        Tensors are where the model is: reading them on the host waits for the step before.
+        """
+        return self.call.notes
+
+    @property
     def masked(self) -> torch.Tensor:
         """``[B, S]`` bool, rows that hold the mask."""
         return self.call.masked
@@ -98,6 +106,8 @@ class RowRule:
             rows makes every row be computed.
         in_blocks: the rows follow from blocks alone, so that ``generate`` may compute a block anew by itself.
         shifts: the rule sees to shifted logits itself (``options.shift``); else the row before each is added.
+        after_layer: what is measured in each layer, and decided of the layers behind it; the hidden states that leave
+            each layer are kept for that. Not beside eviction and saliency, which keep no whole layers.
         told: it needs to know which masks are filled next, which ``generate`` says for a random order.
         refused: what about a rule makes it refuse options, as a sentence; ``None`` where it takes them.
     """
@@ -110,6 +120,7 @@ class RowRule:
     leaves_filled: bool = False
     in_blocks: bool = False
     shifts: bool = False
+    after_layer: AfterLayer | None = None
     told: bool = False
     refused: Callable[[Any], str | None] | None = None
 
@@ -125,6 +136,10 @@ class Mechanism:
         switches: those of them that turn it on, whose default is off.
         neutral: options at which every readable row is eager's; ``None`` where there are none but the number of steps.
         rules: values that it adds to the option ``cache``.
+        narrows: where one of ``switches`` is on, the rows, ``[B, S]`` bool, that steps between two refreshes compute of
+            those that the rule of ``cache`` chooses; several mechanisms intersect.
+        visible: where one of ``switches`` is on, the keys, ``[B, S]`` bool, that attention reads in every step;
+            several mechanisms intersect, and what eviction keeps of the others is hidden too.
         methods: values of ``method``, each with the options it stands for.
         presets: values of ``preset``, likewise.
         checks: of all options, a sentence that refuses them, or ``None``.
@@ -136,9 +151,31 @@ class Mechanism:
     switches: tuple[str, ...] = ()
     neutral: Mapping[str, Any] | None = None
     rules: tuple[RowRule, ...] = ()
+    narrows: Rows | None = None
+    visible: Rows | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: tuple[Callable[[Any], str | None], ...] = ()
+
+
+def asked(what: str, rows: Rows, facts: Facts, like: torch.Tensor) -> torch.Tensor:
+    """What somebody's function says of the rows of a step, which must be as large as ``like``.
+
+    Args:
+        what: who says what, for the error: "the rule 'dual' says rows".
+        rows: the function.
+        facts: what it is told.
+        like: ``[B, S]`` or ``[B, 1]`` bool.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    said = rows(facts)
+    found = f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
+    wanted = f"{like.dtype} {list(like.shape)} on {like.device}"
+    if found != wanted:
+        raise ValueError(f"{what} of {found}; give {wanted}")
+    return said
 
 
 # -- values of options -----------------------------------------------------------------------------------------------

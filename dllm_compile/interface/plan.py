@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ class Call:
         filled: ``[B, S]`` bool, positions that held it at the call before and do not now.
         changed: ``[B, S]`` bool, positions that hold another token than at the call before.
         filling: ``[B, S]`` bool, positions that the sampler fills from this call; ``None`` where it does not say.
+        notes: by layer, what :class:`AfterLayer` noted at the last step that ran the layer.
     """
 
     number: int
@@ -31,6 +32,48 @@ class Call:
     filled: torch.Tensor
     changed: torch.Tensor
     filling: torch.Tensor | None = None
+    notes: Mapping[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured in one layer of a step.
+
+    Attributes:
+        layer: its number, from 0; in a model that is traced layer by layer too.
+        values: what :attr:`AfterLayer.measure` returned.
+        rows: ``[B, Q]`` int64, the position of each row that attended; ``S`` for no row.
+        tokens: ``S``.
+        note: what was noted of this layer at the last step that ran it; ``None`` for none.
+        options: what the user chose, by name.
+    """
+
+    layer: int
+    values: Any
+    rows: torch.Tensor
+    tokens: int
+    note: Any
+    options: Any
+
+
+@dataclass(frozen=True)
+class AfterLayer:
+    """What happens behind each layer of a step: measure its attention, and decide about the layers that follow.
+
+    The hidden states that leave each layer are kept, so that layers behind it can compute every row in mid-step: the
+    rows of this step as they are, the others as they left it last.
+
+    Attributes:
+        measure: called with the query ``[B, H, Q, h]`` of the rows that the step computes, the key ``[B, Hkv, S, h]``,
+            the mask and the scale of the layer's attention, as they go into ``scaled_dot_product_attention``. It is
+            compiled with the layer. See :func:`dllm_compile.attention_weights`.
+        decide: called with :class:`Measured`; returns what to note of the layer for the next step, and which sequences
+            ``[B]`` bool want all rows computed in the layers behind it (one of the batch is enough), or ``None``. What
+            it returns is read on the host, once a layer.
+    """
+
+    measure: Callable[..., Any]
+    decide: Callable[[Measured], tuple[Any, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +91,7 @@ class Plan:
         block: ``[B, S]`` bool, the rows whose queries choose the entries to keep, where they are chosen.
         fresh: ``[B, S]`` bool, the rows that are never evicted, because later steps compute them.
         kept: entries that a sequence keeps of the others.
+        visible: ``[B, S]`` bool, the keys that attention reads where the assignment hides the others.
         same: whether the ids of the call before would give its result again.
         warning: what to tell the user where the plan is followed.
     """
@@ -61,6 +105,7 @@ class Plan:
     block: torch.Tensor | None = None
     fresh: torch.Tensor | None = None
     kept: int = 0
+    visible: torch.Tensor | None = None
     same: bool = True
     warning: str | None = None
 
@@ -83,6 +128,9 @@ class Schedule(Protocol):
 
     first: Assignment | None
     """Row sets of the first layer, where they are always the same."""
+
+    after_layer: AfterLayer | None
+    """What is measured behind each layer, if anything is."""
 
     def next(self, call: Call) -> Plan:
         """Rows of a call; every call of the sequence is shown in order, repeated ones too."""
@@ -118,6 +166,7 @@ class Exact:
 
     variants: tuple[Assignment, ...] = (EXACT,)
     first: Assignment | None = None
+    after_layer: AfterLayer | None = None
 
     def next(self, call: Call) -> Plan:
         """Always the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class Past:
         evidence: whether the sequence is a denoising loop.
         missed: whether the last calls ran exactly, in doubt, without the schedule.
         history: ids of the last few calls that differ.
+        notes: by layer, what was noted behind it before this call; see ``interface.plan.AfterLayer``.
     """
 
     ids: torch.Tensor
@@ -51,6 +52,7 @@ class Past:
     evidence: Evidence
     missed: bool
     history: tuple[torch.Tensor, ...]
+    notes: Mapping[Any, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Step:
         sizes: ``K`` of each row set.
         counts: ``[B, 1]`` int64, rows each sequence may select.
         bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
+        visible: ``[B, S]`` bool, keys that attention reads where the others are hidden.
         layer: how many layers have run in this step.
         seen: the layers that have run.
         counted: the name that ``stats`` has counted the step by.
@@ -73,6 +76,8 @@ class Step:
         own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
         anew: rows kept are not good for this step: layers that still come compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
+        noted: by layer, what was noted behind it in this step.
+        deeper_rows: a layer was followed by the decision that those behind it compute every row.
         memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
         places: of each of them there.
     """
@@ -84,6 +89,7 @@ class Step:
     sizes: dict[str, int]
     counts: torch.Tensor
     bound: torch.Tensor | None
+    visible: torch.Tensor | None
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
@@ -93,6 +99,8 @@ class Step:
     own: bool = False
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    noted: dict[Any, Any] = field(default_factory=dict)
+    deeper_rows: bool = False
     memory: torch.Tensor | None = None
     places: Places = ()
 
@@ -102,9 +110,9 @@ class Step:
     ) -> Step:
         """A step whose positions, counts and bound lie in ``memory``; ``more`` are ``sizes`` and ``shape``."""
         found = unpacked(memory, places)
-        counts, bound = found.pop("counts"), found.pop("bound", None)
+        counts, bound, visible = found.pop("counts"), found.pop("bound", None), found.pop("visible", None)
         sizes, shape = more
-        return cls(past, repeat, assignment, found, sizes, counts, bound, shape, memory=memory, places=places)
+        return cls(past, repeat, assignment, found, sizes, counts, bound, visible, shape, memory=memory, places=places)
 
     def elsewhere(self, memory: torch.Tensor) -> Step:
         """The same step, before any of its layers ran, with its positions, counts and bound in other memory."""
@@ -279,6 +287,7 @@ class Batch:
         plans = with_tensors(self.past.schedule, torch.clone)
         old = torch.where(at, ids, self.past.ids)
         self.past = replace(self.past, ids=old, schedule=plans, caller=None, history=())
+        self.last = None  # what was noted behind its layers is of the sequences before
         if not plans.begin_anew(rows, self.response):
             self.begin_anew()
 
@@ -322,6 +331,7 @@ class Batch:
         self._locate()
         plans = with_tensors(past.schedule, lambda each: some(each) if each.shape[:1] == (size,) else each)
         self.past = replace(past, ids=some(past.ids), on_device=some(past.on_device), schedule=plans, history=())
+        self.last = None  # what was noted behind its layers is of all sequences
 
     def call(self, ids: torch.Tensor, caller: object, filling: torch.Tensor | None) -> Call:
         """What happened since the last call, for the schedule."""
@@ -332,7 +342,9 @@ class Batch:
         number = 0 if past is None else past.number + 1
         repeat = past is not None and number > 0 and caller is not None and caller is past.caller
         repeat = repeat and not bool(changed.any())
-        return Call(number, repeat, masked, filled, changed, filling)
+        last = self.last
+        notes = {**last.past.notes, **last.noted} if last is not None else {}
+        return Call(number, repeat, masked, filled, changed, filling, notes)
 
     def expect(self, program: Program) -> None:
         """While this may be no loop, see what the logits handed out say of the tokens to come."""

@@ -29,8 +29,6 @@ from dllm_compile.core.rows import ALL, RowSet
 from dllm_compile.core.state import shape
 from dllm_compile.core.units import Unit
 
-from .unit_code import CHOICES
-
 B, S, P, G, N, A, T, E, F, R = sympy.symbols("B S P G n A s E F R", positive=True, integer=True)
 ROWS = {
     "all": S,
@@ -52,7 +50,7 @@ Terms = dict[tuple[str, ...], Fraction]
 
 def flops(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
     """FLOPs of a unit for an assignment, as an expression in the symbols above (a multiply-add counts as 2)."""
-    computed = emit(unit, axes, assignment, CHOICES).rows
+    computed = emit(unit, axes, assignment).rows
     found = terms(unit, axes, assignment, computed).items()
     products = (sympy.Rational(count) * B * prod(ROWS[name] for name in names) for names, count in found)
     return sympy.expand(sum(products, sympy.Integer(0)))
@@ -151,7 +149,7 @@ def live_bytes(unit: Unit, axes: Axes, assignment: Assignment, lengths: dict[sym
         assignment: for which rows it runs.
         lengths: a number for each symbol.
     """
-    computed = emit(unit, axes, assignment, CHOICES).rows
+    computed = emit(unit, axes, assignment).rows
     order = [n for n in unit.nodes if n in computed and isinstance(axes.fake[n], torch.Tensor)]
     place = {n: i for i, n in enumerate(order)}
     made: dict[torch.fx.Node, tuple[int, float]] = {}

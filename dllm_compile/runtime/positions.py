@@ -13,7 +13,7 @@ from .ids import positions, readable_rows
 
 
 def positions_of_call(
-    call: Call, plan: Plan, response: torch.Tensor, shift: bool | None, every: bool, multiple: int
+    call: Call, plan: Plan, response: torch.Tensor, shift: bool | None, every: bool, multiple: int, every_later: bool
 ) -> dict[str, torch.Tensor]:
     """Positions ``[B, K]`` int64 of the row sets that change from call to call, by name.
 
@@ -24,6 +24,8 @@ def positions_of_call(
         shift: whether samplers read the row before a token; see :class:`dllm_compile.Options`.
         every: whether all rows are readable.
         multiple: of which the number of rows is one, unless they are all.
+        every_later: whether layers may come to compute every row in mid-step; then ``"readable later"`` are the rows
+            that are readable then.
     """
     varying = partial(positions, least=2, multiple=multiple)
     readable = torch.ones_like(call.masked) if every else readable_rows(call.masked, shift)
@@ -41,11 +43,14 @@ def positions_of_call(
         rows["outside"] = positions(~plan.fresh, 2, empty=False)
     if plan.active is None or plan.written is None:
         return {**rows, "readable": varying(readable)}
+    every_readable = varying(readable)
     active, readable = varying(plan.active, empty=False), varying(readable & plan.active)
     kept = _at(plan.written, active, False)  # the others are there for samplers alone, and leave nothing behind
     written = torch.where(kept, _at(slots, active, none), none)
     rank = plan.active.long().cumsum(1) - 1
     rows |= {"active": active, "written": written, "stored": torch.where(kept, active, tokens), "readable": readable}
+    if every_later:
+        rows["readable later"] = every_readable
     rows["readable@active"] = _at(rank, readable, active.shape[1])
     if plan.salient is not None:
         rows["salient"] = varying(_at(plan.salient, active, False), empty=False)

@@ -22,15 +22,17 @@ from dllm_compile.core.assignment import (
     READABLE,
     Assignment,
 )
-from dllm_compile.core.rows import ALL, NONE, RowSet, read_all
+from dllm_compile.core.layout import position
+from dllm_compile.core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from dllm_compile.core.state import allocate
-from dllm_compile.core.units import Unit
+from dllm_compile.core.units import Unit, weights_key
+from dllm_compile.interface.plan import Measured
 from dllm_compile.passes.feature_cache import KEEP
 from dllm_compile.passes.saliency import thorough
 
 from .batch import Batch, Step
 from .cost import terms
-from .held import Held
+from .outbox import Outbox
 from .program import Program
 from .stats import Tally
 from .unit_code import UnitCode, Values, Variant
@@ -43,7 +45,7 @@ MOST = 0.9  # with more of the rows readable than this, the head computes all: n
 
 def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
-    call, stats = _Call(program, args, batch, step), batch.session.stats
+    call, stats = GraphCall(program, args, batch, step), batch.session.stats
     if step.repeat and program in batch.outputs and program.decision is None:
         stats.ran(step, call.tally, program.flops)
         return call.answer(batch.outputs[program])
@@ -52,12 +54,12 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         return call.answer(kept)
     layer, seen = step.layer, set(step.seen)
     if call.recordable():
-        kind = step.assignment, tuple(step.sizes.items()), call.room
+        kind = step.assignment, tuple(step.sizes.items()), call.capacity
         record = partial(_made, program, batch)
         call = batch.tapes.run(program, kind, record, args, step)
     else:
         call.compute()
-    if call.spilled():  # what it wrote is among the active rows, which now are all written anew
+    if call.overflowed():  # what it wrote is among the active rows, which now are all written anew
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
@@ -74,8 +76,8 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     return call.answer(results)
 
 
-def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> _Call:
-    call = _Call(program, args, batch, step)
+def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> GraphCall:
+    call = GraphCall(program, args, batch, step)
     call.compute()
     return call
 
@@ -86,23 +88,102 @@ def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
     return assignment if assignment.enter == rows else replace(assignment, enter=rows)
 
 
-class _Call(Held):
-    """One call as it is made."""
+@cache
+def _exact(wanted: Assignment) -> Assignment:
+    """Every row, nothing kept: of the keys that ``wanted`` reads, where some are hidden."""
+    return replace(EXACT, name="visible", hides=True) if wanted.hides else EXACT
+
+
+class GraphCall:
+    """One call of a graph, as part of a step.
+
+    Attributes:
+        env: values by node.
+        have: the rows that each is on; all of them where it is missing.
+        stored: values whose every row is kept, up to date.
+        head: the unit that makes logits, if the graph has one.
+        keys: of each layer: its number in a whole model, else its weights, since one graph may serve every layer.
+        capacity: salient rows that a layer has memory for, where nobody counts them on the host; else ``None``.
+        salient_counts: salient rows of each layer, on the device, where nobody counts them on the host.
+        most_salient: salient rows of any layer, where they are counted on the host.
+        selected: rows that each layer chose, by its number.
+        rest, first: what layers run, and what the first one does.
+    """
 
     def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
-        super().__init__(program, args, batch, step)
+        self.program, self.batch, self.step = program, batch, step
+        env: dict[torch.fx.Node, Any] = dict(zip(program.index, args, strict=True))
+        self.env = env
+        self.have: dict[torch.fx.Node, RowSet] = {}
+        self.stored: set[torch.fx.Node] = set()
+        self.head = program.head(batch.session.vocabulary)
+        if program.ids is not None:
+            self.keys: dict[int, Any] = {id(unit): i for i, unit in enumerate(program.layers)}
+        else:
+            self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
+
         self.results: dict[torch.fx.Node, Any] = {}
         self.tally = Tally()
-        self.selected: dict[int, torch.Tensor] = {}  # rows that each layer chose
-        self.room = batch.session.room(step)
-        self.turned: list[torch.Tensor] = []  # salient rows of each layer, where nobody reads them on the host
-        self.most = 0  # salient rows of any layer, where they are counted on the host
+        self.selected: dict[int, torch.Tensor] = {}
+        self.capacity = batch.session.salient_capacity(step)
+        self.salient_counts: list[torch.Tensor] = []
+        self.most_salient = 0
+        self.measured: tuple[int, Assignment, Any] | None = None  # of the layer that has just run
+        self.after_layer = None if step.repeat else step.past.schedule.after_layer
         self.full = step.past.schedule.variants[0]
         self.rest = step.assignment
         self.first = step.past.schedule.first or self.rest
-        if step.anew or (step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read()))):
+        if (
+            step.anew
+            or step.deeper_rows
+            or (step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read())))
+        ):
             self.first = self.rest = self.full
         self.only_decides = step.repeat and program.decision is not None and self._kept_whole(self._read(), True)
+
+    def answer(self, results: dict[torch.fx.Node, Any]) -> Any:
+        """The graph's outputs, from the value of each, which a caller may write into without spoiling what is kept."""
+        live = self.program.axes.layout
+        copies = {node: self._outbox(node).copy(value) if node in live else value for node, value in results.items()}
+        return torch.fx.map_arg(self.program.result, lambda n: copies[n])
+
+    def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
+        return self.batch.kept.get(self._slot_key(node))
+
+    def _slot_key(self, node: torch.fx.Node) -> Any:
+        """Where all rows of a value are kept: by its unit, and by the weights where a graph is one layer of many."""
+        first = next(iter(self.keys.values()), None)
+        return self.program.origin.get(node, node), first
+
+    def _outbox(self, node: torch.fx.Node) -> Outbox:
+        return self.batch.outboxes.setdefault(self._slot_key(node), Outbox())
+
+    def _widens(self, node: torch.fx.Node) -> bool:
+        """Whether a value may be computed for some rows only, and has rows."""
+        layout = self.program.axes.layout.get(node, ())
+        narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
+        return (narrowed or self.batch.narrows(self.step.past.schedule)) and None not in (
+            position(layout, "T"),
+            position(layout, "B"),
+        )
+
+    def whole(self, node: torch.fx.Node) -> Any:
+        """All rows of a value: those just computed, beside those kept of the others."""
+        value, rows = self.env[node], self.have.get(node)
+        if rows is None or not self._widens(node):
+            return value
+        layout = self.program.axes.layout[node]
+        kept = self._slot(node)
+        if kept is None:
+            self.batch.tapes.clear()
+            (kept,) = allocate([node], self.program.axes, self.step.shape, self.step.counts.device)
+            self.batch.kept[self._slot_key(node)] = kept
+        if node not in self.stored and rows == ALL:
+            store_rows(kept, value, layout)
+        elif node not in self.stored and rows != NONE:
+            merge_rows(kept, self.step.indices[rows.name], value, layout)
+        self.stored.add(node)
+        return read_all(kept, layout)
 
     def _known(self) -> bool:
         """Whether each layer has rows kept and runs once, so that the others need not be computed."""
@@ -138,7 +219,8 @@ class _Call(Held):
         step, whole = self.step, self.program.ids is not None and self.head is not None
         if not (self.batch.session.records and whole) or step.repeat or step.assignment.evict is not None:
             return False
-        return self.full not in (step.assignment, self.rest) and (self.room is not None or not step.assignment.salient)
+        counted = self.capacity is None and step.assignment.salient
+        return self.full not in (step.assignment, self.rest) and not counted and self.after_layer is None
 
     def compute(self) -> None:
         """Run all units; a value is dropped behind its last reader."""
@@ -152,15 +234,15 @@ class _Call(Held):
         self.results = {n: self.whole(n) for n in program.results}
         self.env.clear()  # a tape keeps the call, and is not to keep the model
 
-    def spilled(self) -> bool:
-        """Whether a layer had more salient rows than there was room for; then there is more from now on."""
+    def overflowed(self) -> bool:
+        """Whether a layer had more salient rows than its capacity, which is then larger from now on."""
         session, step = self.batch.session, self.step
-        if self.room is None and session.records and step.assignment.salient:
-            session.make_room(step, 2 * self.most)
-        most = int(torch.stack(self.turned).max()) if self.turned else 0  # the one read of a step
-        if self.room is None or most <= self.room:
+        if self.capacity is None and session.records and step.assignment.salient:
+            session.grow_salient_capacity(step, 2 * self.most_salient)
+        most = int(torch.stack(self.salient_counts).max()) if self.salient_counts else 0  # the one read of a step
+        if self.capacity is None or most <= self.capacity:
             return False
-        session.make_room(step, most)
+        session.grow_salient_capacity(step, most)
         self.batch.tapes.clear()  # they have the old one
         session.stats.spills += 1
         return True
@@ -178,6 +260,9 @@ class _Call(Held):
             outs, rows = self._other(unit, code)
         for node, value, at in zip(unit.outputs, outs, rows, strict=False):
             self.env[node], self.have[node] = value, at
+        if self.measured is not None:
+            measured, self.measured = self.measured, None
+            self._measured(unit, *measured)
 
     def _values(self, unit: Unit, state: Sequence[torch.Tensor] = ()) -> Values:
         inputs = [self.whole(n) for n in unit.inputs]
@@ -197,11 +282,13 @@ class _Call(Held):
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
         self._count(code, variant, assignment)
-        outs = variant(values)
-        if assignment.pick:
-            self.selected[number] = outs[-1]
-        if variant.turns:
-            self._turn(outs[-2], outs[-1])
+        outs, extras = variant(values), variant.extras
+        if "picked" in extras:
+            self.selected[number] = outs[extras["picked"]]
+        if "salient" in extras:
+            self._take_salient(outs[extras["salient"]], outs[extras["salient count"]])
+        if "measured" in extras:
+            self.measured = number, assignment, outs[extras["measured"]]
         if self.batch.narrows(step.past.schedule) and (step.number == 0 or code.narrows is None):
             self._check(code, values)
         return outs, variant.rows
@@ -212,7 +299,7 @@ class _Call(Held):
         if key in self.step.seen:
             self.batch.session.tied.add(key)  # what ran in this step already has no rows of its own
         if key in self.step.seen or not wanted.keep:
-            return EXACT
+            return _exact(wanted)
         self.step.seen.add(key)
         if wanted.evict is None and key not in self.batch.layers:
             wanted = self.full
@@ -221,7 +308,7 @@ class _Call(Held):
         elif wanted.enter == ALL and wanted.evict is None and wanted != self.full and not code.narrow(values):
             wanted = self.full
         if not wanted.keep:
-            return EXACT
+            return _exact(wanted)
         return wanted if wanted.enter == ALL else _entering(wanted, self._at_hand(unit))
 
     def _check(self, code: UnitCode, values: Values) -> None:
@@ -246,17 +333,33 @@ class _Call(Held):
         layers[key] = allocate(anchors, self.program.axes, size, step.counts.device, compact, rows)
         return layers[key]
 
-    def _turn(self, places: torch.Tensor, counts: torch.Tensor) -> None:
-        """Rows whose contexts turned: those that the MLP and the next layer's keys and values are computed for."""
-        room = self.room
-        if room is None:
-            room = int(counts.max())
-            self.most = max(self.most, room)
-            self.batch.session.stats.salient += room
+    def _take_salient(self, places: torch.Tensor, counts: torch.Tensor) -> None:
+        """Rows whose contexts drifted: those that the MLP and the next layer's keys and values are computed for."""
+        capacity = self.capacity
+        if capacity is None:
+            capacity = int(counts.max())
+            self.most_salient = max(self.most_salient, capacity)
+            self.batch.session.stats.salient += capacity
             self.batch.session.stats.salient_layers += 1
         else:
-            self.turned.append(counts.max())
-        self.step.indices["salient"] = places[:, : max(room, 2)].contiguous()
+            self.salient_counts.append(counts.max())
+        self.step.indices["salient"] = places[:, : max(capacity, 2)].contiguous()
+
+    def _measured(self, unit: Unit, number: int, assignment: Assignment, values: Any) -> None:
+        """Hand over what a layer measured, and compute every row from here on if that is decided."""
+        assert self.after_layer is not None
+        step, key, (stream,) = self.step, self.keys[id(unit)], unit.outputs[:1]
+        partial = assignment.query != ALL
+        rows = step.indices[assignment.query.name] if partial else torch.arange(step.shape[1]).expand(step.shape)
+        rows = rows.to(step.counts.device)
+        note = step.past.notes.get(key)
+        given = Measured(number, values, rows, step.shape[1], note, self.batch.options)
+        step.noted[key], wanted = self.after_layer.decide(given)
+        every = self.whole(stream)  # at every step, so that what is kept is up to date
+        if partial and wanted is not None and bool(wanted.any()):
+            self.env[stream], self.have[stream] = every.contiguous(), ALL
+            self.rest, step.deeper_rows = self.full, True
+            step.indices["readable"] = step.indices["readable later"]
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """The readable rows, or all at hand where not only logits are read; beside them those kept of the others."""

@@ -34,7 +34,7 @@ from .unchanged import Inputs, Weights
 BATCHES = 16  # alive in one model at most
 MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
 SCORED = 64  # prompts that are remembered because texts on them were scored
-ROOM = 64  # salient rows that a recorded layer has room for at least
+LEAST_CAPACITY = 64  # salient rows that a recorded layer has memory for at least
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Session:
         self.stats = Stats()
         self.vocabulary: int | None = None
         self.tied: set[Any] = set()  # layers that run more than once in a step
-        self.rooms: dict[int, int] = {}  # see :meth:`room`
+        self.salient_capacities: dict[int, int] = {}  # see :meth:`salient_capacity`
         self.records = False  # whether partial steps become CUDA graphs
         self.lock = threading.RLock()
         self.batches: list[Batch] = []  # the one used last comes last
@@ -92,17 +92,17 @@ class Session:
         """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
         return any(ref() is not None and id(ref()) in weights for ref in self.owners)
 
-    def room(self, step: Step) -> int | None:
-        """Salient rows that a layer of a step has room for where their number stays on the device; ``None`` elsewhere.
+    def salient_capacity(self, step: Step) -> int | None:
+        """Salient rows that a layer of a recorded step has memory for; ``None`` where the host counts them.
 
         The first step of as many active rows is counted on the host, layer by layer, and tells what to expect.
         """
-        return self.rooms.get(step.sizes.get("active", 0)) if self.records else None
+        return self.salient_capacities.get(step.sizes.get("active", 0)) if self.records else None
 
-    def make_room(self, step: Step, rows: int) -> None:
-        """From now on have room for at least so many salient rows in steps of as many active rows."""
+    def grow_salient_capacity(self, step: Step, rows: int) -> None:
+        """From now on have memory for at least so many salient rows in steps of as many active rows."""
         active = step.sizes["active"]
-        self.rooms[active] = min(active, max(ROOM, 1 << (rows - 1).bit_length()))
+        self.salient_capacities[active] = min(active, max(LEAST_CAPACITY, 1 << (rows - 1).bit_length()))
 
     def drop(self) -> None:
         """Forget all sequences and free their rows."""
@@ -176,7 +176,7 @@ class Session:
             if batch is None:
                 return None
         if not batch.layers:
-            self._make_room(batch)
+            self._free_state_for(batch)
         step = self._step(batch, read, program)
         step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
         return batch, step
@@ -344,7 +344,7 @@ class Session:
         mine = inputs.checksums() if alike else None
         return mine is not None and any(torch.equal(sums, mine) for sums in alike)
 
-    def _make_room(self, batch: Batch) -> None:
+    def _free_state_for(self, batch: Batch) -> None:
         """Drop rows of the sequences used longest ago, until one more of the largest has room."""
         others = [each for each in self.batches if each is not batch and each.layers]
         needed = max((bytes_of([each]) for each in others), default=0)
@@ -407,6 +407,7 @@ class Session:
             evidence,
             missed or (past.missed and not evidence.is_loop),
             history[-HISTORY:],
+            call.notes,
         )
         return self._planned(batch, new, call, plan, program, device)
 
@@ -421,14 +422,17 @@ class Session:
         every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
         every |= not self.mask_seen(batch.mask_id)  # a sampler may read rows of another token
         multiple = MULTIPLE if self.records else 1
-        rows = positions_of_call(call, plan, batch.answer, self.options.shift, every, multiple)
+        rows = positions_of_call(
+            call, plan, batch.answer, self.options.shift, every, multiple, past.schedule.after_layer is not None
+        )
         indices = {**batch.fixed, **rows}
         selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
         sizes = {name: index.shape[1] for name, index in indices.items()}
         sizes["selected"] = int(selected.max())
         sizes["kept"] = plan.kept
-        bound = {"bound": plan.bound.unsqueeze(1)} if plan.bound is not None else {}
-        memory, places = packed({"counts": selected.unsqueeze(1), **bound, **indices}, device)
+        masks = {} if plan.bound is None else {"bound": plan.bound.unsqueeze(1)}
+        masks |= {} if plan.visible is None else {"visible": plan.visible}
+        memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices}, device)
         repeat = call.repeat and plan.same
         return Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
 

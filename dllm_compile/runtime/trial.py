@@ -16,7 +16,6 @@ from dllm_compile.core.layout import position
 from dllm_compile.core.rows import ALL
 from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit
-from dllm_compile.core.writing import Choices
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CASTS = ("half", "bfloat16", "float", "double")
@@ -45,10 +44,10 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     count = stream.shape[1]
     index = torch.arange(0, count, 3, device=stream.device).expand(stream.shape[0], -1)
     try:
-        probe = emit(unit, axes, _PROBE, Choices())
+        probe = emit(unit, axes, _PROBE)
     except GraphRefused:
         return False
-    whole = emit(unit, axes, EXACT, Choices())
+    whole = emit(unit, axes, EXACT)
     state = allocate(unit.anchors(), axes, (stream.shape[0], count), stream.device)
     given = {"stream": stream, "index:response": index, "tokens": count, "batch": stream.shape[0]}
     given |= {f"input:{i}": v for i, v in enumerate(inputs)} | {f"state:{i}": v for i, v in enumerate(state)}

@@ -16,12 +16,6 @@ from dllm_compile.core.errors import GraphRefused, refusing
 from dllm_compile.core.rows import ALL
 from dllm_compile.core.sizes import BATCH, TOKENS, Extent, Size, of_constant, of_layout
 from dllm_compile.core.units import Unit
-from dllm_compile.core.writing import Choices
-from dllm_compile.kernels.delta_attention import delta_attention
-from dllm_compile.kernels.kept_entries import kept_and_fresh
-from dllm_compile.kernels.row_change import pick_rows
-from dllm_compile.kernels.salient_rows import salient_rows
-from dllm_compile.kernels.sparse_attention import sparse_attention
 
 from .batch import Step
 from .lower import Code, SizesFixed, lower
@@ -36,10 +30,10 @@ class Variant:
         self.rows = emitted.leaves
         self.computed = emitted.rows
         self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
-        self.turns = emitted.turns
+        self.extras = emitted.extras
 
     def __call__(self, values: Values) -> Any:
-        """Run it; returns the unit's outputs, then the picked rows if there are any."""
+        """Run it; returns the unit's outputs, then ``extras``."""
         return self.code.run(*self.pick(values.flat))
 
 
@@ -51,14 +45,24 @@ class Values:
         *("response", "prompt", "response@keyed", "readable", "active", "written", "stored", "salient"),
         *("readable@active", "block", "outside", "fresh"),
     )
-    FIXED = ("stream", "counts", "bound", TOKENS, BATCH, "selected", "entries", *[f"index:{name}" for name in SETS])
+    FIXED = (
+        "stream",
+        "counts",
+        "bound",
+        "visible",
+        TOKENS,
+        BATCH,
+        "selected",
+        "entries",
+        *[f"index:{name}" for name in SETS],
+    )
 
     def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
         self.stream, self.inputs = stream, inputs
         batch, tokens = step.shape
         sets = map(step.indices.get, self.SETS)
         numbers = tokens, batch, step.sizes["selected"], step.entries
-        self.flat = [stream, step.counts, step.bound, *numbers, *sets, *inputs, *state]
+        self.flat = [stream, step.counts, step.bound, step.visible, *numbers, *sets, *inputs, *state]
 
     def pick(self, names: Sequence[str]) -> Pick:
         """Takes the arguments of these names out of a call's values."""
@@ -72,8 +76,6 @@ class Values:
         kind, _, which = name.partition(":")
         return len(self.FIXED) + int(which) + (len(self.inputs) if kind == "state" else 0)
 
-
-CHOICES = Choices(pick_rows, kept_and_fresh, sparse_attention, delta_attention, salient_rows)
 
 MOST = 32
 """Codes that are kept of a unit for one assignment: more than one where some size had to be compiled as a number."""
@@ -122,7 +124,7 @@ class UnitCode:
         """Compile for any sizes but those that cannot be left open, which are found by trying."""
         fixed = self.fixed.setdefault(assignment, set())
         while True:
-            emitted = emit(self.unit, self.axes, assignment, CHOICES)
+            emitted = emit(self.unit, self.axes, assignment)
             pick = values.pick(emitted.takes)
             args = pick(values.flat)
             writes = any(name.startswith("state:") for name in emitted.takes)
@@ -162,7 +164,7 @@ class UnitCode:
 
     def _can_write(self, assignment: Assignment) -> bool:
         try:
-            emit(self.unit, self.axes, assignment, CHOICES)
+            emit(self.unit, self.axes, assignment)
         except GraphRefused:
             return False
         return True
@@ -182,6 +184,8 @@ class UnitCode:
             return of_layout(layout) if layout is not None else of_constant(value, *step.shape, name)
         if kind == "index":
             return Size((BATCH,)), Size((Values.SAME.get(which, which),))
+        if name == "visible":
+            return Size((BATCH,)), Size((TOKENS,))
         if kind != "state":
             return Size((BATCH,)), 1
         keys, at = self.unit.anchors(KEYS), int(which)

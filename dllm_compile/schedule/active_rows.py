@@ -15,9 +15,9 @@ import torch
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.interface.blocks import Blocks
-from dllm_compile.interface.mechanism import Facts, Rows
+from dllm_compile.interface.mechanism import Facts, Rows, asked
 from dllm_compile.interface.plan import Call, Plan, with_row_before
-from dllm_compile.mechanisms import rule_of
+from dllm_compile.mechanisms import rule_of, turned_on
 from dllm_compile.options import Options
 from dllm_compile.passes.block_cache import BLOCK, FULL
 from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
@@ -45,6 +45,7 @@ class ActiveRows:
         self.response = with_row_before(response) if self.wide else response
         self.before = options.shift is not False and not self.wide and not (options.shift and self.rule.shifts)
         self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
+        self.narrowing = [mechanism for mechanism in turned_on(options) if mechanism.narrows is not None]
         self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
         self.bound = options.saliency_threshold
         full, self.part = FULL, BLOCK
@@ -54,6 +55,9 @@ class ActiveRows:
         if options.keep_ratio is not None:
             self.evict = evicting(full, options.keep_ratio, options.kernel_size)
             full = unkept(full)
+        self.after_layer = self.rule.after_layer
+        if self.after_layer is not None:
+            full, self.part = (replace(each, measure=self.after_layer.measure) for each in (full, self.part))
         self.full = full
         self.variants: tuple[Assignment, ...] = self._variants()
         self.refreshes = Refreshes(options, response.shape[0])
@@ -113,20 +117,18 @@ class ActiveRows:
             due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
             if due or not options.response_only:
                 return torch.ones_like(self.response)
-        return self._said("rows", self.rule.rows, call, call.masked)
+        rows = self._said("rows", self.rule.rows, call, call.masked)
+        for mechanism in self.narrowing:
+            assert mechanism.narrows is not None
+            what = f"the mechanism {mechanism.name!r} narrows to rows"
+            rows = rows & asked(what, mechanism.narrows, self._facts(call), call.masked)
+        return rows
 
-    def _said(self, what: str, asked: Rows, call: Call, like: torch.Tensor) -> torch.Tensor:
-        """What the rule says, which is as large as ``like``.
+    def _facts(self, call: Call) -> Facts:
+        return Facts(call, self.blocks, self.response, self.since, self.options)
 
-        Raises:
-            ValueError: it is something else.
-        """
-        said = asked(Facts(call, self.blocks, self.response, self.since, self.options))
-        found = f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
-        wanted = f"{like.dtype} {list(like.shape)} on {like.device}"
-        if found != wanted:
-            raise ValueError(f"the rule {self.rule.name!r} says {what} of {found}; give {wanted}")
-        return said
+    def _said(self, what: str, rows: Rows, call: Call, like: torch.Tensor) -> torch.Tensor:
+        return asked(f"the rule {self.rule.name!r} says {what}", rows, self._facts(call), like)
 
     def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:
         """Which sequences, ``[B, 1]`` bool, begin a block, or were edited where no partial step sees it."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from dllm_compile.interface.plan import Exact, Schedule, with_row_before
+from dllm_compile.mechanisms import turned_on
 from dllm_compile.options import Options
 from dllm_compile.passes.feature_cache import FeatureCache
 
 from .active_rows import ActiveRows
 from .prompt_eviction import PromptEviction
+from .visible_keys import VisibleKeys
 
 
 def response_of(options: Options, response: torch.Tensor) -> torch.Tensor:
@@ -24,6 +26,13 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
         options: what the user chose.
         response: ``[B, S]`` bool, the rows of the response.
     """
+    hiding = [mechanism for mechanism in turned_on(options) if mechanism.visible is not None]
+    rows = _rows(options, response)
+    return VisibleKeys(rows, hiding, options, response) if hiding else rows
+
+
+def _rows(options: Options, response: torch.Tensor) -> Schedule:
+    """The schedule of the rows, whatever keys they read."""
     if options.cache != "none" or options.saliency_threshold is not None:
         return ActiveRows(options, response)
     if options.prompt_interval is None and options.response_interval is None:

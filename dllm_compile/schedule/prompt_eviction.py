@@ -12,7 +12,7 @@ import torch
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.core.rows import ALL
-from dllm_compile.interface.plan import Call, Plan
+from dllm_compile.interface.plan import AfterLayer, Call, Plan
 from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
 from dllm_compile.passes.feature_cache import FULL, FeatureCache
 
@@ -25,6 +25,8 @@ class PromptEviction:
         response: ``[B, S]`` bool, the rows of the response; their queries choose.
         keep_ratio, kernel_size: see :func:`dllm_compile.kernels.kept_entries.kept_entries`.
     """
+
+    after_layer: AfterLayer | None = None
 
     def __init__(
         self, features: FeatureCache, response: torch.Tensor, keep_ratio: float, kernel_size: int | None

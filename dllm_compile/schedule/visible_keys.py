@@ -1,0 +1,67 @@
+"""Steps whose attention reads the keys that mechanisms say are visible, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from dllm_compile.core.assignment import Assignment
+from dllm_compile.interface.blocks import Blocks
+from dllm_compile.interface.mechanism import Facts, Mechanism, asked
+from dllm_compile.interface.plan import AfterLayer, Call, Plan, Schedule
+from dllm_compile.options import Options
+
+
+@cache
+def _hiding(assignment: Assignment) -> Assignment:
+    return replace(assignment, hides=True)
+
+
+class VisibleKeys:
+    """Another schedule's steps, with fewer keys.
+
+    Args:
+        steps: the schedule that says which rows are computed.
+        mechanisms: whose ``visible`` keys intersect.
+        options: what the user chose.
+        response: ``[B, S]`` bool, the rows of the response.
+    """
+
+    def __init__(
+        self, steps: Schedule, mechanisms: Sequence[Mechanism], options: Options, response: torch.Tensor
+    ) -> None:
+        self.steps, self.names, self.options = steps, tuple(each.name for each in mechanisms), options
+        self.functions = tuple(each.visible for each in mechanisms if each.visible is not None)
+        self.variants: tuple[Assignment, ...] = tuple(map(_hiding, steps.variants))
+        self.first: Assignment | None = _hiding(steps.first) if steps.first is not None else None
+        self.after_layer: AfterLayer | None = steps.after_layer
+        self.response, self.since = response, torch.zeros_like(response)
+        self.blocks = Blocks(response, options.block_length if options.cache != "none" else None)
+        self.before: torch.Tensor | None = None  # the visible keys of the last call
+
+    def next(self, call: Call) -> Plan:
+        """Rows and keys of the call."""
+        self.blocks.next(call)
+        self.since = self.since | (call.filled & (call.number > 0))
+        facts = Facts(call, self.blocks, self.response, self.since, self.options)
+        visible = torch.ones_like(call.masked)
+        for name, function in zip(self.names, self.functions, strict=True):
+            visible = visible & asked(f"the mechanism {name!r} says visible keys", function, facts, visible)
+        if not bool(visible.any(1).all()):
+            raise ValueError(f"{' and '.join(self.names)} leave a sequence without a visible key; leave at least one")
+        plan = self.steps.next(call)
+        if plan.active is None:
+            self.since = torch.zeros_like(self.since)
+        same = plan.same and self.before is not None and torch.equal(visible, self.before)
+        self.before = visible
+        return replace(plan, assignment=_hiding(plan.assignment), visible=visible, same=same)
+
+    def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
+        """As of the schedule."""
+        self.response, self.before = response, None
+        self.blocks.begin_anew(rows, response)
+        self.since = self.since & ~rows.unsqueeze(1)
+        return self.steps.begin_anew(rows, response)
