@@ -6,18 +6,22 @@ import inspect
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from .declared import loop
-from .mechanisms import RENEWED, rule_of
+from .interface.mechanism import Confidences, Mechanism
+from .mechanisms import RENEWED, rule_of, tables, turned_on
 from .options import Options, check_vocabulary
 from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
 from .sampler.progress import Progress
-from .sampler.settings import SYNONYMS, Settings, names, option_names, settings_of
+from .sampler.rules import Rule
+from .sampler.settings import SETTINGS, SYNONYMS, Settings, names, option_names, settings_of
 from .sampler.step import Model
 from .sampler.stepper import stepper
 
@@ -139,7 +143,23 @@ def _for_backend(
             options["block_length"] = settings.block_length
         backend = Options.of(options)
         settings = replace(settings, block_length=backend.block_length)
+    chooser = next((each for each in turned_on(backend) if each.unmask is not None), None)
+    if chooser is not None:
+        settings = replace(settings, rule=_rule(chooser, backend))
     return settings, options, rule_of(backend.cache).in_blocks and backend.keep_ratio is None
+
+
+@cache
+def _rule(mechanism: Mechanism, options: Options) -> Rule:
+    """A mechanism's rule of unmasking with the user's options; the same function for the same ones, as it is traced."""
+    unmask = mechanism.unmask
+    assert unmask is not None
+    values = SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
+
+    def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        return unmask(Confidences(sure, candidates, masked, values))
+
+    return rule
 
 
 def _warn_of_processors(processors: Iterable[Any]) -> None:
@@ -162,7 +182,8 @@ def _signature() -> inspect.Signature:
     """
     own = [p for name, p in PLAIN.parameters.items() if name not in ("attention_mask", "settings")]
     keyword = inspect.Parameter.KEYWORD_ONLY
-    more = [inspect.Parameter(each.name, keyword, default=each.default) for each in fields(Settings)]
+    own_settings = [each for each in fields(Settings) if each.name in SETTINGS]
+    more = [inspect.Parameter(each.name, keyword, default=each.default) for each in own_settings]
     known = {*PLAIN.parameters, "max_new_tokens", "eos_token_id"}
     other = [name for name in (*SYNONYMS, *option_names()) if name not in known]
     more += [inspect.Parameter(name, keyword, default=None) for name in other]

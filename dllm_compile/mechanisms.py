@@ -199,9 +199,9 @@ def _check(mechanism: Mechanism) -> None:
             raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
         if option.read is not None and not option.beside:
             raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
-    if (mechanism.narrows is not None or mechanism.visible is not None) and not mechanism.switches:
+    if (mechanism.narrows or mechanism.visible or mechanism.unmask) and not mechanism.switches:
         raise ValueError(
-            f"{mechanism.name!r} says rows or keys, and nothing switches it on; name an option in `switches`"
+            f"{mechanism.name!r} says rows, keys or tokens, and nothing switches it on; name an option in `switches`"
         )
     for name in mechanism.switches:
         if name not in {option.name for option in mechanism.options}:

@@ -154,6 +154,9 @@ class Options:
                 f"cache {self.cache!r} measures whole layers and recomputes those behind them, and {kept} keeps no "
                 "whole layers; leave out one of them"
             )
+        choosing = [mechanism.name for mechanism in turned_on(self) if mechanism.unmask is not None]
+        if len(choosing) > 1:
+            raise ValueError(f"{' and '.join(choosing)} each decide which tokens are written; leave out all but one")
         for mechanism in turned_on(self) if self.cache == "none" and self.saliency_threshold is None else ():
             if mechanism.narrows is not None:
                 raise ValueError(

@@ -87,6 +87,23 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Confidences:
+    """What a rule of unmasking is told about one step of :func:`dllm_compile.generate`.
+
+    Attributes:
+        sure: ``[B, S]`` floating, how sure one is of the token proposed for each candidate; ``-inf`` elsewhere.
+        candidates: ``[B, S]`` bool, the positions that may be written.
+        masked: ``[B, S]`` bool, all positions that hold the mask.
+        options: what the user chose, by name.
+    """
+
+    sure: torch.Tensor
+    candidates: torch.Tensor
+    masked: torch.Tensor
+    options: Any
+
+
+@dataclass(frozen=True)
 class RowRule:
     """A value of the option ``cache``: the rows that a step between two refreshes computes.
 
@@ -140,6 +157,9 @@ class Mechanism:
             those that the rule of ``cache`` chooses; several mechanisms intersect.
         visible: where one of ``switches`` is on, the keys, ``[B, S]`` bool, that attention reads in every step;
             several mechanisms intersect, and what eviction keeps of the others is hidden too.
+        unmask: where one of ``switches`` is on, the candidates, ``[B, S]`` bool, that :func:`dllm_compile.generate`
+            writes in a step, in place of ``threshold`` and ``factor``; the surest one is written in any case. It is
+            compiled with the step: PyTorch on tensors whose sizes depend on no values. One mechanism at most.
         methods: values of ``method``, each with the options it stands for.
         presets: values of ``preset``, likewise.
         checks: of all options, a sentence that refuses them, or ``None``.
@@ -153,6 +173,7 @@ class Mechanism:
     rules: tuple[RowRule, ...] = ()
     narrows: Rows | None = None
     visible: Rows | None = None
+    unmask: Callable[[Confidences], torch.Tensor] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: tuple[Callable[[Any], str | None], ...] = ()

@@ -9,18 +9,24 @@ from __future__ import annotations
 import torch
 
 from .progress import Turn
-from .rules import chosen, confidence, filtered
+from .rules import by_rule, chosen, confidence, filtered
 from .settings import Settings
 
 
 def draw_step(
-    logits: torch.Tensor, x: torch.Tensor, turn: Turn, settings: Settings, generator: torch.Generator | None
+    logits: torch.Tensor,
+    x: torch.Tensor,
+    masked: torch.Tensor,
+    turn: Turn,
+    settings: Settings,
+    generator: torch.Generator | None,
 ) -> torch.Tensor:
     """Write some of the candidates, drawn at random where the temperature is above 0.
 
     Args:
         logits: ``[B, S, V]``, row ``i`` predicts token ``i``.
         x: ``[B, S]`` int64.
+        masked: ``[B, S]`` bool, positions that hold the mask.
         turn: candidates and how many of them, on the device of ``x``.
         settings: of the generation.
         generator: source of the random numbers; ``None`` for PyTorch's own.
@@ -45,6 +51,8 @@ def draw_step(
         sure[rows] = confidence(probability, picked, settings.remasking)
     if settings.alg_temp:
         taken = lottery(sure, turn, settings.alg_temp, generator)
+    elif settings.rule is not None:
+        taken = by_rule(settings.rule, sure, rows, masked)
     else:
         taken = chosen(sure, rows, turn.count, turn.most, settings.threshold, settings.factor)
     return torch.where(taken, token, x)

@@ -6,6 +6,8 @@ Shapes: ``B`` sequences, ``S`` tokens, ``V`` vocabulary; ``...`` is ``B, S`` or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 RULES = ("low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin")
@@ -63,6 +65,17 @@ def confidence(probability: torch.Tensor, token: torch.Tensor, remasking: str) -
         two = probability.topk(2, -1).values
         return two[..., 0] - two[..., 1]
     return probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From confidence ``[B, S]``, candidates and masked positions, both ``[B, S]`` bool, to those to write."""
+
+
+def by_rule(rule: Rule, sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Which candidates ``[B, S]`` bool to write by a mechanism's rule: those it says, and the surest."""
+    sure = torch.where(candidates, sure, -torch.inf)
+    best = torch.zeros_like(candidates).scatter(1, sure.topk(1, 1).indices, True)
+    return (rule(sure, candidates, masked) | best) & candidates
 
 
 def chosen(

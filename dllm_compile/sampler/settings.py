@@ -9,7 +9,7 @@ from typing import Any
 from dllm_compile.interface.mechanism import is_int, is_number, nearest, one_of
 from dllm_compile.options import all_names
 
-from .rules import RULES
+from .rules import RULES, Rule
 
 SYNONYMS = {
     "max_new_tokens": "gen_length",
@@ -73,6 +73,7 @@ class Settings:
         eps: where the schedule by time ends.
         as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
             :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
+        rule: which tokens to write, as a mechanism has it that an option switched on; no argument of ``generate``.
 
     Raises:
         ValueError: a value is out of range, or two of them contradict each other.
@@ -95,6 +96,7 @@ class Settings:
     schedule: str | None = None
     eps: float = 1e-3
     as_published: bool = False
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         one_of("remasking", self.remasking, RULES)
@@ -121,6 +123,8 @@ class Settings:
     def _check_rules(self) -> None:
         if self.threshold is not None and self.factor is not None:
             raise ValueError("threshold and factor are two rules for one thing; give one of them")
+        if self.rule is not None and (self.threshold is not None or self.factor is not None):
+            raise ValueError("a mechanism decides which tokens are written, and so does threshold or factor; give one")
         rule = "threshold" if self.threshold is not None else "factor"
         if self.parallel and self.remasking == "origin":
             raise ValueError(f"remasking='origin' has no confidence to hold against a {rule}; leave out one of them")
@@ -146,7 +150,7 @@ class Settings:
     @property
     def parallel(self) -> bool:
         """Whether confidence decides how many tokens a step writes."""
-        return self.threshold is not None or self.factor is not None
+        return self.threshold is not None or self.factor is not None or self.rule is not None
 
     def draws_rows(self, shift: bool) -> bool:
         """Whether a step draws or filters as Dream's does: for masked rows alone, a number that depends on values."""
@@ -207,7 +211,7 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
     return own
 
 
-SETTINGS = tuple(each.name for each in fields(Settings))
+SETTINGS = tuple(each.name for each in fields(Settings) if each.name != "rule")
 
 
 def option_names() -> list[str]:

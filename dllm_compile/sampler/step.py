@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .check import check_step, logits_in
-from .rules import chosen, confidence, gumbel
+from .rules import Rule, by_rule, chosen, confidence, gumbel
 
 Model = Callable[..., Any]
 
@@ -131,9 +131,10 @@ def surest(
     given: torch.Tensor | None,
     noise: torch.Tensor | None,
     draws: torch.Tensor | None,
+    rule: Rule | None = None,
     **inputs: Any,
 ) -> torch.Tensor:
-    """:func:`denoise_step` of arguments that are known to be right.
+    """:func:`denoise_step` of arguments that are known to be right; a mechanism's ``rule`` may choose the tokens.
 
     Raises:
         TypeError, ValueError: the model returns no logits, or ``noise`` is not as wide as they are.
@@ -154,4 +155,6 @@ def surest(
     else:
         token = logits.argmax(-1)
     sure = confidence(logits.softmax(-1), token, remasking) if draws is None else draws
+    if rule is not None:
+        return torch.where(by_rule(rule, sure, candidates, x == mask_id), token, x)
     return torch.where(chosen(sure, candidates, count, most, threshold, factor), token, x)

@@ -48,14 +48,14 @@ def stepper(
         read = partial(compiled(read_logits, model, options) if options else read_logits, model)
 
         def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
-            return draw_step(guided_logits(read, x, **fixed), x, turn, settings, generator)
+            return draw_step(guided_logits(read, x, **fixed), x, x == kind.mask_id, turn, settings, generator)
     else:
         columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
         denoise = compiled(surest, model, options) if options and not settings.cfg_scale else surest
         if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
             model = partial(compiled(read_logits, model, options), model)
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
-        fixed.update(threshold=settings.threshold, factor=settings.factor)
+        fixed.update(threshold=settings.threshold, factor=settings.factor, rule=settings.rule)
 
         def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
             noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None

@@ -1,0 +1,97 @@
+"""A mechanism from outside that decides which tokens a step of ``generate`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dllm_compile
+from dllm_compile import Confidences, Mechanism, Option
+from dllm_compile.interface.mechanism import is_number
+from dllm_compile.mechanisms import register, tables, unregister
+from dllm_compile.sampler.rules import by_rule, chosen
+
+from .callers import build, start
+from .models import MASK
+
+pytestmark = pytest.mark.usefixtures("no_gradients_no_warnings")
+
+
+def surest_together(told: Confidences) -> torch.Tensor:
+    """As many of the surest as are jointly likely: the sum of their confidences less ``n - 1`` stays above ``joint``.
+
+    After the bound of Fréchet for ``P(A and B)``, with the slack of the last one counted for all (arXiv 2606.02955).
+    """
+    ordered, order = told.sure.double().sort(-1, descending=True)
+    rank = torch.arange(ordered.shape[1])
+    score = ordered.cumsum(-1) - rank - (1 - ordered)
+    return torch.zeros_like(told.candidates).scatter(1, order, score > told.options.joint)
+
+
+JOINT = Option(
+    "joint", None, lambda v: is_number(v) and 0 <= v < 1, "a probability, such as 0.25", "bound of the profile"
+)
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    register(Mechanism("joint", "a test", options=(JOINT,), switches=("joint",), unmask=surest_together))
+    yield
+    for name in tables().registered:
+        unregister(name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 9), level=st.integers(1, 999), bound=st.integers(1, 99))
+def test_equal_confidences_give_the_rule_of_factors(count: int, level: int, bound: int) -> None:
+    """Of equal confidences ``c`` it takes ``n`` while ``(n + 1)(1 - c) < 1 - joint``: Fast-dLLM's factor 1 - joint."""
+    sure = torch.full((1, count), level / 1000 + 1e-7, dtype=torch.float64)
+    candidates = torch.ones(1, count, dtype=torch.bool)
+    told = dllm_compile.Options(joint=bound / 100)
+    got = by_rule(lambda s, c, m: surest_together(Confidences(s, c, m, told)), sure, candidates, candidates)
+    assert got.sum() == chosen(sure, candidates, factor=1 - bound / 100).sum()  # which of equal ones does not matter
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"method": "dllm-cache"}], ids=str)
+def test_generate_writes_what_the_rule_says(options: dict[str, Any]) -> None:
+    model, prompt = build(), start(2)[:, :4]
+    common = {"gen_length": 8, "mask_id": MASK, "shift": False, "return_dict": True, **options}
+    lowering = {"lowering": "eager"} if options else {}
+    one = dllm_compile.generate(model, prompt, joint=0.99, **common, **lowering)
+    all_at_once = dllm_compile.generate(model, prompt, joint=0.0, **common, **lowering)
+    plain = dllm_compile.generate(model, prompt, steps=8, **common, **lowering)
+    assert one.nfe == plain.nfe == 8
+    assert torch.equal(one.sequences, plain.sequences)
+    assert all_at_once.nfe <= 8
+    assert not (all_at_once.sequences == MASK).any()
+
+
+def test_a_second_generation_traces_nothing() -> None:
+    model, prompt = build(), start(1)[:, :4]
+    common = {"gen_length": 8, "mask_id": MASK, "shift": False, "cache": "dual", "joint": 0.3, "lowering": "eager"}
+    first = dllm_compile.generate(model, prompt, **common)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.equal(dllm_compile.generate(model, prompt, **common), first)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_a_drawn_step_follows_the_rule_too() -> None:
+    model, prompt = build(), start(1)[:, :4]
+    common = {"gen_length": 8, "mask_id": MASK, "shift": True, "temperature": 0.5, "lowering": "eager", "cache": "dual"}
+    made = dllm_compile.generate(model, prompt, joint=0.99, return_dict=True, **common)
+    assert made.nfe == 8
+
+
+def test_two_choosers_are_refused() -> None:
+    model, prompt = build(), start(1)[:, :4]
+    with pytest.raises(ValueError, match="a mechanism decides which tokens are written, and so does threshold"):
+        dllm_compile.generate(model, prompt, gen_length=4, mask_id=MASK, joint=0.3, threshold=0.9)
+    other = Option("other", None, is_number, "a number", "another bound")
+    register(Mechanism("other", "a test", options=(other,), switches=("other",), unmask=surest_together))
+    with pytest.raises(ValueError, match="joint and other each decide which tokens are written; leave out all but one"):
+        dllm_compile.generate(model, prompt, gen_length=4, mask_id=MASK, joint=0.3, other=0.3)
