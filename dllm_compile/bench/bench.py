@@ -13,6 +13,7 @@ import torch
 
 from . import eviction as eviction_bench
 from . import frontier
+from . import host as host_bench
 from . import kernels as kernel_bench
 from . import lengths as length_bench
 from . import saliency as saliency_bench
@@ -25,6 +26,7 @@ from .table import print_rows
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
+    "host": (host_bench.main, "a partial step of a narrow model, and how many functions it calls"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
 }
 
