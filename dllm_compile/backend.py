@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.compiler.config
 import torch.fx
-from torch._dynamo.convert_frame import compile_lock
-from torch._dynamo.eval_frame import cached_backends
-from torch._guards import CompileContext
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
+from .compat import (
+    CompileContext,
+    FakeTensor,
+    cached_backends,
+    compile_fx,
+    compile_lock,
+    is_traceable_wrapper_subclass,
+    tree_leaves,
+)
 from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
@@ -93,14 +96,14 @@ def _raising(error: Exception) -> Compiled:
 
 def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> None:
     """Say, once a function, that Dynamo will make no further graph of it: what fits none of them runs in eager."""
-    made, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    made, limit = CompileContext.current_compile_id(), torch.compiler.config.recompile_limit
     if made is None or made.frame_compile_id is None or made.frame_compile_id + 1 != limit:
         return
     ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
     sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
     warnings.warn(
         f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further "
-        "sizes run in eager, without a cache. Do not say dynamic=False, or raise torch._dynamo.config.recompile_limit",
+        "sizes run in eager, without a cache. Do not say dynamic=False, or raise torch.compiler.config.recompile_limit",
         stacklevel=2,
     )
 
@@ -402,7 +405,7 @@ def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:
 
 
 def reset() -> None:
-    """Drop the state of every session, and code that no graph holds; called by ``torch._dynamo.reset()`` too."""
+    """Drop the state of every session, and code that no graph holds; called by ``torch.compiler.reset()`` too."""
     enter(None)
     forget()
     forget_breaks()

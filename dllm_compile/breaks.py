@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
 
-from torch._dynamo.utils import get_compilation_metrics, graph_break_reasons
+from .compat import get_compilation_metrics, graph_break_reasons
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 _TOLD: set[str] = set()

@@ -108,10 +108,10 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
         backends.append(Backend(module, chosen))
         return backends[-1]
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, backend=collect)(example_ids, **extra)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     out = Explanation()
     for backend in backends:
         out.refused += backend.refused

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .compat import dynamo_config
+
 Anything = TypeVar("Anything")
 Functions = frozenset[Callable[..., Any]]
 METHODS = ("debug", "info", "warning", "warn", "log", "info_once", "warning_once", "warning_advice")
@@ -20,13 +22,12 @@ METHODS = ("debug", "info", "warning", "warn", "log", "info_once", "warning_once
 @contextmanager
 def without_logs() -> Iterator[None]:
     """Dynamo traces as if nothing called a logger, or ``warnings.warn``; in this thread, until the block ends."""
-    settings: Any = torch._dynamo.config
-    before = settings.ignore_logging_functions
-    settings.ignore_logging_functions = before | _methods(logging.Logger) | {warnings.warn}
+    before = dynamo_config.ignore_logging_functions
+    dynamo_config.ignore_logging_functions = before | _methods(logging.Logger) | {warnings.warn}
     try:
         yield
     finally:
-        settings.ignore_logging_functions = before
+        dynamo_config.ignore_logging_functions = before
 
 
 def prepare(model: Anything) -> Anything:
@@ -49,8 +50,7 @@ def prepare(model: Anything) -> Anything:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"prepare takes a torch.nn.Module, not a {type(model).__name__}")
     functions = frozenset().union(*map(_methods, _loggers(model)))
-    settings: Any = torch._dynamo.config
-    settings.ignore_logging_functions = settings.ignore_logging_functions | functions
+    dynamo_config.ignore_logging_functions = dynamo_config.ignore_logging_functions | functions
     return model
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch.fx.experimental import symbolic_shapes
+
+from dllm_compile.compat import LOG_OF_OPERATIONS, likely
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -21,7 +22,7 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
 
     def register(function: Function) -> Function:
         function.__signature__ = inspect.signature(annotated)  # type: ignore[attr-defined]
-        log = logging.getLogger("torch._library.triton")
+        log = logging.getLogger(LOG_OF_OPERATIONS)
         before, log.disabled = log.disabled, True  # it warns of no kernels; they are imported when one is launched
         try:
             torch.library.triton_op(f"dllm::{name}", function, mutates_args=())
@@ -34,7 +35,4 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
 
 def expected(number: int | torch.SymInt) -> int:
     """A number to choose tiles by: in code for any number, the one it is compiled for, which stays free."""
-    if isinstance(number, int):
-        return number
-    name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"  # until torch 2.12
-    return int(getattr(symbolic_shapes, name)(number))
+    return number if isinstance(number, int) else likely(number)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from dllm_compile.compat import ENTER_AUTOCAST, EXIT_AUTOCAST, NO_EFFECT, is_erased, storage_id
 from dllm_compile.core.arguments import canonical
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import replace_call
@@ -27,7 +28,6 @@ _IN_PLACE = {
     operator.iand: operator.and_,
     operator.ior: operator.or_,
 }
-_NO_EFFECT = {"_log_api_usage_once", "_set_grad_enabled"}
 
 
 def name_arguments(graph: torch.fx.Graph) -> int:
@@ -53,10 +53,10 @@ def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any], written: se
     changed = 0
     for node in list(graph.nodes):
         name = getattr(node.target, "__name__", str(node.target))
-        if node._erased:
+        if is_erased(node):
             continue
-        if name in _NO_EFFECT or name in ("_enter_autocast", "_exit_autocast"):
-            if name == "_enter_autocast":
+        if name in NO_EFFECT:
+            if name == ENTER_AUTOCAST:
                 _check_autocast(node)
             changed += _drop(graph, node)
         elif node.op == "call_method" and name in ("type_as", "to") and _follows_a_tensor(node):
@@ -79,7 +79,7 @@ def _check_autocast(node: torch.fx.Node) -> None:
 
 def _drop(graph: torch.fx.Graph, node: torch.fx.Node) -> int:
     for user in list(node.users):
-        if getattr(user.target, "__name__", "") != "_exit_autocast":
+        if getattr(user.target, "__name__", "") != EXIT_AUTOCAST:
             return 0
         graph.erase_node(user)
     graph.erase_node(node)
@@ -141,12 +141,12 @@ def _call_functional(node: torch.fx.Node) -> None:
 
 def _check_unshared(node: torch.fx.Node, base: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> None:
     """Nothing but ``base`` itself may see the write: no input, no other view used later."""
-    storage = fake[base].untyped_storage()._cdata
+    storage = storage_id(fake[base])
     later = False
     for other in node.graph.nodes:
         later = later or other is node
         value = fake.get(other)
-        if not isinstance(value, torch.Tensor) or other in (base, node) or value.untyped_storage()._cdata != storage:
+        if not isinstance(value, torch.Tensor) or other in (base, node) or storage_id(value) != storage:
             continue
         if other.op == "placeholder":
             raise GraphRefused("an input is changed in place", node)

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.fx
-from torch.utils._pytree import tree_leaves
 
+from dllm_compile.compat import tree_leaves
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused

@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dllm_compile"
+COMPAT = PACKAGE / "compat.py"
 LINES_OF_A_FUNCTION = 60
 
 
@@ -52,7 +53,8 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def ours(path: Path) -> list[str]:
-    return [name for name in imports(path) if name.split(".")[0] == "dllm_compile"]
+    """Modules of the package that a file imports, but the one below every floor."""
+    return [name for name in imports(path) if within(name, "dllm_compile") and name != module_of(COMPAT)]
 
 
 def within(name: str, *floors: str) -> bool:
@@ -116,6 +118,60 @@ def test_the_import_reader_reads_every_spelling() -> None:
         "dllm_compile.runtime.cost",
     }
     assert "dllm_compile.core.rows" in ours(PACKAGE / "core" / "emit.py")  # from . import rows
+
+
+# -- what is private of torch ------------------------------------------------------------------------------------------
+
+NOT_OF_TORCH = {"_fields": "a named tuple", "_field_defaults": "a named tuple", "_replace": "a named tuple"}
+NOT_OF_TORCH |= {"_getframe": "of sys"}
+
+
+def is_private(name: str) -> bool:
+    """Whether a dotted name of torch has an underscored part, or is of ``torch.fx.experimental``."""
+    parts = name.split(".")
+    private = any(part.startswith("_") and not part.startswith("__") for part in parts)
+    return parts[0] == "torch" and (private or name.startswith("torch.fx.experimental"))
+
+
+def private_names(source: str) -> Iterator[str]:
+    """Private names of torch in a file: imported, looked up in anything that is not the file's own, or given as text.
+
+    ``aten._to_copy`` and the like are operations, which have no other name.
+    """
+    tree = ast.parse(source)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name for name in names if is_private(name))
+        elif isinstance(node, ast.Attribute) and is_private(f"torch.{node.attr}"):
+            of = ast.unparse(node.value)
+            if of not in ("self", "cls", "aten", "torch.ops.aten") and node.attr not in own | NOT_OF_TORCH.keys():
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and is_private(f"torch.{a.value}"))
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"torch(\.\w+)+", str(node.value)):
+            yield from [node.value] * is_private(node.value)
+
+
+@pytest.mark.parametrize("path", [path for path in files() if path != COMPAT], ids=ident)
+def test_private_names_of_torch_are_in_one_file(path: Path) -> None:
+    assert list(private_names(path.read_text())) == []
+
+
+def test_the_file_of_private_names_imports_nothing_of_ours() -> None:
+    assert [name for name in imports(COMPAT) if within(name, "dllm_compile")] == []
+
+
+def test_the_reader_of_private_names_reads_every_spelling() -> None:
+    lines = ["import torch._dynamo", "from torch import _guards", "from torch._C import _functorch as f"]
+    lines += ["from torch.fx.experimental import symbolic_shapes", "torch._C", "x.storage()._cdata"]
+    lines += ['getattr(func, "_schema", None)', 'getLogger("torch._library")']
+    assert [line for line in lines if not list(private_names(line))] == []
+    fine = ["import torch.fx", "from ._x import y", "self._x", "aten._to_copy", "x.__class__", "'see torch._C'"]
+    assert [line for line in fine if list(private_names(line))] == []
 
 
 # -- size --------------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def play(
         show: called after each step with the ids.
         memory: also count the peak of memory. On CUDA that costs nothing; else in one more run, as counting takes time.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     jobs = list(jobs)
     device = jobs[0].ids.device
     call = contender.compiled(model, jobs[0].mask_id)

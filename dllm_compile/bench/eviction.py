@@ -31,7 +31,7 @@ def memory(setting: Setting) -> None:
     found: dict[str, tuple[int, int]] = {}
     for name, options in WAYS.items():
         call: dict[str, Any] = {**lengths, "mask_id": job.mask_id, **options}
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if options:
             generate(model, job.ids[:, : setting.prompt], **call)  # compile
         for session in sessions():
@@ -66,7 +66,7 @@ def steps(setting: Setting) -> None:
             ids[:, setting.prompt + i] = i
     whole, half = (median(spent[ratio][4:]) for ratio in (1.0, 0.5))  # behind the full steps, and one that compiles
     print(f"{setting.prompt:>8}{1000 * whole:>13.1f}{1000 * half:>13.1f}{whole / half:>8.2f}", flush=True)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def main() -> None:

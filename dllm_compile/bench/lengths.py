@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
 from dllm_compile.backend import dllm
+from dllm_compile.compat import counters
 from dllm_compile.declared import loop
 
 from .contest import Job
@@ -57,7 +57,7 @@ def measure(setting: Setting, options: dict[str, Any] | None, first: Sequence[Si
         first: sizes that make code.
         then: the others.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = random_model(setting)
 
     def play(size: Size) -> float:

@@ -40,7 +40,7 @@ def main() -> None:
         spent, readable = _time(model, job, {"saliency_threshold": 0.99, "full_steps": FULL})
     finally:
         vars(saliency)["salient_rows"] = real
-        torch._dynamo.reset()
+        torch.compiler.reset()
     found = explain(model, job.ids, saliency_threshold=0.99, full_steps=FULL, mask_id=job.mask_id)
     lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}
     full = found.flops["full"].subs({**lengths, R: lengths[S]})
@@ -55,14 +55,14 @@ def main() -> None:
 def _time(model: torch.nn.Module, job: Any, options: dict[str, Any]) -> tuple[dict[str, float], int]:
     """Median seconds of Inductor's full step, and of steps on the response and on all rows; and readable rows."""
     plain: list[float] = []
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(model)
         for _ in range(5):
             begin = time.perf_counter()
             compiled(job.ids)
             plain.append(time.perf_counter() - begin)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         call = torch.compile(model, backend=backend.dllm, options={"mask_id": job.mask_id, "shift": False, **options})
         x = job.ids.clone()
         steps: dict[str, list[float]] = {"response": [], "whole": []}

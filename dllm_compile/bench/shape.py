@@ -22,8 +22,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch._inductor.utils import clear_caches, fresh_cache
 
+from dllm_compile.compat import clear_caches, fresh_cache
 from dllm_compile.mechanisms import PRESETS
 from dllm_compile.options import Options
 

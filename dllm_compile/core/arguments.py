@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 
+from dllm_compile.compat import OpOverloadPacket, schema
+
 attention = torch.nn.functional.scaled_dot_product_attention
 _OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "input": "self", "x": "self", "x1": "self", "x2": "other"}
 
@@ -92,11 +94,11 @@ def _signatures(op: str, target: Any) -> list[tuple[tuple[str, ...], int]]:
             free = [p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters]
             return [(tuple(p.name for p in parameters), _leading(free))]
     packet = getattr(torch.ops.aten, target if isinstance(target, str) else getattr(target, "__name__", ""), None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return []
     out = []
     for overload in packet.overloads():  # type: ignore[no-untyped-call]
-        parameters = getattr(packet, overload)._schema.arguments
+        parameters = schema(getattr(packet, overload)).arguments
         if not any(p.is_out for p in parameters):
             free = [not p.has_default_value() and not p.kwarg_only for p in parameters]
             out.append((tuple(p.name for p in parameters), _leading(free)))

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from dllm_compile.compat import FakeTensor, FakeTensorMode, TorchDispatchMode, schema, storage_id, tree_leaves, tree_map
 
 from .arguments import attention, attention_arguments
 from .axis_rules import RULES, Known, along, elementwise, note_constant
@@ -80,8 +79,8 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def follow(self, func: Any, args: Any, kwargs: Any, leaves: list[torch.Tensor], out: Any) -> None:
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        written = [leaf for leaf in leaves if func._schema.is_mutable and any(o is leaf for o in outputs)]
-        if any(leaf.untyped_storage()._cdata in self.given for leaf in written):
+        written = [leaf for leaf in leaves if schema(func).is_mutable and any(o is leaf for o in outputs)]
+        if any(storage_id(leaf) in self.given for leaf in written):
             raise GraphRefused(f"{func} changes a value that depends on the tokens in place")
         rule = RULES.get(func.overloadpacket) or (elementwise if torch.Tag.pointwise in func.tags else along)
         found = rule(self.known, func, args, kwargs, outputs)
@@ -211,7 +210,7 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> _Found:
     value = _role_call(mode, node, args, kwargs) if live else None
     if value is None:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        mode.given = {leaf.untyped_storage()._cdata for leaf in given} if live else set()
+        mode.given = {storage_id(leaf) for leaf in given} if live else set()
         try:
             with mode:
                 value = run_node(node, args, kwargs)
@@ -233,10 +232,7 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> _Found:
 
 def _share(a: Any, b: Any) -> bool:
     """Whether two values share memory."""
-    stores = [
-        {leaf.untyped_storage()._cdata for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)}
-        for each in (a, b)
-    ]
+    stores = [{storage_id(leaf) for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)} for each in (a, b)]
     return not stores[0].isdisjoint(stores[1])
 
 

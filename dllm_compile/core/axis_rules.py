@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from dllm_compile.compat import schema, tree_leaves
 
 from .layout import Factor, Layout, holds, plain, position, regroup, size
 
@@ -101,8 +102,8 @@ def along(
 ) -> Sequence[Layout | None] | None:
     """Calls with a ``dim``: softmax, means, top-k. Row-wise unless they run along the batch or the tokens."""
     layout = known.of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
-    given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
-    dims = given.get("dim", next((a.default_value for a in func._schema.arguments if a.name == "dim"), None))
+    given = dict(zip([a.name for a in schema(func).arguments], args, strict=False)) | kwargs
+    dims = given.get("dim", next((a.default_value for a in schema(func).arguments if a.name == "dim"), None))
     others = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, torch.Tensor)]
     if layout is None or dims is None or others:
         return None

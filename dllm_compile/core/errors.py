@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.fx
-from torch._C import _functorch as functorch
+
+from dllm_compile.compat import leave_vmaps, vmap_depth
 
 
 class DllmError(Exception):
@@ -46,7 +47,7 @@ def refusing(doing: str) -> Iterator[None]:
     Args:
         doing: what failed, as in "the graph could not be ...".
     """
-    depth = functorch.get_dynamic_layer_stack_depth()
+    depth = vmap_depth()
     try:
         yield
     except GraphRefused:
@@ -58,7 +59,7 @@ def refusing(doing: str) -> Iterator[None]:
         reason = f"the graph could not be {doing}, by {what}; please report this with the model"
         raise GraphRefused(reason, _at_fault(error)) from error
     finally:
-        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)  # an error may have come in the middle of a ``vmap``
+        leave_vmaps(depth)  # an error may have come in the middle of a ``vmap``
 
 
 def _at_fault(error: BaseException) -> torch.fx.Node | None:

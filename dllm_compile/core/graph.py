@@ -10,15 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-from torch._C import _functorch as functorch
-from torch._subclasses.fake_tensor import (
+
+from dllm_compile.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    TorchDispatchMode,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    schema,
+    storage_id,
+    tree_any,
+    tree_leaves,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_leaves
 
 from .axes import Axes, run_node
 from .errors import GraphRefused
@@ -74,12 +79,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     written = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = getattr(func, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            given = {**dict(zip([a.name for a in schema.arguments], args, strict=False)), **(kwargs or {})}
-            changed = [
-                given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
-            ]
+        known = schema(func)
+        if known is not None and known.is_mutable:
+            given = {**dict(zip([a.name for a in known.arguments], args, strict=False)), **(kwargs or {})}
+            changed = [given.get(a.name) for a in known.arguments if a.alias_info is not None and a.alias_info.is_write]
             self.written |= not self.operands.isdisjoint(_storages(changed))
         return func(*args, **(kwargs or {}))
 
@@ -87,10 +90,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storages(values: Any) -> frozenset[int]:
     found = set()
     for value in tree_leaves(values):
-        while isinstance(value, torch.Tensor) and functorch.is_functorch_wrapped_tensor(value):
-            value = functorch.get_unwrapped(value)  # inside of a ``vmap``
+        while isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
+            value = get_unwrapped(value)  # inside of a ``vmap``
         if isinstance(value, torch.Tensor):
-            found.add(value.untyped_storage()._cdata)
+            found.add(storage_id(value))
     return frozenset(found)
 
 

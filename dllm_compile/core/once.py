@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
+
+from dllm_compile.compat import FakeTensor, tree_leaves
 
 _PLAIN = (FakeTensor, torch.nn.Parameter)
 _NUMBERS = (int, float, bool, complex, str, bytes, type(None), type(...))

@@ -17,10 +17,9 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
-from torch._dynamo.convert_frame import compile_lock
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dllm_compile.compat import TorchDispatchMode, compile_lock
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.assignment import EXACT, KEYS, Assignment
 from dllm_compile.core.axes import Axes, linear, run_node
@@ -115,7 +114,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func.overloadpacket)
         if formula is None and func.namespace == "aten":
             with self:
                 made_of = func.decompose(*args, **kwargs)

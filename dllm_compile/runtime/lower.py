@@ -11,12 +11,16 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
-from torch._dynamo.source import ConstantSource
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dllm_compile.compat import (
+    ConstantSource,
+    DimDynamic,
+    FakeTensorMode,
+    ShapeEnv,
+    compile_fx,
+    inductor_config,
+    is_traceable_wrapper_subclass,
+)
 from dllm_compile.core.sizes import BROADCAST, PACKED, SPARE, Extent, Size, form
 
 Compiled = Callable[..., Any]
@@ -124,7 +128,7 @@ def lower(
 
 def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) -> Compiled:
     ours = _made_cacheable(module, next((each.device for each in example if isinstance(each, torch.Tensor)), None))
-    with torch.no_grad(), torch._inductor.config.patch(unsafe_marked_cacheable_functions=ours):
+    with torch.no_grad(), inductor_config.patch(unsafe_marked_cacheable_functions=ours):
         return compile_fx(module, example, config_patches=IN_ORDER if writes else None)  # type: ignore[return-value]
 
 
@@ -137,9 +141,9 @@ def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -
     Returns:
         The functions of this package in ``module``, with a hash of its source files: other sources, other keys.
     """
-    known, found = dict(torch._inductor.config.unsafe_marked_cacheable_functions), {}
+    known, found = dict(inductor_config.unsafe_marked_cacheable_functions), {}
     for node in module.graph.nodes:
-        if node.op == "call_method" and not torch._inductor.config.pre_grad_fusion_options:
+        if node.op == "call_method" and not inductor_config.pre_grad_fusion_options:
             node.args[0].meta.setdefault("example_value", torch.empty(0, device=device))
         elif (
             node.op == "call_function"

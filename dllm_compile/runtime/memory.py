@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from dllm_compile.compat import DeviceType, profiler_enabled
+
 try:
     import resource
 except ImportError:  # Windows has none
@@ -52,7 +54,7 @@ class Peaks:
     def __enter__(self) -> Peaks:
         if self.device.type == "cuda":
             self._entry = torch.cuda.memory_allocated(self.device)
-        elif torch._C._autograd._profiler_enabled():
+        elif profiler_enabled():
             raise RuntimeError("a profiler is running already, and PyTorch records for one at a time; end it first")
         else:
             self._profile = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
@@ -99,7 +101,7 @@ class Peaks:
             if event.name() == _START:
                 self.held.append(now)
                 self.above.append(0)
-            elif event.name() == "[memory]" and event.device_type() == torch._C._autograd.DeviceType.CPU:
+            elif event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
                 now += event.nbytes()
                 if self.held:
                     self.above[-1] = max(self.above[-1], now - self.held[-1])

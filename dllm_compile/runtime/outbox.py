@@ -14,10 +14,12 @@ import sys
 
 import torch
 
+from dllm_compile.compat import storage_owners
+
 
 def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
     """Owners of a storage, and references to its Python object; those of the call included."""
-    return int(torch._C._storage_Use_Count(storage._cdata)), sys.getrefcount(storage)
+    return storage_owners(storage), sys.getrefcount(storage)
 
 
 def _storage(size: int) -> torch.UntypedStorage:

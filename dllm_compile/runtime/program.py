@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dllm_compile.compat import FakeTensorMode
 from dllm_compile.core.axes import Axes, fake_like, follow
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import fingerprint, fix_sizes, output_node, placeholders, target_name

@@ -20,7 +20,8 @@ from copy import copy as copy_object
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dllm_compile.compat import is_traceable_wrapper_subclass, version
 
 SAMPLE = 64
 """Numbers of a tensor that a sample has. 110 matrices take 0.15 ms on a CPU."""
@@ -211,7 +212,7 @@ def _mark(tensor: torch.Tensor) -> list[int]:
 def _marks(tensors: Sequence[torch.Tensor], counted: Sequence[bool]) -> list[int]:
     """Addresses of tensors, and how often each was written to where PyTorch counts it. Called at every step."""
     return [tensor.data_ptr() for tensor in tensors] + [
-        t._version for t, counts in zip(tensors, counted, strict=True) if counts
+        version(t) for t, counts in zip(tensors, counted, strict=True) if counts
     ]
 
 

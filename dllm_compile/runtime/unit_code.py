@@ -7,8 +7,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch._dynamo.convert_frame import compile_lock
 
+from dllm_compile.compat import compile_lock
 from dllm_compile.core.assignment import KEYS, Assignment
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.emit import Emitted, emit

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.utils._pytree import tree_leaves
+
+from dllm_compile.compat import tree_leaves
 
 from .batch import Batch, Step
 from .program import Program

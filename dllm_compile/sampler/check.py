@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dllm_compile.compat import uncompiled
 from dllm_compile.interface.mechanism import is_int, nearest, one_of
 from dllm_compile.options import check_vocabulary
 
@@ -71,7 +72,7 @@ def embedded(model: Any) -> int | None:
 
 def takes(model: Any, name: str) -> bool | None:
     """Whether a model has an input of this name; ``None`` where it takes any."""
-    plain = getattr(model, "_orig_mod", model)
+    plain = uncompiled(model)
     try:
         given = inspect.signature(getattr(plain, "forward", plain)).parameters
     except (TypeError, ValueError):  # a callable written in C
@@ -89,7 +90,7 @@ def check_inputs(model: Any, names: Any) -> None:
     """
     for name in names:
         if takes(model, name) is False:
-            plain = getattr(model, "_orig_mod", model)
+            plain = uncompiled(model)
             known = list(inspect.signature(getattr(plain, "forward", plain)).parameters)
             raise ValueError(
                 f"the model takes no {name!r}; did you mean {nearest(name, known)!r}? It takes: {', '.join(known)}"

@@ -1,0 +1,96 @@
+"""Everything private of PyTorch that the package uses: nothing else imports an underscored name of it.
+
+PyTorch may change these without notice. Each was read in torch 2.11 and 2.13, the first and the last version that the
+package allows; where the two differ, a function here hides it. Nothing of the package is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+from torch._C import _autograd, _functorch
+from torch._C._autograd import DeviceType as DeviceType  # where an event of the profiler happened
+from torch._C._functorch import get_unwrapped as get_unwrapped  # the tensor that one of a ``vmap`` stands for
+from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor  # whether there is one
+from torch._dynamo.convert_frame import compile_lock as compile_lock  # Dynamo's, as one thread at a time compiles
+from torch._dynamo.eval_frame import cached_backends as cached_backends  # whose ``reset`` Dynamo's reset calls, by id
+from torch._dynamo.source import ConstantSource as ConstantSource  # where a size comes from that is no input's
+from torch._dynamo.utils import counters as counters  # what Dynamo counts, its graphs among it
+from torch._dynamo.utils import get_compilation_metrics as get_compilation_metrics  # one a function, with its failure
+from torch._dynamo.utils import graph_break_reasons as graph_break_reasons  # of all breaks so far, with their stacks
+from torch._guards import CompileContext as CompileContext  # which graph of which function Dynamo makes now
+from torch._inductor.compile_fx import compile_fx as compile_fx  # Inductor: a graph and examples to a function
+from torch._inductor.utils import clear_caches as clear_caches  # Inductor forgets what it compiled in this process
+from torch._inductor.utils import fresh_cache as fresh_cache  # and has an empty folder, as a context
+from torch._logging._internal import trace_log as trace_log  # has a handler where somebody asked for these
+from torch._logging._internal import trace_structured as trace_structured  # a record for TORCH_TRACE and tlparse
+from torch._ops import OpOverloadPacket as OpOverloadPacket  # all forms of an operation
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException  # of ``item()``
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException  # of ``nonzero()``
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # a tensor without numbers
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # makes them, and what is computed of them
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic  # whether a size may change
+from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv  # symbols of sizes, and what is assumed of them
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every ATen call
+from torch.utils._python_dispatch import (
+    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,  # a tensor made of others: a quantized weight
+)
+from torch.utils._pytree import tree_any as tree_any  # whether one value in tuples, lists and dictionaries is such
+from torch.utils._pytree import tree_leaves as tree_leaves  # all values in them
+from torch.utils._pytree import tree_map as tree_map  # the same, of other values
+
+profiler_enabled: Callable[[], bool] = _autograd._profiler_enabled
+"""Whether a profiler records."""
+vmap_depth: Callable[[], int] = _functorch.get_dynamic_layer_stack_depth
+"""How many transformations of functions, such as ``vmap``, are under way."""
+leave_vmaps: Callable[[int], object] = _functorch.pop_dynamic_layer_stack_and_undo_to_depth
+"""End those above a depth, which an error left under way."""
+dynamo_config: Any = torch._dynamo.config
+"""Read and written: ``ignore_logging_functions``."""
+inductor_config: Any = torch._inductor.config
+"""Read: ``pre_grad_fusion_options``; patched: ``unsafe_marked_cacheable_functions``."""
+LOG_OF_OPERATIONS = "torch._library.triton"
+"""The logger of ``torch.library.triton_op``."""
+ENTER_AUTOCAST, EXIT_AUTOCAST = "_enter_autocast", "_exit_autocast"
+"""Names of the functions that Dynamo writes for ``with torch.autocast``."""
+NO_EFFECT = {"_log_api_usage_once", "_set_grad_enabled", ENTER_AUTOCAST, EXIT_AUTOCAST}
+"""Names of functions in Dynamo's graphs that compute nothing."""
+version: Callable[[torch.Tensor], int] = attrgetter("_version")
+"""How often a tensor was written to where autograd sees it; not of inference tensors."""
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage itself, which fake tensors have, too, and those that share memory share."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_owners(storage: torch.UntypedStorage) -> int:
+    """How many tensors and other owners a storage has, in C++."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def schema(func: Any) -> Any:
+    """Names, defaults and writes of the arguments of one form of an operation; ``None`` for one of higher order."""
+    return getattr(func, "_schema", None)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module that ``torch.compile`` was given, of what it returned; anything else is itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_erased(node: torch.fx.Node) -> bool:
+    """Whether a node was taken out of its graph."""
+    return node._erased
+
+
+def likely(number: torch.SymInt) -> int:
+    """The number that a symbol stands for in the example that is compiled; it stays free."""
+    name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"  # until torch 2.12
+    return int(getattr(symbolic_shapes, name)(number))
