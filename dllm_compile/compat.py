@@ -27,7 +27,7 @@ from torch._guards import CompileContext as CompileContext  # which graph of whi
 from torch._inductor.compile_fx import compile_fx as compile_fx  # Inductor: a graph and examples to a function
 from torch._inductor.utils import clear_caches as clear_caches  # Inductor forgets what it compiled in this process
 from torch._inductor.utils import fresh_cache as fresh_cache  # and has an empty folder, as a context
-from torch._logging._internal import trace_log as trace_log  # has a handler where somebody asked for these
+from torch._logging._internal import LazyTraceHandler, trace_log
 from torch._logging._internal import trace_structured as trace_structured  # a record for TORCH_TRACE and tlparse
 from torch._ops import OpOverloadPacket as OpOverloadPacket  # all forms of an operation
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException  # of ``item()``
@@ -78,6 +78,14 @@ def storage_owners(storage: torch.UntypedStorage) -> int:
 def schema(func: Any) -> Any:
     """Names, defaults and writes of the arguments of one form of an operation; ``None`` for one of higher order."""
     return getattr(func, "_schema", None)
+
+
+def traced() -> bool:
+    """Whether somebody may read what :func:`trace_structured` records: torch takes its handler away where nobody does.
+
+    Others, such as pytest's, sit there too.
+    """
+    return any(isinstance(handler, LazyTraceHandler) for handler in trace_log.handlers)
 
 
 def uncompiled(model: Any) -> Any:

@@ -20,6 +20,7 @@ import torch.fx
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.graph import Fixed
 from dllm_compile.core.units import Unit
+from dllm_compile.debug import timed
 from dllm_compile.passes.normalize import name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.spelled_attention import spelled_attention
@@ -28,14 +29,17 @@ from dllm_compile.passes.spelled_attention import spelled_attention
 def normalized(fixed: Fixed) -> torch.fx.Graph:
     """Passes 1 and 2, in place, on a graph whose sizes are numbers."""
     graph = fixed.graph
-    name_arguments(graph)
-    normalize(*fixed)
-    spelled_attention(graph, fixed.fake)
+    with timed("normalize"):
+        name_arguments(graph)
+        normalize(*fixed)
+    with timed("spelled_attention"):
+        spelled_attention(graph, fixed.fake)
     graph.lint()
     return graph
 
 
 def cut(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> tuple[list[Unit], list[torch.fx.Node]]:
     """Pass 6: the units of a graph, and the constants that several of them read."""
-    units = regions(graph, axes, halves)
-    return units, constants(graph, units, axes)
+    with timed("regions"):
+        units = regions(graph, axes, halves)
+        return units, constants(graph, units, axes)

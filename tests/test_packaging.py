@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dllm_compile"
 COMPAT = PACKAGE / "compat.py"
+BELOW_ALL_FLOORS = "dllm_compile.compat", "dllm_compile.debug"
 LINES_OF_A_FUNCTION = 60
 
 
@@ -53,8 +54,8 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def ours(path: Path) -> list[str]:
-    """Modules of the package that a file imports, but the one below every floor."""
-    return [name for name in imports(path) if within(name, "dllm_compile") and name != module_of(COMPAT)]
+    """Modules of the package that a file imports, but those below every floor."""
+    return [name for name in imports(path) if within(name, "dllm_compile") and name not in BELOW_ALL_FLOORS]
 
 
 def within(name: str, *floors: str) -> bool:
@@ -161,7 +162,8 @@ def test_private_names_of_torch_are_in_one_file(path: Path) -> None:
     assert list(private_names(path.read_text())) == []
 
 
-def test_the_file_of_private_names_imports_nothing_of_ours() -> None:
+def test_nothing_is_below_what_is_below_all_floors() -> None:
+    assert [ours(PACKAGE / f"{name.rpartition('.')[2]}.py") for name in BELOW_ALL_FLOORS] == [[], []]
     assert [name for name in imports(COMPAT) if within(name, "dllm_compile")] == []
 
 

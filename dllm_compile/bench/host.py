@@ -30,7 +30,7 @@ class Loop:
     """A loop of Fast-dLLM's dual cache that fills one token a call, and begins anew when all are filled."""
 
     def __init__(self, model: Any, setting: Setting) -> None:
-        blocks = {"method": "fast-dllm", "cache": "dual", "block_length": 32, "shift": False}
+        blocks: dict[str, Any] = {"method": "fast-dllm", "cache": "dual", "block_length": 32, "shift": False}
         self.call: Any = torch.compile(model, backend=dllm, options={**blocks, "mask_id": setting.vocabulary - 1})
         self.setting, self.job, self.left = setting, job_of(setting), 0
         self.word = loop()

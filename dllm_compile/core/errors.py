@@ -41,8 +41,8 @@ def refusing(doing: str) -> Iterator[None]:
     """Make any exception of our own work on a graph a :class:`GraphRefused` that asks to be reported.
 
     The one place that catches everything: a graph we were not made for runs plainly and does not stop the user's
-    program. What the graph's code raises when it *runs* is not for here. With the environment variable ``DLLM_DEBUG=1``
-    nothing is caught.
+    program. What the graph's code raises when it *runs* is not for here. Where the environment variable ``DLLM_DEBUG``
+    is 1, or names a folder (see :mod:`dllm_compile.debug`), nothing is caught.
 
     Args:
         doing: what failed, as in "the graph could not be ...".

@@ -85,6 +85,11 @@ class Unit:
         return list(dict.fromkeys(keys + contexts + branches))
 
     @property
+    def name(self) -> str:
+        """What a reader may call units of this kind."""
+        return f"{'layer' if self.is_layer else 'part'}-{self.key[:8]}"
+
+    @property
     def is_layer(self) -> bool:
         """Whether rows of something here may be kept between steps."""
         return bool(self.attentions or self.branches)

@@ -18,6 +18,7 @@ from dllm_compile.core.graph import fingerprint, fix_sizes, output_node, placeho
 from dllm_compile.core.layout import position, size
 from dllm_compile.core.outline import outline
 from dllm_compile.core.units import Unit, closure
+from dllm_compile.debug import asked, keep, part, timed
 from dllm_compile.options import Options
 from dllm_compile.passes import cut, normalized
 from dllm_compile.passes.causal import refuse_causal_masks
@@ -59,12 +60,17 @@ class Program:
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
         self.options = options
         given, args = args, fake_like(args, fake_mode := FakeTensorMode())
-        self.graph = graph = normalized(fix_sizes(module.graph, args, fake_mode, given))
+        keep("traced", module)
+        fixed = timed("fix sizes")(fix_sizes)(module.graph, args, fake_mode, given)
+        self.graph = graph = normalized(fixed)
         names = placeholders(graph)
-        self.seed, layout = find_seed(graph, args)
-        again = partial(follow, graph, args, fake_mode, {self.seed.name: layout})
-        self.axes = unmask(graph, again(), again)
+        if asked():
+            keep("normalized", part(graph.nodes, fixed.fake))
+        self.seed, layout = timed("seeds")(find_seed)(graph, args)
+        again = timed("follow axes")(partial(follow, graph, args, fake_mode, {self.seed.name: layout}))
+        self.axes = timed("unmask")(unmask)(graph, again(), again)
         self.units, constants = cut(graph, self.axes, halves=options.saliency_threshold is not None)
+        _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.is_layer]
         self.heads: dict[int | None, Unit | None] = {}
@@ -193,6 +199,13 @@ class Program:
         """Parameters of the first layer."""
         given = [args[self.index[n]] for n in self.layers[0].inputs if n in self.index]
         return [a for a in given if isinstance(a, torch.nn.Parameter)]
+
+
+def _keep_units(units: list[Unit], axes: Axes) -> None:
+    """Write the units of each kind, if somebody asked for graphs."""
+    for unit in {unit.key: unit for unit in units}.values() if asked() else ():
+        entering = [*([unit.stream] if unit.stream is not None else []), *unit.inputs]
+        keep(unit.name, part(unit.nodes, axes.fake, entering, unit.outputs))
 
 
 def _dead(units: list[Unit], results: set[torch.fx.Node]) -> list[list[torch.fx.Node]]:

@@ -16,6 +16,7 @@ from dllm_compile.core.errors import GraphRefused, refusing
 from dllm_compile.core.rows import ALL
 from dllm_compile.core.sizes import BATCH, TOKENS, Extent, Size, of_constant, of_layout
 from dllm_compile.core.units import Unit
+from dllm_compile.debug import keep, timed
 
 from .batch import Step
 from .lower import Code, SizesFixed, lower
@@ -129,8 +130,10 @@ class UnitCode:
             args = pick(values.flat)
             writes = any(name.startswith("state:") for name in emitted.takes)
             extents = [self._extents(n, value, assignment, step) for n, value in zip(emitted.takes, args, strict=True)]
+            keep(f"{self.unit.name}-{assignment.name}", emitted.module)
             try:
-                code = lower(emitted.module, args, self.lowering, extents, writes, fixed)
+                with timed(f"compile {self.unit.name} for {assignment.name}"):
+                    code = lower(emitted.module, args, self.lowering, extents, writes, fixed)
                 break
             except SizesFixed as found:
                 fixed |= found.names

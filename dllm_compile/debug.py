@@ -1,0 +1,99 @@
+"""What the compiler did: times of its passes and graphs it wrote, for whoever asks in the environment.
+
+``DLLM_DEBUG=<folder>`` keeps both there, graphs in files that are numbered in the order they were written, and times in
+``log.txt``; ``TORCH_LOGS="+dllm_compile"`` logs the times, and ``TORCH_TRACE=<folder>`` keeps the graphs for tlparse.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx
+
+from .compat import trace_structured, traced
+
+_LOG = logging.getLogger("dllm_compile")
+
+
+def _folder() -> Path | None:
+    """The folder that ``DLLM_DEBUG`` names, made where it is missing; ``None`` for none, 0 and 1."""
+    named = os.environ.get("DLLM_DEBUG", "")
+    if named in ("", "0", "1"):
+        return None
+    folder = Path(named)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Say how long the block, or the function that this decorates, took, even where it failed."""
+    folder, begin = _folder(), time.perf_counter()
+    try:
+        yield
+    finally:
+        if folder is not None or _LOG.isEnabledFor(logging.DEBUG):
+            spent = time.perf_counter() - begin
+            line = f"{what}: {spent:.2f} s" if spent >= 1 else f"{what}: {1000 * spent:.1f} ms"
+            _LOG.debug(line)
+            if folder is not None:
+                with (folder / "log.txt").open("a") as file:
+                    file.write(f"{line}\n")
+
+
+def asked() -> bool:
+    """Whether somebody wants graphs."""
+    return _folder() is not None or traced()
+
+
+def keep(name: str, module: torch.fx.GraphModule) -> None:
+    """Write a graph as Python, if somebody asked for graphs.
+
+    Args:
+        name: of the file behind its number, and of the artifact in a trace.
+        module: the graph.
+    """
+    if not asked():
+        return
+    text, folder = module.print_readable(print_output=False), _folder()
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"dllm_{name}", "encoding": "string"},
+        payload_fn=lambda: text,
+        expect_trace_id=False,  # code is compiled when it is first called, outside of Dynamo
+    )
+    if folder is not None:
+        number = len([*folder.glob("*.py")])  # goes on behind those of an earlier run
+        (folder / f"{number:04}-{name}.py").write_text(text)
+
+
+def part(
+    nodes: Iterable[torch.fx.Node],
+    values: Mapping[torch.fx.Node, Any],
+    entering: Sequence[torch.fx.Node] = (),
+    outputs: Sequence[torch.fx.Node] = (),
+) -> torch.fx.GraphModule:
+    """Nodes of a graph as a module of their own.
+
+    Args:
+        nodes: in order; of a whole graph, its placeholders and its output are among them.
+        values: of nodes, whose sizes are written beside them.
+        entering: values from outside, which become inputs.
+        outputs: what it returns.
+    """
+    graph = torch.fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in entering}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node, copy in copies.items():
+        copy.meta["val"] = values.get(node)
+    if outputs:
+        graph.output(tuple(copies[node] for node in outputs))
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
