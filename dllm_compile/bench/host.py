@@ -79,6 +79,7 @@ def traced(call: Callable[[], object]) -> list[str]:
 
 def main() -> None:
     """Print the times of a step, and the calls that one makes."""
+    torch.set_num_threads(1)  # there is nothing to share
     model = random_model(NARROW)
     plain: Any = torch.compile(model)
     dual = Loop(model, NARROW)

@@ -86,6 +86,11 @@ class Assignment:
         return rows == {ALL} and self.pick is None and not self.hides
 
     @cached_property
+    def reads_kept(self) -> bool:
+        """Whether a layer that runs this reads rows kept of an earlier step."""
+        return bool(self.keep) and {self.query, self.key, self.value, self.keys} != {ALL}
+
+    @cached_property
     def stored(self) -> frozenset[str]:
         """The roles whose rows enter the state as they are computed; eviction writes keys and values itself."""
         return self.keep if self.evict is None else self.keep - KEYS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Unit:
         """What a reader may call units of this kind."""
         return f"{'layer' if self.is_layer else 'part'}-{self.key[:8]}"
 
-    @property
+    @cached_property
     def is_layer(self) -> bool:
         """Whether rows of something here may be kept between steps."""
         return bool(self.attentions or self.branches)

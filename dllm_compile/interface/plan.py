@@ -147,6 +147,19 @@ class Schedule(Protocol):
         """
 
 
+def copied(schedule: Any) -> Any:
+    """A copy of a schedule that is told of one more call, or of a part of it.
+
+    Tensors are shared: a schedule puts others in their places and never writes into one.
+    """
+    new = copy(schedule)
+    parts = vars(new)
+    for name, each in parts.items():
+        if hasattr(each, "__dict__") and not isinstance(each, torch.Tensor) and not is_dataclass(each):
+            parts[name] = copied(each)
+    return new
+
+
 def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A copy of a schedule, or of something in it, with ``change`` made to each tensor.
 

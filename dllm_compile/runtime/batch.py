@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dllm_compile.core.assignment import ACTIVE, Assignment
 from dllm_compile.declared import Declared
-from dllm_compile.interface.plan import Call, Exact, Schedule, with_tensors
+from dllm_compile.interface.plan import Call, Exact, Schedule, copied, with_tensors
 from dllm_compile.schedule.method import response_of, schedule
 
 from . import tapes
@@ -123,7 +124,7 @@ class Step:
         """Calls since the sequence began, from 0."""
         return self.past.number
 
-    @property
+    @cached_property
     def entries(self) -> int:
         """Keys that are kept where others are evicted, and those of rows computed since."""
         return self.sizes["kept"] + self.sizes.get("fresh", 0)
@@ -284,7 +285,7 @@ class Batch:
         self.first = torch.where(at, ids, self.first)
         self.response = torch.where(at, ids == self.mask_id, self.response)
         self._locate()
-        plans = with_tensors(self.past.schedule, torch.clone)
+        plans = copied(self.past.schedule)
         old = torch.where(at, ids, self.past.ids)
         self.past = replace(self.past, ids=old, schedule=plans, caller=None, history=())
         self.last = None  # what was noted behind its layers is of the sequences before

@@ -54,6 +54,8 @@ class Code:
         forms: how arguments lie in memory, ``None`` for a contiguous one; see :func:`dllm_compile.core.sizes.form`.
         free: where the sizes that may be any are read.
         assumed: what the compiler took for granted of these.
+        tensors, numbers: the arguments that are looked at, by place.
+        served: by sizes and strides of these, whether the code is good for them.
     """
 
     def __init__(self, run: Compiled) -> None:
@@ -62,23 +64,32 @@ class Code:
         self.forms: list[tuple[int, Any]] = []
         self.free: list[tuple[int, int, sympy.Symbol]] = []
         self.assumed: list[Any] = []
-        self.served: set[tuple[int, ...]] = {()}
+        self.tensors: tuple[int, ...] = ()
+        self.numbers: tuple[int, ...] = ()
+        self.served: dict[tuple[Any, ...], bool] = {}
 
     def serves(self, args: Sequence[Any]) -> bool:
-        """Whether the code is good for arguments."""
+        """Whether the code is good for arguments: as their sizes and strides say, which are looked at once each."""
+        key = (
+            *[(args[i].shape, args[i].stride()) for i in self.tensors],
+            *[args[i] for i in self.numbers],
+        )
+        known = self.served.get(key)
+        if known is None:
+            if len(self.served) == SERVED:
+                self.served.clear()
+            known = self.served[key] = self._good_for(args)
+        return known
+
+    def _good_for(self, args: Sequence[Any]) -> bool:
         if any(_size(args[i], dim) != size for i, dim, size in self.exact):
             return False
         if not all(args[i].is_contiguous() if how is None else form(args[i]) == how for i, how in self.forms):
             return False
-        sizes = tuple(_size(args[i], dim) for i, dim, _ in self.free)
-        if sizes not in self.served:
-            values = {symbol: size for (*_, symbol), size in zip(self.free, sizes, strict=True)}
-            if min(sizes, default=2) < 2 or not all(each.xreplace(values) == sympy.true for each in self.assumed):
-                return False
-            if len(self.served) == SERVED:
-                self.served.clear()
-            self.served.add(sizes)
-        return True
+        values = {symbol: _size(args[i], dim) for i, dim, symbol in self.free}
+        return min(values.values(), default=2) >= 2 and all(
+            each.xreplace(values) == sympy.true for each in self.assumed
+        )
 
 
 def _size(value: Any, dim: int) -> int:
@@ -122,7 +133,9 @@ def lower(
         raise SizesFixed(numbers)
     code.exact, code.forms, code.free = symbols.exact, symbols.forms, symbols.free
     code.assumed = [guard.expr for guard in symbols.shapes.guards]
-    code.served.add(tuple(_size(args[i], dim) for i, dim, _ in code.free))
+    read = {i: dim for i, dim, _ in (*code.exact, *code.free)} | {i: 0 for i, _ in code.forms}
+    code.tensors = tuple(i for i, dim in read.items() if dim >= 0)
+    code.numbers = tuple(i for i, dim in read.items() if dim < 0)
     return code
 
 

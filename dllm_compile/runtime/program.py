@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx
@@ -28,6 +28,9 @@ from dllm_compile.passes.unmask import unmask
 from .cost import whole
 from .unit_code import shared
 
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -42,6 +45,20 @@ class Signature:
     units: tuple[str, ...]
     constants: str
     family: tuple[str, ...]
+
+
+def memoized(method: Callable[[Program, Asked], Answer]) -> Callable[[Program, Asked], Answer]:
+    """A method of a program, which does not change, that is asked the same at every call: answered once."""
+    name = method.__name__
+
+    def ask(self: Program, asked: Asked) -> Answer:
+        key = name, asked
+        if key not in self.memo:
+            self.memo[key] = method(self, asked)
+        answer: Answer = self.memo[key]
+        return answer
+
+    return ask
 
 
 class Program:
@@ -73,7 +90,7 @@ class Program:
         _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.is_layer]
-        self.heads: dict[int | None, Unit | None] = {}
+        self.memo: dict[Any, Any] = {}
         self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)
         self.index = {node: i for i, node in enumerate(names)}
@@ -117,21 +134,18 @@ class Program:
         """
         refuse_causal_masks(self.graph, self.axes, dict(zip(self.index, args, strict=True)))
 
+    @memoized
     def head(self, vocabulary: int | None) -> Unit | None:
         """The unit whose first output a sampler reads: it is as wide as the vocabulary.
 
         A graph of its own could also be a norm that sits between two layers, whose every row is needed.
         """
-        if vocabulary is None or vocabulary in self.heads:
-            return self.heads.get(vocabulary)
-        self.heads[vocabulary] = None
         for unit in reversed(self.units):
-            if unit.is_layer:
+            if unit.is_layer or vocabulary is None:
                 break
             if unit.stream is not None and not unit.mixing(self.axes) and self._is_head(unit, vocabulary):
-                self.heads[vocabulary] = unit
-                break
-        return self.heads[vocabulary]
+                return unit
+        return None
 
     def _is_head(self, unit: Unit, vocabulary: int) -> bool:
         layouts = [self.axes.layout.get(node) for node in unit.outputs[: unit.leaving]]
@@ -154,6 +168,7 @@ class Program:
         made = [self.axes.fake[node] for node in decided]
         return any(tuple(value.shape) == self.axes.size and value.dtype == torch.int64 for value in made)
 
+    @memoized
     def logits(self, vocabulary: int | None) -> torch.fx.Node | None:
         """What the head makes for each token of the vocabulary; another head may be wider, and may come first."""
         head = self.head(vocabulary)
@@ -162,6 +177,7 @@ class Program:
         wide = [node for node in head.outputs if self._width(node) >= vocabulary]
         return min(wide, key=self._width, default=None)
 
+    @memoized
     def reads_all(self, vocabulary: int | None) -> bool:
         """Whether something other than logits and token ids is made of each row behind the layers, such as a quality.
 
@@ -173,11 +189,17 @@ class Program:
         decided = self.decision.outputs if self.decision is not None else []
         ids = [node for node in decided if self.axes.fake[node].dtype == torch.int64]
         behind = [*decided, *(head.outputs if head is not None else [])]
-        read = [node for node in self.results if node in behind and node not in ids and self._has_rows(node)]
+        read = [node for node in self.results if node in behind and node not in ids and self._has_tokens(node)]
         return any(logits is None or self._width(node) != self._width(logits) for node in read)
 
-    def _has_rows(self, node: torch.fx.Node) -> bool:
+    def _has_tokens(self, node: torch.fx.Node) -> bool:
         return position(self.axes.layout.get(node, ()), "T") is not None
+
+    @memoized
+    def has_rows(self, node: torch.fx.Node) -> bool:
+        """Whether a value has a token axis and a batch axis."""
+        layout = self.axes.layout.get(node, ())
+        return None not in (position(layout, "T"), position(layout, "B"))
 
     def _width(self, node: torch.fx.Node) -> int:
         """Numbers that a value has for each row."""

@@ -22,7 +22,6 @@ from dllm_compile.core.assignment import (
     READABLE,
     Assignment,
 )
-from dllm_compile.core.layout import position
 from dllm_compile.core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit, weights_key
@@ -130,6 +129,8 @@ class GraphCall:
         self.most_salient = 0
         self.measured: tuple[int, Assignment, Any] | None = None  # of the layer that has just run
         self.after_layer = None if step.repeat else step.past.schedule.after_layer
+        self.narrows = batch.narrows(step.past.schedule)
+        self.costs: dict[Variant, float] = {}  # FLOPs of a variant in this step
         self.full = step.past.schedule.variants[0]
         self.rest = step.assignment
         self.first = step.past.schedule.first or self.rest
@@ -160,12 +161,8 @@ class GraphCall:
 
     def _widens(self, node: torch.fx.Node) -> bool:
         """Whether a value may be computed for some rows only, and has rows."""
-        layout = self.program.axes.layout.get(node, ())
         narrowed = self.head is not None and node in self.head.outputs[: self.head.leaving]
-        return (narrowed or self.batch.narrows(self.step.past.schedule)) and None not in (
-            position(layout, "T"),
-            position(layout, "B"),
-        )
+        return (narrowed or self.narrows) and self.program.has_rows(node)
 
     def whole(self, node: torch.fx.Node) -> Any:
         """All rows of a value: those just computed, beside those kept of the others."""
@@ -231,7 +228,7 @@ class GraphCall:
             self.unit(unit, code)
             for node in dead:
                 self.env.pop(node, None)
-        self.results = {n: self.whole(n) for n in program.results}
+        self.results = {n: self.whole(n) if n in self.have else self.env[n] for n in program.results}
         self.env.clear()  # a tape keeps the call, and is not to keep the model
 
     def overflowed(self) -> bool:
@@ -265,9 +262,9 @@ class GraphCall:
             self._measured(unit, *measured)
 
     def _values(self, unit: Unit, state: Sequence[torch.Tensor] = ()) -> Values:
-        inputs = [self.whole(n) for n in unit.inputs]
-        stream = self.env[unit.stream] if unit.stream is not None else None
-        return Values(stream, inputs, state, self.step)
+        env, have = self.env, self.have
+        inputs = [self.whole(n) if n in have else env[n] for n in unit.inputs]
+        return Values(env[unit.stream] if unit.stream is not None else None, inputs, state, self.step)
 
     def _at_hand(self, unit: Unit) -> RowSet:
         return ALL if unit.stream is None else self.have.get(unit.stream, ALL)
@@ -277,7 +274,7 @@ class GraphCall:
         number, step.layer = step.layer, step.layer + 1
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
-        values = self._values(unit, self._state(unit, assignment))
+        values.flat += self._state(unit, assignment)
         variant = code.variant(assignment, step, values)
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
@@ -289,7 +286,7 @@ class GraphCall:
             self._take_salient(outs[extras["salient"]], outs[extras["salient count"]])
         if "measured" in extras:
             self.measured = number, assignment, outs[extras["measured"]]
-        if self.batch.narrows(step.past.schedule) and (step.number == 0 or code.narrows is None):
+        if self.narrows and (step.number == 0 or code.narrows is None):
             self._check(code, values)
         return outs, variant.rows
 
@@ -344,6 +341,7 @@ class GraphCall:
         else:
             self.salient_counts.append(counts.max())
         self.step.indices["salient"] = places[:, : max(capacity, 2)].contiguous()
+        self.costs.clear()  # of another number of rows
 
     def _measured(self, unit: Unit, number: int, assignment: Assignment, values: Any) -> None:
         """Hand over what a layer measured, and compute every row from here on if that is decided."""
@@ -360,6 +358,7 @@ class GraphCall:
             self.env[stream], self.have[stream] = every.contiguous(), ALL
             self.rest, step.deeper_rows = self.full, True
             step.indices["readable"] = step.indices["readable later"]
+            self.costs.clear()  # of another number of rows
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """The readable rows, or all at hand where not only logits are read; beside them those kept of the others."""
@@ -395,11 +394,14 @@ class GraphCall:
 
     def _count(self, code: UnitCode, variant: Variant, assignment: Assignment) -> None:
         """Note what a unit costs for the rows it is called for now."""
-        if variant.work is None:
-            found = terms(code.unit, code.axes, assignment, variant.computed)
-            variant.work = [(names, float(count)) for names, count in found.items()]
-        rows = sum(count * prod(map(self._number, names)) for names, count in variant.work)
-        self.tally.flops += rows * self.step.shape[0]
+        known = self.costs.get(variant)
+        if known is None:
+            if variant.work is None:
+                found = terms(code.unit, code.axes, assignment, variant.computed)
+                variant.work = [(names, float(count)) for names, count in found.items()]
+            rows = sum(count * prod(map(self._number, names)) for names, count in variant.work)
+            self.costs[variant] = known = rows * self.step.shape[0]
+        self.tally.flops += known
 
     def _number(self, name: str) -> int:
         """Rows a sequence in a set, with those that pad its index; all where nobody says."""

@@ -19,7 +19,7 @@ import torch
 
 from dllm_compile.core.assignment import EXACT
 from dllm_compile.declared import Declared, ExactCalls, Loop, declared, to_be_filled
-from dllm_compile.interface.plan import Call, Exact, Plan, with_tensors
+from dllm_compile.interface.plan import Call, Exact, Plan, copied
 from dllm_compile.options import Options
 
 from . import tapes
@@ -385,7 +385,7 @@ class Session:
             plans = batch.new_schedule()
             call = Call(0, False, call.masked, call.filled, call.changed, call.filling)
         else:
-            plans = with_tensors(past.schedule, torch.clone)
+            plans = copied(past.schedule)
         if batch.whole and lossy:
             plans = Exact()
         plan = plans.next(call)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dllm_compile.core.assignment import Assignment
-from dllm_compile.core.rows import ALL
 
 
 @dataclass
@@ -27,14 +26,8 @@ class Tally:
     def layer(self, assignment: Assignment, wanted: Assignment) -> None:
         """Note that a layer, or the first half of one that is cut behind its attention, ran."""
         self.layers["seen"] += 1
-        self.layers["cached"] += reads_kept(assignment)
-        self.own |= reads_kept(assignment) or assignment.name == wanted.name
-
-
-def reads_kept(assignment: Assignment) -> bool:
-    """Whether a layer that runs this reads rows kept of an earlier step."""
-    sets = {assignment.query, assignment.key, assignment.value, assignment.keys}
-    return bool(assignment.keep) and sets != {ALL}
+        self.layers["cached"] += assignment.reads_kept
+        self.own |= assignment.reads_kept or assignment.name == wanted.name
 
 
 @dataclass
@@ -78,7 +71,7 @@ class Stats:
     def count(self, step: Any) -> None:
         """Note a step whose first graph has run: as a full one, until a layer runs the variant that was planned."""
         planned = "repeat" if step.repeat else step.assignment.name
-        reads = reads_kept(step.assignment) or step.assignment.evict is not None
+        reads = step.assignment.reads_kept or step.assignment.evict is not None
         step.counted = "full" if planned != "repeat" and reads and not step.own else planned
         self._add(step.counted, step, 1)
 

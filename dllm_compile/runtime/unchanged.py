@@ -73,8 +73,8 @@ class Weights:
 
     def alive(self) -> list[torch.Tensor] | None:
         """The tensors; ``None`` if one has died."""
-        found = [ref() for ref in self.refs]
-        return None if any(each is None for each in found) else found  # type: ignore[return-value]
+        found = [each for ref in self.refs if (each := ref()) is not None]
+        return found if len(found) == len(self.refs) else None
 
     def look(self) -> None:
         """From now on compare with what the weights that are alive hold now."""

@@ -108,6 +108,9 @@ class UnitCode:
 
     def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
         """Compiled on first use, for any sizes of two or more."""
+        known = self.variants.get(assignment)
+        if known and known[-1].code.serves(known[-1].pick(values.flat)):
+            return known[-1]
         found = self._found(assignment, values)
         if found is None:
             with compile_lock, refusing(f"compiled for the step {assignment.name!r}"):  # as Dynamo

@@ -137,12 +137,12 @@ class ActiveRows:
             missed &= ~call.filled
         if self.chosen is not None and self.chosen.fresh is not None:
             missed |= (call.changed | part) & ~self.chosen.fresh  # it has no place among the entries
-        self.edited |= missed.any(1, keepdim=True)
+        self.edited = self.edited | missed.any(1, keepdim=True)
         begins = self.blocks.moved | self.edited
         if self.rule.refresh is not None:
             begins |= self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
         begins &= ~self.blocks.done
-        self.edited &= ~begins
+        self.edited = self.edited & ~begins
         return begins
 
     def _full(self, call: Call, reach: torch.Tensor) -> Plan:

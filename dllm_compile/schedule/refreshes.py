@@ -38,11 +38,11 @@ class Refreshes:
         options, together = self.options, self.options.keep_ratio is not None
         prompt = options.prompt_interval is not None and due(options.prompt_interval, number)
         response = options.response_interval is not None and due(options.response_interval, number)
-        self.age += 1
+        self.age = self.age + 1
         anew = begins | (self.age >= options.refresh_interval) if options.refresh_interval is not None else begins
         if together and (prompt or response or bool(anew.any())):
             begins = anew = torch.ones_like(begins)
-        self.age[anew] = 0
+        self.age = self.age.masked_fill(anew, 0)
         self._at_least(1, anew | prompt)
         self._at_least(options.full_steps_of_a_block, begins)
         warm = options.saliency_threshold is not None and number < options.full_steps
