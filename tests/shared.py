@@ -40,11 +40,11 @@ def _by_options(module: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[...,
     return run
 
 
-def compiled(model: torch.nn.Module, *, dynamic: bool = False, **options: Any) -> Callable[..., Any]:
+def compiled(model: Callable[..., Any], *, dynamic: bool = False, **options: Any) -> Callable[..., Any]:
     """The model behind the backend; Dynamo's graphs are those of all earlier models of one shape.
 
     Args:
-        model: whose class, sizes and settings tell which graph it gets.
+        model: or a function of one; its class, sizes and settings tell which graph it gets.
         dynamic: whether one graph serves calls of all sizes. It is said, since what Dynamo chooses by itself depends on
             the calls before, which other tests may have made.
         options: of the backend.
