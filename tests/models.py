@@ -74,7 +74,7 @@ def build(name: str, dtype: torch.dtype | None = None, seed: int = 0, **more: An
     return model.to(dtype or dtype_of(name)).eval()
 
 
-def compiled(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+def compiled(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The model behind the backend, uncompiled graphs unless told otherwise; see :mod:`tests.shared`."""
     options = {"lowering": "eager", "mask_id": MASK, **options}
     if shared.in_use():
