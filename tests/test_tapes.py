@@ -15,11 +15,13 @@ import dllm_compile
 from dllm_compile.runtime import session, tapes
 from dllm_compile.runtime.ids import positions
 
-from . import loops, models, test_layers_alone
+from . import loops, models, small_model, test_layers_alone
 from .grids import in_turn
 from .recorded_calls import Graph
 from .rounding import roundings
 from .under_way import all_under_way
+
+pytestmark = pytest.mark.shares_graphs
 
 Logits = list[torch.Tensor]
 
@@ -53,6 +55,13 @@ def denoised(model: torch.nn.Module, batch: int, extra: dict[str, Any] | None = 
     return out
 
 
+def padding() -> torch.Tensor:
+    """A mask that hides the first tokens of the second sequence."""
+    mask = torch.ones(2, PROMPT + RESPONSE, dtype=torch.int64)
+    mask[1, :3] = 0
+    return mask
+
+
 def same(got: Logits, want: Logits) -> bool:
     """Up to rounding, call for call."""
     return all(roundings(mine, theirs) <= 64 for mine, theirs in zip(got, want, strict=True) if theirs.numel())
@@ -71,9 +80,7 @@ def test_recorded_calls_equal_those_that_are_made(options: dict[str, Any], batch
 @pytest.mark.usefixtures("recording")
 def test_padding_masks_and_positions_are_copied_to_the_tape() -> None:
     """By code that Inductor compiled for their strides."""
-    model = models.build("llama")
-    mask = torch.ones(2, PROMPT + RESPONSE, dtype=torch.int64)
-    mask[1, :3] = 0
+    model, mask = models.build("llama", num_hidden_layers=2), padding()
     extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     options = {"lowering": "inductor", **METHODS["dual"]}
     want = denoised(model, 2, extra, **options)
@@ -84,7 +91,8 @@ def test_padding_masks_and_positions_are_copied_to_the_tape() -> None:
 @pytest.mark.usefixtures("recording")
 def test_calls_with_arguments_that_overlap_themselves_are_not_recorded() -> None:
     """A copy has other strides, which the code is not compiled for."""
-    model, extra = models.build("llama"), {"position_ids": torch.arange(PROMPT + RESPONSE)[None].expand(2, -1)}
+    model, places = models.build("llama", num_hidden_layers=2), torch.arange(PROMPT + RESPONSE)
+    extra = {"attention_mask": padding(), "position_ids": places[None].expand(2, -1)}
     options = {"lowering": "inductor", **METHODS["dual"]}
     want = denoised(model, 2, extra, **options)
     assert same(denoised(model, 2, extra, cuda_graphs=True, **options), want)
@@ -105,7 +113,7 @@ def test_parts_of_a_model_are_not_recorded() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_recorded_calls_of_generate_equal_those_that_are_made() -> None:
-    model, x = models.build("qwen2"), models.start(PROMPT, 0)
+    model, x = small_model.build(), models.start(PROMPT, 0)
     settings: dict[str, Any] = {"gen_length": RESPONSE, "block_length": BLOCK, "mask_id": models.MASK, "cache": "dual"}
     want = dllm_compile.generate(model, x, lowering="eager", **settings)
     assert Graph.played == 0
@@ -136,7 +144,7 @@ def test_a_call_that_cannot_be_recorded_is_made(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(tapes, "capture", capture)
-    model = models.build("llama")
+    model = small_model.build()
     want = denoised(model, 1, **METHODS["dual"])
     with pytest.warns(UserWarning, match="without a CUDA graph, as one cannot be recorded: operation not permitted"):
         assert same(denoised(model, 1, cuda_graphs=True, **METHODS["dual"]), want)
@@ -148,12 +156,12 @@ def test_tapes_do_not_keep_the_model(recording: None, monkeypatch: pytest.Monkey
         return made, SimpleNamespace(replay=lambda: None, pool=lambda: None)  # holds nothing, as CUDA's does
 
     monkeypatch.setattr(tapes, "capture", capture)
-    model = models.build("llama")
+    model = small_model.build()
     denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
     mine = [each for each in all_under_way() if each.tapes.kinds][-1]
     held = list(mine.tapes.kinds.values())
     assert any(isinstance(tape, tapes.Tape) for tape in held)
-    gone = weakref.ref(model.lm_head.weight)
+    gone = weakref.ref(model.head.weight)
     torch._dynamo.reset()
     del model, mine
     gc.collect()
@@ -161,7 +169,7 @@ def test_tapes_do_not_keep_the_model(recording: None, monkeypatch: pytest.Monkey
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
-    model = models.build("llama")
+    model = small_model.build()
     got = denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
     assert all(not each.tapes.kinds for each in all_under_way())
     assert all(map(torch.equal, got, denoised(model, 1, **METHODS["dual"])))
