@@ -106,6 +106,7 @@ def steps(call: Callable[[torch.Tensor], torch.Tensor], prompt: int = 9, count: 
     return out
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("options", METHODS, ids=str)
 def test_keywords_make_no_difference(options: dict[str, Any], padded: bool) -> None:
@@ -115,7 +116,7 @@ def test_keywords_make_no_difference(options: dict[str, Any], padded: bool) -> N
         mask[1, ..., :3] = False
     found = []
     for keywords in (False, True):
-        torch._dynamo.reset()
+        dllm_compile.reset()
         call = models.compiled(model(keywords), **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -352,9 +353,8 @@ def test_a_layer_whose_rows_mix_is_found_in_every_precision(form: str, dtype: to
 # -- dynamic shapes, and the last graph -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_dynamic_shapes_are_cached(name: str) -> None:
-    m = models.build(name, num_hidden_layers=2)
+def test_dynamic_shapes_are_cached() -> None:
+    m = models.build("llama", num_hidden_layers=2)
     for options, seen in ((NEUTRAL, {"full": 6}), (PARTIAL, {"full": 2, "select": 4})):
         torch._dynamo.reset()
         dllm_compile.reset()
