@@ -95,7 +95,9 @@ def _raising(error: Exception) -> Compiled:
 
 
 def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> None:
-    """Say, once a function, that Dynamo will make no further graph of it: what fits none of them runs in eager."""
+    """Warn once per function that Dynamo has reached its limit of graphs: calls that match none of them run in eager
+    mode.
+    """
     made, limit = CompileContext.current_compile_id(), torch.compiler.config.recompile_limit
     if made is None or made.frame_compile_id is None or made.frame_compile_id + 1 != limit:
         return
@@ -292,7 +294,9 @@ class Backend:
         return found
 
     def _join(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
-        """See that the weights and inputs of a graph behind the first are those of the step before."""
+        """For a graph after the first of a step: check that its weights and inputs equal those of the previous step,
+        and recompute every row if not.
+        """
         known = batch.session.weights.include([args[i] for i in self.weights or ()])
         new = [args[i] for i in program.beside if id(args[i]) not in step.inputs]
         step.inputs.update({id(tensor): tensor for tensor in new})
@@ -335,7 +339,8 @@ def _literal(value: Any) -> Any:
 
 
 class Chain:
-    """The graphs of one call of a model, which hand the hidden state on to each other, and the step that they are.
+    """The graphs that run in one call of a model, each on the hidden state that the one before returned, and the step
+    of the loop that this call is.
 
     Attributes:
         found: the batch of sequences and its step; ``None`` where the call is no step of a denoising loop.
@@ -347,7 +352,9 @@ class Chain:
         self.passed: list[torch.Tensor] = []
 
     def deliver(self) -> None:
-        """Note that the caller has the result: the very last thing that is done, as an interrupt may come before."""
+        """Mark the step as delivered. Must be the last statement of a call: if an interrupt comes earlier, the next
+        call with these ids returns the result of this step.
+        """
         if self.found is not None:
             self.found[1].delivered = True
 

@@ -13,7 +13,8 @@ _NOW = threading.local()
 
 
 class Declared:
-    """A word that holds for the calls made inside its ``with`` block on this thread; the innermost block counts.
+    """A context manager whose statement about the calls applies inside its ``with`` block, on this thread; of nested
+    blocks the innermost applies.
 
     It may be entered any number of times, one after another.
     """
@@ -62,7 +63,7 @@ def exact_calls() -> ExactCalls:
 
 
 def declared() -> Declared | None:
-    """The word that holds for a call made now on this thread; ``None`` where nobody said any."""
+    """The innermost :func:`loop` or :func:`exact_calls` that is active on this thread; ``None`` outside of any."""
     words = _words()
     return words[-1] if words else None
 

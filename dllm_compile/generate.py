@@ -91,7 +91,9 @@ def generate(
 def _progress(
     settings: Settings, masked: torch.Tensor, shift: bool, cached: bool, compiled: bool
 ) -> tuple[Progress, Settings]:
-    """Where the sequences stand at the start, and the settings as a published loop has them."""
+    """The initial :class:`Progress` of the batch, and the settings, changed where the published loop uses others (with
+    ``as_published``).
+    """
     progress = Progress(settings, masked.shape, shift=shift, cached=cached)
     if compiled:
         progress.hold(masked.cpu())

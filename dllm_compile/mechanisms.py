@@ -17,7 +17,7 @@ OWN = tuple(each.MECHANISM for each in (feature_cache, block_cache, decoded_rows
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What is valid where; made anew as a whole when a mechanism is registered.
+    """All valid names of options, methods, presets and caches. Immutable: registering a mechanism builds a new one.
 
     Attributes:
         registered: the mechanisms of others, by name.
@@ -73,7 +73,9 @@ def _made(registered: dict[str, Mechanism]) -> Tables:
 
 
 def _read_by_rules(option: Option, mechanism: Mechanism) -> Option:
-    """Where a registered option does not say what reads it, the rules beside it do."""
+    """Give a registered option without ``read`` the default: it is read if ``cache`` is one of the rules of its
+    mechanism.
+    """
     rules = [rule.name for rule in mechanism.rules]
     if option.read is not None or not rules or option.name in mechanism.switches:
         return option
@@ -133,7 +135,8 @@ def register(mechanism: Mechanism) -> Mechanism:
 
     Raises:
         TypeError: it is no mechanism, or holds something that is no option or rule.
-        ValueError: a name of it is taken or none, or a value in it is refused. Nothing has changed then.
+        ValueError: one of its names is in use or is not an identifier, or ``Options`` refuses one of its values. The
+            registry is then unchanged.
     """
     if not isinstance(mechanism, Mechanism):
         raise TypeError(f"what is registered is {mechanism!r}; give a dllm_compile.Mechanism")

@@ -203,7 +203,9 @@ class Options:
 
 
 def _resolved(base: Options | None, names: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values of all options from what a user wrote beside ``base``, and what was written under the names of options."""
+    """Values of all options (``base`` overridden by ``names``), and the part of ``names`` that the user gave, with
+    synonyms replaced by option names.
+    """
     known, written = tables(), dict(names)
     preset = written.pop("preset", None)
     chosen: dict[str, Any] = {}

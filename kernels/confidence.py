@@ -81,7 +81,8 @@ def reference(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
 
 
 def _first(x: torch.Tensor, maximum: torch.Tensor, under: torch.Tensor) -> torch.Tensor:
-    """The first column that is not ``under``: its run of columns, found beside the sums, and then its place in the run.
+    """The first column that holds the maximum: first the block of ``RUN`` columns that contains it, found in the same
+    loop as the sums, then the column within the block.
 
     A run is one number for a whole vector of Inductor's loop. Numbering each column makes the loop a quarter slower,
     ``torch.argmax`` more than that.

@@ -34,5 +34,7 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
 
 
 def expected(number: int | torch.SymInt) -> int:
-    """A number to choose tiles by: in code for any number, the one it is compiled for, which stays free."""
+    """The value of a size, to choose tiles by. For a symbolic size, the value at compile time, without specializing the
+    code to it.
+    """
     return number if isinstance(number, int) else likely(number)

@@ -1,6 +1,7 @@
 """Which rows turned: those whose similarity with their former selves is below a threshold (DyLLM, arXiv 2603.08026).
 
-How many there are is known on the device alone, so the list of them has room for all, and their number is beside it.
+Their number is known only on the device, so the list has a capacity of all active rows, and the number is a second
+result.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 and further rules, each in the file of its mechanism. The steps between two refreshes carry the residual stream of the
 active rows alone. Unless samplers are known to read the row of a token itself, the row before one of these is computed
-too. It leaves nothing behind: what others see of it is as old as if it had not been computed.
+too. Its keys and values are not cached: other rows see its old ones, as if it had not been computed.
 """
 
 from __future__ import annotations

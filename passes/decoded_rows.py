@@ -18,8 +18,8 @@ from dllm_compile.interface.plan import rows_before
 def decoded(facts: Facts) -> torch.Tensor:
     """Masked rows, and those filled since the call before, once more.
 
-    Where logits are shifted, a row is done with when the token behind it is known, as its logits are of that one; else
-    when its own is.
+    If logits are shifted, row ``i`` is no longer needed once token ``i + 1`` is filled, since its logits predict that
+    token; otherwise once token ``i`` is filled.
     """
     call = facts.call
     unknown = call.masked | (call.filled & (call.number > 0))

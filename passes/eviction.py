@@ -26,7 +26,8 @@ from dllm_compile.kernels.sparse_attention import sparse_attention
 def entries(fresh: torch.Tensor, keep_ratio: float) -> int:
     """How many of the entries beside the ``fresh`` rows ``[B, S]`` bool the longest sequence keeps, at least 2.
 
-    Code compiled for any number of rows takes two or more; what a sequence does not keep is no row.
+    At least 2, because code compiled for a dynamic number of rows does not take 0 or 1. A sequence that keeps fewer
+    entries is padded with "no row".
     """
     return max(int(int((~fresh).sum(1).max()) * keep_ratio), 2)
 

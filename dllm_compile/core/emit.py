@@ -323,7 +323,9 @@ class _Writer:
         return self.narrowed[node, rows]
 
     def _beside(self, node: torch.fx.Node) -> torch.fx.Node:
-        """``node`` on the active rows: the salient ones fresh, whether or not they enter the state, the others kept."""
+        """``node`` on the active rows: fresh values for the salient rows (also those that are not written to the
+        state), cached values for the others.
+        """
         if (node, ACTIVE) not in self.narrowed:
             at = self.slot["index:active"], self._index(SALIENT, ACTIVE)
             fresh, layout = self._raw(node), self._layout(node)

@@ -22,8 +22,8 @@ class Unknown(Exception):
 class Once:
     """What came of a call, by what is called and by the kinds of the values it is given.
 
-    Values of one kind have the same results, so nodes of repeated layers share theirs: which of them share memory is
-    not to be read off them.
+    Calls on values of the same kind get the same fake result, so nodes of repeated layers share one fake value. Do not
+    use fake values to decide which nodes share memory.
 
     Args:
         more: what belongs to the kind of a tensor beside its form, such as its layout.

@@ -35,7 +35,7 @@ class Blocks:
         self.block = torch.where(self.response, rank // (self.length or rank.shape[1]), -1)
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> None:
-        """Some sequences, ``[B]`` bool, are new ones; the responses are of all."""
+        """Start the sequences in ``rows`` (``[B]`` bool) again; ``response`` ``[B, S]`` is that of the whole batch."""
         self.response = response
         self._number()
         self.at = self.at.masked_fill(rows.unsqueeze(1), -1)
@@ -54,7 +54,7 @@ class Blocks:
         self.active = (self.block == at) & self.response  # a sequence without a response is at no block
 
     def _give_up(self) -> None:
-        """The loop fills tokens of any block: keep all of the response alive."""
+        """The loop does not use these blocks: from now on treat the whole response as one block, and warn."""
         self.warning = (
             f"dllm: a token outside of the active block of {self.length} was filled, so this loop has no such blocks; "
             "the whole response is recomputed from here on. Give the loop's block_length, or use method='dllm-cache'"

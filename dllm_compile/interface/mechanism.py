@@ -18,7 +18,7 @@ from .blocks import Blocks
 from .plan import AfterLayer, Call
 
 Rows = Callable[["Facts"], torch.Tensor]
-"""A pure function of what a step is told: what it needs of earlier calls is in there."""
+"""A pure function of the facts of one step; facts about earlier calls are included in them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Option:
         read: given all options, whether anything reads it; ``None`` where something always does.
         beside: what to give too so that something does.
         neutral: values, beside the default, at which nothing is reused.
-        yields: names of options; where one is given, a method does not bring its own value of this one.
+        yields: names of other options. If the user gives one of these, a method does not set this option.
         values: the words that it may be, in place of ``fits`` and ``wanted``: a wrong one is answered with the nearest.
     """
 
@@ -121,7 +121,8 @@ class RowRule:
             block begins.
         leaves_filled: a token that was filled need not be computed before the next refresh. Else one outside of the
             rows makes every row be computed.
-        in_blocks: the rows follow from blocks alone, so that ``generate`` may compute a block anew by itself.
+        in_blocks: whether the rows depend on the blocks only. ``generate`` then takes each block to have a cache of its
+            own, as Fast-dLLM does.
         shifts: the rule sees to shifted logits itself (``options.shift``); else the row before each is added.
         after_layer: what is measured in each layer, and decided of the layers behind it; the hidden states that leave
             each layer are kept for that. Not beside eviction and saliency, which keep no whole layers.
@@ -151,7 +152,8 @@ class Mechanism:
         source: where it is from: paper, code.
         options: names that it adds to ``options={...}``.
         switches: those of them that turn it on, whose default is off.
-        neutral: options at which every readable row is eager's; ``None`` where there are none but the number of steps.
+        neutral: options at which every readable row equals eager's; ``None`` if no options guarantee that for every
+            number of steps.
         rules: values that it adds to the option ``cache``.
         narrows: where one of ``switches`` is on, the rows, ``[B, S]`` bool, that steps between two refreshes compute of
             those that the rule of ``cache`` chooses; several mechanisms intersect.

@@ -84,10 +84,12 @@ class Plan:
         assignment: row sets of the layers.
         selected: rows each sequence may select where ``SELECTED`` is picked, ``[B]`` int64.
         active: ``[B, S]`` bool, the rows of ``ACTIVE``.
-        written: ``[B, S]`` bool, those of them that enter the state. The others are computed for samplers alone: all
-            of them exactly, with keys and values that nobody sees.
+        written: ``[B, S]`` bool, the active rows that are written to the state. The other active rows are computed only
+            because a sampler reads their logits: they are computed exactly, and their keys and values are not visible
+            to other rows.
         salient: ``[B, S]`` bool, those that are salient in the first layer.
-        bound: ``[B]`` float, rows whose context has a smaller cosine with its former self are salient behind it.
+        bound: ``[B]`` float, the saliency threshold of each sequence: after attention, rows are salient if the cosine
+            of their context with the cached one is smaller.
         block: ``[B, S]`` bool, the rows whose queries choose the entries to keep, where they are chosen.
         fresh: ``[B, S]`` bool, the rows that are never evicted, because later steps compute them.
         kept: entries that a sequence keeps of the others.
@@ -121,7 +123,7 @@ def rows_before(rows: torch.Tensor) -> torch.Tensor:
 
 
 class Schedule(Protocol):
-    """A method, for one sequence: from what happened to the rows of the next call."""
+    """Decides which rows each call of a batch computes, from the calls seen so far."""
 
     variants: tuple[Assignment, ...]
     """What it may answer; the first refreshes everything."""
@@ -186,5 +188,5 @@ class Exact:
         return Plan(EXACT)
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
-        """Nothing is kept of anybody."""
+        """Nothing is cached, so nothing has to be restarted: the other sequences continue."""
         return True

@@ -31,7 +31,7 @@ HISTORY = 8  # earlier ids that are remembered, to tell a second loop on the sam
 
 @dataclass(frozen=True)
 class Past:
-    """What a sequence was called with up to one call; replaced as a whole when the next one has run.
+    """The history of a batch after one call. Immutable: replaced by a new one when the next call has run.
 
     Attributes:
         ids: ``[B, S]`` int64 of that call, on the CPU.
@@ -74,8 +74,9 @@ class Step:
         counted: the name that ``stats`` has counted the step by.
         delivered: whether the caller has its result; an interrupt may come when it is made, and before.
         late: inputs that only the head reads.
-        own: whether a layer ran the variant of the step, and not the one that computes every row in its place.
-        anew: rows kept are not good for this step: layers that still come compute every row.
+        own: whether at least one layer ran the variant that was planned, rather than falling back to computing every
+            row.
+        anew: the cached rows are invalid for this step: the remaining layers compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
         noted: by layer, what was noted behind it in this step.
         deeper_rows: a layer was followed by the decision that those behind it compute every row.
@@ -185,7 +186,9 @@ class Batch:
         self.expected: Expected | None = None  # while it is in doubt whether this is a loop
 
     def begin_anew(self) -> None:
-        """Let the next call compute every row, as if the sequence began there; nobody's doubts come back."""
+        """Drop the cached rows, so that the next call computes every row as if the sequence began there. The evidence
+        that this is a loop is kept.
+        """
         self.drop_rows()
         self.stale, self.last = False, None
         if self.past is not None:
@@ -193,7 +196,9 @@ class Batch:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the last step ended before all of its layers had run, or the rows kept are no good otherwise."""
+        """Whether the cached rows are invalid: the last step was interrupted before all layers had run, or the weights
+        or inputs changed.
+        """
         last = self.last
         return self.stale or (
             last is not None and (last.layer < self.layers_seen or (self.thread is not None and not last.delivered))
@@ -236,7 +241,9 @@ class Batch:
         return inside & ~again & few
 
     def distance(self, ids: torch.Tensor) -> tuple[int, int]:
-        """How far ``ids`` are from the last call: tokens that were not just filled, and tokens at all, that changed."""
+        """Distance of ``ids`` from those of the last call: number of changed tokens that were not masks, and of all
+        changed tokens.
+        """
         assert self.past is not None
         changed = ids != self.past.ids
         return int((changed & (self.past.ids != self.mask_id)).sum()), int(changed.sum())
@@ -348,7 +355,9 @@ class Batch:
         return Call(number, repeat, masked, filled, changed, filling, notes)
 
     def expect(self, program: Program) -> None:
-        """While this may be no loop, see what the logits handed out say of the tokens to come."""
+        """While it is undecided whether these calls are a loop, keep the returned logits, to compare the tokens filled
+        next with them.
+        """
         made = program.logits(self.session.vocabulary)
         logits = self.outputs.get(program, {}).get(made) if made is not None else None
         if self.past is None or self.past.evidence.is_loop:

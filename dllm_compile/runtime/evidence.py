@@ -40,13 +40,14 @@ class Evidence:
     Attributes:
         declared: the caller said that it is a loop, or the graph that is called fills the masks itself.
         begins: it began fully masked behind a prompt.
-        scores: a run on its prompt was given up before.
+        scores: an earlier run of calls on the same prompt stopped before all masks were filled, as in likelihood
+            scoring.
         shift: which row predicts a token, if that is known; see :class:`dllm_compile.Options`.
         short: the response has fewer than ``SHORT`` tokens.
         fills: calls so far that filled masks.
         in_order: each of them filled the leftmost masks.
         ratios: log likelihood ratios of greedy and drawn tokens, by rows of their own and by rows before.
-        sure: the ratios sufficed.
+        sure: whether a likelihood ratio passed its threshold for being a loop.
     """
 
     declared: bool
@@ -108,7 +109,7 @@ class Expected:
         self.measures = torch.stack([read.probability, read.entropy, read.margin])
 
     def compare(self, ids: torch.Tensor, before: torch.Tensor, mask_id: int) -> torch.Tensor:
-        """Hold the tokens that were filled against it.
+        """Compare the tokens that were filled with the expected ones.
 
         Args:
             ids: ``[B, S]`` int64, of this call.

@@ -41,13 +41,14 @@ def readable_rows(masked: torch.Tensor, shift: bool | None) -> torch.Tensor:
 
 
 def positions(rows: torch.Tensor, least: int = 0, empty: bool = True, multiple: int = 1) -> torch.Tensor:
-    """Positions ``[B, K]`` int64 of the rows set in a ``[B, S]`` bool; what is missing in shorter ones is ``S``.
+    """Positions ``[B, K]`` int64 of the true entries of a ``[B, S]`` bool, in order; sequences with fewer are padded
+    with ``S``.
 
     Args:
         rows: which rows.
         least: columns that any non-empty index has at least. Code compiled for any number of rows takes two or more.
         empty: whether an index of no rows may have no columns.
-        multiple: of which the columns are one, unless they are all ``S``.
+        multiple: ``K`` is rounded up to a multiple of this, but is at most ``S``.
     """
     tokens = rows.shape[1]
     most = min(-int(-rows.sum(1).max() // multiple) * multiple, tokens)

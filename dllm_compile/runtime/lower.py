@@ -45,7 +45,7 @@ class SizesFixed(RuntimeError):
 
 
 class Code:
-    """Compiled code, and for which arguments it is good.
+    """Compiled code, and the conditions on its arguments under which it is valid.
 
     Attributes:
         run: takes the arguments, returns the tuple.
@@ -53,7 +53,7 @@ class Code:
             among the arguments has dimension -1.
         forms: how arguments lie in memory, ``None`` for a contiguous one; see :func:`dllm_compile.core.sizes.form`.
         free: where the sizes that may be any are read.
-        assumed: what the compiler took for granted of these.
+        assumed: the guards on the free sizes that the compiler assumed.
         tensors, numbers: the arguments that are looked at, by place.
         served: by sizes and strides of these, whether the code is good for them.
     """

@@ -23,7 +23,7 @@ def positions_of_call(
         response: ``[B, S]`` bool, rows of the response.
         shift: whether samplers read the row before a token; see :class:`dllm_compile.Options`.
         every: whether all rows are readable.
-        multiple: of which the number of rows is one, unless they are all.
+        multiple: the number of rows is rounded up to a multiple of this, but is at most ``S``.
         every_later: whether layers may come to compute every row in mid-step; then ``"readable later"`` are the rows
             that are readable then.
     """

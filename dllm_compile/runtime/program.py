@@ -181,7 +181,8 @@ class Program:
     def reads_all(self, vocabulary: int | None) -> bool:
         """Whether something other than logits and token ids is made of each row behind the layers, such as a quality.
 
-        What no sampler can read may be old. That is known of logits, and of ids in place of those that were given. The
+        Rows that no sampler reads may be old, but this is known only of logits and of token ids that the graph returns;
+        any other output must be current. The
         head need not be in the graph that begins a step, so each graph is asked for itself, with the vocabulary of the
         model.
         """

@@ -98,7 +98,7 @@ class GraphCall:
 
     Attributes:
         env: values by node.
-        have: the rows that each is on; all of them where it is missing.
+        have: the row set that each value was computed for; all rows if it is not listed.
         stored: values whose every row is kept, up to date.
         head: the unit that makes logits, if the graph has one.
         keys: of each layer: its number in a whole model, else its weights, since one graph may serve every layer.
@@ -165,7 +165,7 @@ class GraphCall:
         return (narrowed or self.narrows) and self.program.has_rows(node)
 
     def whole(self, node: torch.fx.Node) -> Any:
-        """All rows of a value: those just computed, beside those kept of the others."""
+        """All rows of a value: the rows computed in this call, and cached values for the rest."""
         value, rows = self.env[node], self.have.get(node)
         if rows is None or not self._widens(node):
             return value
@@ -197,7 +197,9 @@ class GraphCall:
         return [n for n in dict.fromkeys(read) if n in made]
 
     def _kept_whole(self, nodes: list[torch.fx.Node], current: bool = False) -> bool:
-        """Whether all rows of ``nodes`` are kept where some may not be computed; ``current`` asks for all of them."""
+        """Whether each of ``nodes`` that may be computed for fewer rows has a buffer with all of its rows; with
+        ``current``, whether every node has one.
+        """
         return all(self._slot(n) is not None or not (current or self._widens(n)) for n in nodes)
 
     def kept_results(self) -> dict[torch.fx.Node, Any] | None:
@@ -245,7 +247,9 @@ class GraphCall:
         return True
 
     def unit(self, unit: Unit, code: UnitCode) -> None:
-        """Run one unit. Deciding again on the same ids needs no layers: what the head gave is kept."""
+        """Run one unit. If the ids are those of the previous call and only the decision has to run, layers and head are
+        skipped: the cached output of the head is used.
+        """
         outs: Sequence[Any]
         if self.only_decides and (unit.is_layer or unit is self.head):
             outs, rows = [None] * len(unit.outputs), [NONE] * len(unit.outputs)
@@ -316,7 +320,7 @@ class GraphCall:
             self.batch.run_whole("a layer cannot be written for fewer rows")
 
     def _state(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
-        """Rows kept of the layer that these weights are; made where there are none, or not as many."""
+        """The state tensors of this layer; allocated if there are none, or if they have another number of entries."""
         if not assignment.keep:
             return []
         key, step, layers = self.keys[id(unit)], self.step, self.batch.layers
@@ -361,7 +365,9 @@ class GraphCall:
             self.costs.clear()  # of another number of rows
 
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
-        """The readable rows, or all at hand where not only logits are read; beside them those kept of the others."""
+        """Run the head on the readable rows; on all rows of its input if an output other than logits is read. The other
+        rows come from the cache.
+        """
         rows, readable = self._at_hand(unit), self.step.indices["readable"]
         values = self._values(unit)
         wanted = _entering(HEAD, rows)

@@ -77,7 +77,9 @@ class Session:
         _SESSIONS.add(self)
 
     def mask_seen(self, mask_id: int | None) -> bool:
-        """Whether the mask was given, or seen to be filled; by two tokens, as a text ending in one may be masked."""
+        """Whether the mask token is certain: the user gave it, or it was seen to be replaced by two different tokens
+        (with one, it may be an ordinary token that the text ends in).
+        """
         return self.options.mask_id is not None or len(self.filled_with.get(mask_id, ())) > 1
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
@@ -253,7 +255,8 @@ class Session:
     # -- which sequence ----------------------------------------------------------------------------------------------
 
     def _found(self, ids: torch.Tensor, candidates: list[Batch]) -> tuple[Batch | None, bool]:
-        """The sequences that a call goes on with, and whether it is another loop that has left one of the candidates.
+        """The batch that a call continues, if any, and whether the call instead starts a second loop that branches off
+        from an earlier call of a candidate.
 
         Some of the sequences of a batch may begin anew.
         """
@@ -453,7 +456,7 @@ def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> b
 
 
 def _again(call: Call, number: int) -> Call:
-    """The same call, of which the schedule is not told."""
+    """The same call with another number, for a call that the schedule does not get to see."""
     return replace(call, number=number, repeat=False)
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of partial steps: what a call launches, recorded once and launched as one.
+"""CUDA graphs of partial steps: the kernels that a call launches are recorded once and replayed with one launch.
 
 A partial step is hundreds of small launches, and the host takes longer to make them than the device to run them. Calls
 of one kind launch the same: as many rows, into the same state. The first call of a kind compiles and allocates, and

@@ -74,7 +74,9 @@ class ActiveRows:
         return self.full, self.evict, *(evicted(each, gaps=False) for each in partial)
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
-        """New sequences compute every row as those do that begin a block; not where kept entries are of one step."""
+        """New sequences refresh as at the start of a block. With eviction all sequences restart, since the kept entries
+        were chosen in one step for the whole batch.
+        """
         self.response = with_row_before(response) if self.wide else response
         self.blocks.begin_anew(rows, response)
         self.since = self.since & ~rows.unsqueeze(1)
