@@ -273,14 +273,14 @@ class Backend:
 
     def _begin(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
         """The batch of sequences that a call goes on with, and the step that it is; ``None`` if it is no step."""
-        beside = [args[i] for i in program.beside]
+        side_inputs = [args[i] for i in program.side_inputs]
         stream = args[program.index[program.seed]]
         if program.ids is not None:
             check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
-            found = session.begin(stream, beside, program, [args[i] for i in program.late])
+            found = session.begin(stream, side_inputs, program, [args[i] for i in program.head_inputs])
         else:
-            found = session.begin_hidden(stream, beside, program)
+            found = session.begin_hidden(stream, side_inputs, program)
             if found is None and session.mask_id is None:
                 reason = "no graph of this model saw its token ids, and its hidden state does not show what is masked"
                 self._refuse(GraphRefused(reason))
@@ -289,7 +289,7 @@ class Backend:
         batch, step = found
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
             batch.thread = threading.get_ident()  # further graphs of the step follow
-        step.inputs = {id(tensor): tensor for tensor in beside}
+        step.inputs = {id(tensor): tensor for tensor in side_inputs}
         session.weights.include([args[i] for i in self.weights or ()])
         return found
 
@@ -298,7 +298,7 @@ class Backend:
         and recompute every row if not.
         """
         known = batch.session.weights.include([args[i] for i in self.weights or ()])
-        new = [args[i] for i in program.beside if id(args[i]) not in step.inputs]
+        new = [args[i] for i in program.side_inputs if id(args[i]) not in step.inputs]
         step.inputs.update({id(tensor): tensor for tensor in new})
         if new:
             place = program.signature, step.layer

@@ -80,7 +80,7 @@ MECHANISM = Mechanism(
             greedy,
             "those just filled and those to be filled next, which :func:`dllm_compile.generate` tells (other loops do "
             "not: all masked rows)",
-            told=True,
+            needs_hint=True,
             refused=_keeps_its_keys,
         ),
     ),

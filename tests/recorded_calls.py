@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_compile.runtime import tapes
-from dllm_compile.runtime.outbox import Outbox
+from dllm_compile.runtime import recordings
+from dllm_compile.runtime.output_buffers import OutputBuffers
 
 from .under_way import all_under_way
 
@@ -64,7 +64,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         graph = Graph(body)
         return graph.made, graph
 
-    monkeypatch.setattr(tapes, "possible", lambda device: True)
-    monkeypatch.setattr(tapes, "capture", capture)
-    monkeypatch.setattr(Outbox, "copy", lambda self, value: value.clone())
+    monkeypatch.setattr(recordings, "possible", lambda device: True)
+    monkeypatch.setattr(recordings, "capture", capture)
+    monkeypatch.setattr(OutputBuffers, "copy", lambda self, value: value.clone())
     monkeypatch.setattr(Graph, "played", 0)

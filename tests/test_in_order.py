@@ -14,7 +14,7 @@ from dllm_compile import generate
 from dllm_compile.declared import filling, to_be_filled
 from dllm_compile.passes.decoded_rows import around
 from dllm_compile.sampler.in_order import InOrder
-from dllm_compile.sampler.progress import Turn
+from dllm_compile.sampler.progress import Writable
 
 from . import dkv_model, golden_models, loops
 from .sampling_loops import MASK, ids, run, toy
@@ -57,14 +57,14 @@ def test_each_sequence_draws_when_its_block_begins() -> None:
     draws = iter([torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2), torch.tensor([[0.9, 0.8, 0.9, 0.8]] * 2)])
     seen: list[torch.Tensor] = []
 
-    def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+    def step(x: torch.Tensor, turn: Writable) -> torch.Tensor:
         seen.append(turn.candidates)
         assert torch.equal(to_be_filled(x.shape), turn.candidates)  # type: ignore[arg-type]
         return x
 
     in_order, x, one = InOrder(step, lambda shape: next(draws)), torch.zeros(2, 4), torch.ones(2, dtype=torch.int64)
     for candidates in ("xx.. xxx.", "x... xx..", "..xx x..."):  # the first sequence goes on to its second block
-        in_order(x, Turn(rows(candidates), one, 1))
+        in_order(x, Writable(rows(candidates), one, 1))
     assert [turn.tolist() for turn in seen] == [rows(t).tolist() for t in (".x.. ..x.", "x... .x..", "..x. x...")]
 
 

@@ -106,8 +106,8 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
             return [compiled(ids).logits[ids == mask_id].clone() for ids in calls]
 
     got = run(0.999)
-    spills = dllm_compile.stats(model)["spills"]
-    assert 0 < spills < 5
+    overflows = dllm_compile.stats(model)["overflows"]
+    assert 0 < overflows < 5
     assert max(rows for each in session.sessions() for rows in each.salient_capacities.values()) > 2
     every = run(0.999, response_interval=1)
     exact = [step for step in range(4, 9) if torch.equal(got[step], every[step])]

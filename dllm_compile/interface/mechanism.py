@@ -126,7 +126,7 @@ class RowRule:
         shifts: the rule sees to shifted logits itself (``options.shift``); else the row before each is added.
         after_layer: what is measured in each layer, and decided of the layers behind it; the hidden states that leave
             each layer are kept for that. Not beside eviction and saliency, which keep no whole layers.
-        told: it needs to know which masks are filled next, which ``generate`` says for a random order.
+        needs_hint: it needs to know which masks are filled next, which ``generate`` says for a random order.
         refused: what about a rule makes it refuse options, as a sentence; ``None`` where it takes them.
     """
 
@@ -139,7 +139,7 @@ class RowRule:
     in_blocks: bool = False
     shifts: bool = False
     after_layer: AfterLayer | None = None
-    told: bool = False
+    needs_hint: bool = False
     refused: Callable[[Any], str | None] | None = None
 
 

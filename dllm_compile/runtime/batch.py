@@ -15,10 +15,10 @@ from dllm_compile.declared import Declared
 from dllm_compile.interface.plan import Call, Exact, Schedule, copied, with_tensors
 from dllm_compile.schedule.method import response_of, schedule
 
-from . import tapes
+from . import recordings
 from .evidence import Evidence, Expected, begins_masked
 from .ids import positions, response_rows
-from .outbox import Outbox
+from .output_buffers import OutputBuffers
 from .positions import Places, unpacked
 from .unchanged import Inputs
 
@@ -179,10 +179,10 @@ class Batch:
         self.layers: dict[Any, list[torch.Tensor]] = {}
         self.outputs: dict[Any, Any] = {}
         self.kept: dict[Any, torch.Tensor] = {}
-        self.outboxes: dict[Any, Outbox] = {}
+        self.output_buffers: dict[Any, OutputBuffers] = {}
         self.selected: dict[int, torch.Tensor] = {}
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.tapes = tapes.Tapes()  # they hold addresses of rows
+        self.recordings = recordings.Recordings()  # they hold addresses of rows
         self.expected: Expected | None = None  # while it is in doubt whether this is a loop
 
     def begin_anew(self) -> None:
@@ -210,7 +210,7 @@ class Batch:
 
     def logits_bytes(self) -> int:
         """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
-        return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.outboxes.values())
+        return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.output_buffers.values())
 
     # -- the ids of a call -------------------------------------------------------------------------------------------
 

@@ -68,8 +68,8 @@ class Program:
         units: stem, layers and head, whichever the graph has.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
-        beside: tensors that stem and layers read, but the ids and parameters.
-        late: likewise those that only the head reads.
+        side_inputs: tensors that stem and layers read, but the ids and parameters.
+        head_inputs: likewise those that only the head reads.
         signature: equal for graphs of the same model, which may go on with each other's rows.
         origin: what a value is called in every graph of the same signature, and of smaller batches.
     """
@@ -101,8 +101,8 @@ class Program:
         given = [i for i in model if not isinstance(args[i], torch.nn.Parameter)]
         behind = (self.head(self.vocabulary), self.decision) if self.ids is not None else (self.decision,)
         before = closure([n for unit in self.units if unit not in behind for n in unit.nodes], set())
-        self.late = [i for i in given if names[i] not in before and self.layers]
-        self.beside = [i for i in given if i not in self.late]
+        self.head_inputs = [i for i in given if names[i] not in before and self.layers]
+        self.side_inputs = [i for i in given if i not in self.head_inputs]
         self.codes = [shared(unit, self.axes, options.lowering) for unit in self.units]
         whole = self.ids is not None
         self.origin = {

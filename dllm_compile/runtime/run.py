@@ -31,7 +31,7 @@ from dllm_compile.passes.saliency import thorough
 
 from .batch import Batch, Step
 from .cost import terms
-from .outbox import Outbox
+from .output_buffers import OutputBuffers
 from .program import Program
 from .stats import Tally
 from .unit_code import UnitCode, Values, Variant
@@ -55,7 +55,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     if call.recordable():
         kind = step.assignment, tuple(step.sizes.items()), call.capacity
         record = partial(_made, program, batch)
-        call = batch.tapes.run(program, kind, record, args, step)
+        call = batch.recordings.run(program, kind, record, args, step)
     else:
         call.compute()
     if call.overflowed():  # what it wrote is among the active rows, which now are all written anew
@@ -145,7 +145,9 @@ class GraphCall:
     def answer(self, results: dict[torch.fx.Node, Any]) -> Any:
         """The graph's outputs, from the value of each, which a caller may write into without spoiling what is kept."""
         live = self.program.axes.layout
-        copies = {node: self._outbox(node).copy(value) if node in live else value for node, value in results.items()}
+        copies = {
+            node: self._buffers_of(node).copy(value) if node in live else value for node, value in results.items()
+        }
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 
     def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
@@ -156,8 +158,8 @@ class GraphCall:
         first = next(iter(self.keys.values()), None)
         return self.program.origin.get(node, node), first
 
-    def _outbox(self, node: torch.fx.Node) -> Outbox:
-        return self.batch.outboxes.setdefault(self._slot_key(node), Outbox())
+    def _buffers_of(self, node: torch.fx.Node) -> OutputBuffers:
+        return self.batch.output_buffers.setdefault(self._slot_key(node), OutputBuffers())
 
     def _widens(self, node: torch.fx.Node) -> bool:
         """Whether a value may be computed for some rows only, and has rows."""
@@ -172,7 +174,7 @@ class GraphCall:
         layout = self.program.axes.layout[node]
         kept = self._slot(node)
         if kept is None:
-            self.batch.tapes.clear()
+            self.batch.recordings.clear()
             (kept,) = allocate([node], self.program.axes, self.step.shape, self.step.counts.device)
             self.batch.kept[self._slot_key(node)] = kept
         if node not in self.stored and rows == ALL:
@@ -231,7 +233,7 @@ class GraphCall:
             for node in dead:
                 self.env.pop(node, None)
         self.results = {n: self.whole(n) if n in self.have else self.env[n] for n in program.results}
-        self.env.clear()  # a tape keeps the call, and is not to keep the model
+        self.env.clear()  # a recording keeps the call, and is not to keep the model
 
     def overflowed(self) -> bool:
         """Whether a layer had more salient rows than its capacity, which is then larger from now on."""
@@ -242,8 +244,8 @@ class GraphCall:
         if self.capacity is None or most <= self.capacity:
             return False
         session.grow_salient_capacity(step, most)
-        self.batch.tapes.clear()  # they have the old one
-        session.stats.spills += 1
+        self.batch.recordings.clear()  # they have the old one
+        session.stats.overflows += 1
         return True
 
     def unit(self, unit: Unit, code: UnitCode) -> None:
@@ -329,7 +331,7 @@ class GraphCall:
         if key in layers and (not compact or layers[key][-1].shape[1] == rows):
             return layers[key]
         layers.pop(key, None)  # free the old ones first
-        self.batch.tapes.clear()
+        self.batch.recordings.clear()
         anchors, size = unit.anchors(assignment.keep), step.shape
         layers[key] = allocate(anchors, self.program.axes, size, step.counts.device, compact, rows)
         return layers[key]

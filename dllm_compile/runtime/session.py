@@ -22,7 +22,7 @@ from dllm_compile.declared import Declared, ExactCalls, Loop, declared, to_be_fi
 from dllm_compile.interface.plan import Call, Exact, Plan, copied
 from dllm_compile.options import Options
 
-from . import tapes
+from . import recordings
 from .batch import HISTORY, Batch, Past, Step, bytes_of
 from .evidence import SHORT, Evidence, begins_masked
 from .ids import infer_mask_id, labels, mask_of_changes
@@ -124,19 +124,19 @@ class Session:
     # -- one call ----------------------------------------------------------------------------------------------------
 
     def begin_hidden(
-        self, hidden: torch.Tensor, beside: Sequence[torch.Tensor], program: Program
+        self, hidden: torch.Tensor, side_inputs: Sequence[torch.Tensor], program: Program
     ) -> tuple[Batch, Step] | None:
         """Read one call off the hidden state ``[B, S, d]`` that enters the first layer: equal rows, equal tokens.
 
         A model that breaks its graph before the first layer looks its ids up outside of any graph. What is masked is
         then inferred in any case, since a user's mask id says nothing about rows.
         """
-        return self.begin(labels(hidden), beside, program)
+        return self.begin(labels(hidden), side_inputs, program)
 
     def begin(
         self,
         ids: torch.Tensor,
-        beside: Sequence[torch.Tensor],
+        side_inputs: Sequence[torch.Tensor],
         program: Program,
         late: Sequence[torch.Tensor] = (),
     ) -> tuple[Batch, Step] | None:
@@ -144,7 +144,7 @@ class Session:
 
         Args:
             ids: ``[B, S]`` integer token ids.
-            beside: the other tensors that the layers read, but parameters.
+            side_inputs: the other tensors that the layers read, but parameters.
             program: the graph that is called.
             late: those that only the head reads; with others the same ids are no repetition.
 
@@ -158,8 +158,8 @@ class Session:
         moved = self.weights.moved()
         if moved:
             self._weights_changed()
-        candidates = [each for each in self.batches if self._could_be(each, ids, beside, program, word)]
-        read = self._read(ids, beside, late, candidates, moved)
+        candidates = [each for each in self.batches if self._could_be(each, ids, side_inputs, program, word)]
+        read = self._read(ids, side_inputs, late, candidates, moved)
         if read.weights_written:
             self._weights_changed()
         candidates = [each for each in candidates if read.same_inputs[each]]
@@ -169,12 +169,12 @@ class Session:
         before, self.before = self.before, read.ids if self.options.mask_id is None else None
         batch, branched = self._found(read.ids, candidates)
         if batch is None and not branched:
-            batch = self._smaller(read.ids, beside, program, word)
+            batch = self._smaller(read.ids, side_inputs, program, word)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
             batch.finished = True
             return None
         if batch is None:
-            batch = self._start(read.ids, before, beside, program, word, branched)
+            batch = self._start(read.ids, before, side_inputs, program, word, branched)
             if batch is None:
                 return None
         if not batch.layers:
@@ -192,18 +192,23 @@ class Session:
         self.stats.count(step)
 
     def _could_be(
-        self, each: Batch, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+        self,
+        each: Batch,
+        ids: torch.Tensor,
+        side_inputs: Sequence[torch.Tensor],
+        program: Program,
+        word: Declared | None,
     ) -> bool:
         past = each.past
         alike = past is not None and past.ids.shape == ids.shape and each.model == program.signature
         mine = each.word is (word if isinstance(word, Loop) else None)
         free = each.thread in (None, threading.get_ident())
-        return alike and mine and free and each.inputs.fit(beside)
+        return alike and mine and free and each.inputs.fit(side_inputs)
 
     def _read(
         self,
         ids: torch.Tensor,
-        beside: Sequence[torch.Tensor],
+        side_inputs: Sequence[torch.Tensor],
         late: Sequence[torch.Tensor],
         candidates: list[Batch],
         looked: bool,
@@ -219,7 +224,7 @@ class Session:
         written = [] if looked else self.weights.written()
         for flag in written:
             put(flag)
-        differ = [each.inputs.differ(beside) for each in candidates]
+        differ = [each.inputs.differ(side_inputs) for each in candidates]
         lately = [each.late if each.late is not None and each.late.fit(late) else None for each in candidates]
         later = [known.differ(late) if known is not None else [] for known in lately]
         for flag in (flag for mine in (*differ, *later) for flag in mine):
@@ -279,7 +284,7 @@ class Session:
         return None, False
 
     def _smaller(
-        self, ids: torch.Tensor, beside: Sequence[torch.Tensor], program: Program, word: Declared | None
+        self, ids: torch.Tensor, side_inputs: Sequence[torch.Tensor], program: Program, word: Declared | None
     ) -> Batch | None:
         """A sequence of a larger batch, of which these are the ones that are left."""
         for each in reversed(self.batches):
@@ -290,7 +295,12 @@ class Session:
                 continue
             index = each.rows_of(ids)
             inputs = each.inputs.of_sequences(index, len(past.ids)) if index is not None else None
-            if index is not None and inputs is not None and inputs.fit(beside) and not any(inputs.differ(beside)):
+            if (
+                index is not None
+                and inputs is not None
+                and inputs.fit(side_inputs)
+                and not any(inputs.differ(side_inputs))
+            ):
                 each.keep_sequences(index, inputs, program.signature)
                 return each
         return None
@@ -299,7 +309,7 @@ class Session:
         self,
         ids: torch.Tensor,
         before: torch.Tensor | None,
-        beside: Sequence[torch.Tensor],
+        side_inputs: Sequence[torch.Tensor],
         program: Program,
         word: Declared | None,
         loop: bool,
@@ -319,7 +329,7 @@ class Session:
         mask_id = self.mask_id
         if mask_id is None or not bool((ids == mask_id).any()):
             return None
-        inputs = Inputs(beside)
+        inputs = Inputs(side_inputs)
         scores = self._scores(ids, inputs)
         self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
         batch = Batch(self, ids, mask_id, inputs, program.signature, word if isinstance(word, Loop) else None)
@@ -418,7 +428,7 @@ class Session:
         self, batch: Batch, past: Past, call: Call, plan: Plan, program: Program, device: torch.device
     ) -> Step:
         size, tokens = call.masked.shape
-        self.records = self.options.cuda_graphs and tapes.possible(device)
+        self.records = self.options.cuda_graphs and recordings.possible(device)
         if bool((call.changed & call.masked).any()) and past.number > 0 and not self.reads_filled:
             self._tell_of_remasking(program)
         every = self.options.readable == "all" or self.reads_filled or program.reads_all(self.vocabulary)

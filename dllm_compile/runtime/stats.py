@@ -45,7 +45,7 @@ class Stats:
             that run on plain Inductor, what precedes the first layer and what a sampler computes are in neither.
         salient: rows that layers of saliency steps found salient, the most of a batch, all told; only on a CPU.
         salient_layers: how many layers that were.
-        spills: saliency steps that ran again with every row, as a layer had more salient ones than there was room for.
+        overflows: saliency steps that ran again with every row, as a layer had more salient ones than its capacity.
         checked: steps that ``verify`` compared.
         max_logit_error: largest absolute difference of a readable logit, over all checks.
         token_flips: masked positions whose best token differed, over all checks.
@@ -62,7 +62,7 @@ class Stats:
     flops: float = 0.0
     salient: int = 0
     salient_layers: int = 0
-    spills: int = 0
+    overflows: int = 0
     checked: int = 0
     max_logit_error: float = 0.0
     token_flips: int = 0
@@ -117,7 +117,7 @@ class Stats:
             getattr(self, name).update(getattr(other, name))
         for name in ("sequences", "graphs", "flops_whole", "flops", "salient", "salient_layers"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("spills", "checked", "token_flips"):
+        for name in ("overflows", "checked", "token_flips"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.max_logit_error = max(self.max_logit_error, other.max_logit_error)
         for row, step in other.first_divergence.items():

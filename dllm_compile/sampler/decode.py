@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .progress import Progress, Step
+from .progress import Progress, StepFunction
 
 
 @dataclass
@@ -43,7 +43,7 @@ def decode(
     prompt: int,
     mask_id: int,
     eos: tuple[int, ...],
-    step: Step,
+    step: StepFunction,
     progress: Progress,
     streamer: Any = None,
     output_history: bool = False,
@@ -68,8 +68,8 @@ def decode(
     host = x.cpu()
     masked = start = host == mask_id
     calls = 0
-    while (turn := progress.turn(masked & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
-        x = step(x, turn.to(x.device))
+    while (writable := progress.writable(masked & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
+        x = step(x, writable.to(x.device))
         calls += 1
         host = x.cpu()
         masked = host == mask_id

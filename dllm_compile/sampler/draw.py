@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .progress import Turn
+from .progress import Writable
 from .rules import by_rule, chosen, confidence, filtered
 from .settings import Settings
 
@@ -17,7 +17,7 @@ def draw_step(
     logits: torch.Tensor,
     x: torch.Tensor,
     masked: torch.Tensor,
-    turn: Turn,
+    writable: Writable,
     settings: Settings,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
@@ -27,22 +27,22 @@ def draw_step(
         logits: ``[B, S, V]``, row ``i`` predicts token ``i``.
         x: ``[B, S]`` int64.
         masked: ``[B, S]`` bool, positions that hold the mask.
-        turn: candidates and how many of them, on the device of ``x``.
+        writable: candidates and how many of them, on the device of ``x``.
         settings: of the generation.
         generator: source of the random numbers; ``None`` for PyTorch's own.
 
     Returns:
         ``[B, S]`` int64, a new tensor.
     """
-    rows = turn.candidates
-    if turn.share is not None:
+    rows = writable.candidates
+    if writable.share is not None:
         drawn = torch.rand(int(rows.sum()), generator=generator, device=x.device)
-        share = turn.share.unsqueeze(1).expand_as(rows)[rows]
+        share = writable.share.unsqueeze(1).expand_as(rows)[rows]
         rows = rows.masked_scatter(rows, drawn < share)
     token = torch.zeros_like(x)
     probability = filtered(logits[rows], settings.temperature, settings.top_p, settings.top_k).softmax(-1)
     token[rows] = picked = draw(probability, settings.temperature, generator)
-    if turn.share is not None:
+    if writable.share is not None:
         return torch.where(rows, token, x)
     if settings.remasking == "random":
         sure = torch.rand(x.shape, generator=generator, device=x.device)
@@ -50,11 +50,11 @@ def draw_step(
         sure = torch.full(x.shape, -torch.inf, dtype=logits.dtype, device=x.device)
         sure[rows] = confidence(probability, picked, settings.remasking)
     if settings.alg_temp:
-        taken = lottery(sure, turn, settings.alg_temp, generator)
+        taken = lottery(sure, writable, settings.alg_temp, generator)
     elif settings.rule is not None:
         taken = by_rule(settings.rule, sure, rows, masked)
     else:
-        taken = chosen(sure, rows, turn.count, turn.most, settings.threshold, settings.factor)
+        taken = chosen(sure, rows, writable.count, writable.most, settings.threshold, settings.factor)
     return torch.where(taken, token, x)
 
 
@@ -66,13 +66,15 @@ def draw(probability: torch.Tensor, temperature: float, generator: torch.Generat
     return torch.multinomial(normal, 1, replacement=True, generator=generator).squeeze(-1)
 
 
-def lottery(sure: torch.Tensor, turn: Turn, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+def lottery(
+    sure: torch.Tensor, writable: Writable, temperature: float, generator: torch.Generator | None
+) -> torch.Tensor:
     """Positions ``[B, S]`` bool drawn without replacement, in proportion to ``softmax(confidence / temperature)``."""
-    assert turn.count is not None
-    weight = torch.where(turn.candidates, sure / temperature, -torch.inf).softmax(-1)
-    taken = torch.zeros_like(turn.candidates)
-    for count in set(turn.count.tolist()):
-        rows = turn.count == count
+    assert writable.count is not None
+    weight = torch.where(writable.candidates, sure / temperature, -torch.inf).softmax(-1)
+    taken = torch.zeros_like(writable.candidates)
+    for count in set(writable.count.tolist()):
+        rows = writable.count == count
         if count:
             taken[rows] = taken[rows].scatter(1, torch.multinomial(weight[rows], count, generator=generator), True)
-    return taken & turn.candidates
+    return taken & writable.candidates

@@ -15,7 +15,7 @@ from dllm_compile.declared import filling
 from dllm_compile.mechanisms import rule_of
 from dllm_compile.options import Options
 
-from .progress import Step, Turn
+from .progress import StepFunction, Writable
 from .rules import chosen
 from .settings import Settings
 
@@ -28,22 +28,22 @@ class InOrder:
         uniform: draws numbers of a shape; the largest of a block go first.
     """
 
-    def __init__(self, step: Step, uniform: Callable[[torch.Size], torch.Tensor]) -> None:
+    def __init__(self, step: StepFunction, uniform: Callable[[torch.Size], torch.Tensor]) -> None:
         self.step, self.uniform = step, uniform
-        self.open: torch.Tensor | None = None  # candidates of the last turn: within a block they only grow fewer
+        self.open: torch.Tensor | None = None  # candidates of the last writable: within a block they only grow fewer
         self.draws = torch.empty(0)
 
-    def __call__(self, x: torch.Tensor, turn: Turn) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, writable: Writable) -> torch.Tensor:
         """Run the model and write."""
-        new = turn.candidates if self.open is None else turn.candidates & ~self.open
+        new = writable.candidates if self.open is None else writable.candidates & ~self.open
         begins = new.any(1, keepdim=True)
         if bool(begins.any()):
             drawn = self.uniform(x.shape)
             self.draws = drawn if self.open is None else torch.where(begins, drawn, self.draws)
-        self.open = turn.candidates
-        rows = chosen(self.draws, turn.candidates, turn.count, turn.most)
+        self.open = writable.candidates
+        rows = chosen(self.draws, writable.candidates, writable.count, writable.most)
         with filling(rows):
-            return self.step(x, replace(turn, candidates=rows))
+            return self.step(x, replace(writable, candidates=rows))
 
 
 def any_order(settings: Settings, options: dict[str, Any]) -> Settings | None:
@@ -53,7 +53,7 @@ def any_order(settings: Settings, options: dict[str, Any]) -> Settings | None:
         ValueError: it needs to, and confidence decides that after the call.
     """
     cache = Options.of(options).cache if options else "none"
-    if not rule_of(cache).told:
+    if not rule_of(cache).needs_hint:
         return None
     if settings.remasking != "random" or settings.parallel:
         raise ValueError(

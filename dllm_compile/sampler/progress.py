@@ -17,7 +17,7 @@ from .settings import Settings
 
 
 @dataclass(frozen=True)
-class Turn:
+class Writable:
     """What one step may write.
 
     Attributes:
@@ -32,15 +32,15 @@ class Turn:
     most: int | None = None
     share: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> Turn:
+    def to(self, device: torch.device) -> Writable:
         """The same with its tensors on ``device``."""
         count = None if self.count is None else self.count.to(device)
         share = None if self.share is None else self.share.to(device)
         return replace(self, candidates=self.candidates.to(device), count=count, share=share)
 
 
-Step = Callable[[torch.Tensor, Turn], torch.Tensor]
-"""Maps ids ``[B, S]`` and a turn on their device to new ids."""
+StepFunction = Callable[[torch.Tensor, Writable], torch.Tensor]
+"""Maps ids ``[B, S]`` and a writable on their device to new ids."""
 
 
 def quota(first: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def fraction(step: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
 
 
 def capped(first: torch.Tensor, left: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
-    """Counts ``[B]`` int64 of Fast-dLLM's Dream without blocks: equal parts, and what was turned down before."""
+    """Counts ``[B]`` int64 of Fast-dLLM's Dream without blocks: equal parts, and what was refused before."""
     return torch.minimum(first // steps * (step + 1), first) - (first - left)
 
 
@@ -90,7 +90,7 @@ class Progress:
         self.least = 2 if self.leads or (published and cached and not shift) else 1
         self.caps = published and shift and not blocked and settings.threshold is not None
 
-    def turn(self, masked: torch.Tensor) -> Turn | None:
+    def writable(self, masked: torch.Tensor) -> Writable | None:
         """What the next step may write; ``None`` when all sequences are done.
 
         Args:
@@ -103,9 +103,9 @@ class Progress:
         candidates = masked & self._reach() & live.unsqueeze(1)
         if self.leads:
             candidates &= (self.step > 0).unsqueeze(1) | (self.position == self._start().unsqueeze(1))
-        turn = self._count(candidates, left)
+        writable = self._count(candidates, left)
         self.step = self.step + live.long()
-        return turn
+        return writable
 
     def hold(self, masked: torch.Tensor) -> None:
         """Hold ``most`` at its largest from the first step on: a compiled step is then compiled once.
@@ -114,27 +114,27 @@ class Progress:
             masked: ``[B, S]`` bool on the CPU, what is masked at the start.
         """
         trial, masked = copy(self), masked.clone()
-        while (turn := trial.turn(masked)) is not None and turn.count is not None:
-            self.most = max(self.most, int(turn.count.max()))
-            masked &= ~turn.candidates | (turn.candidates.cumsum(1) > turn.count.unsqueeze(1))
+        while (writable := trial.writable(masked)) is not None and writable.count is not None:
+            self.most = max(self.most, int(writable.count.max()))
+            masked &= ~writable.candidates | (writable.candidates.cumsum(1) > writable.count.unsqueeze(1))
 
-    def _count(self, candidates: torch.Tensor, left: torch.Tensor) -> Turn:
+    def _count(self, candidates: torch.Tensor, left: torch.Tensor) -> Writable:
         settings, waiting = self.settings, candidates.sum(1)
         if self.caps:
             count = capped(self.first, left, self.step, self.steps)
         elif settings.parallel:
-            return Turn(candidates)
+            return Writable(candidates)
         elif self.timed or settings.remasking == "origin":
             share = fraction(self.step, self.steps, settings.eps)
             if settings.remasking == "origin":
-                return Turn(candidates, share=share)
+                return Writable(candidates, share=share)
             count = (waiting.float() * share).long()
         else:
             count = quota(self.first, self.step, self.steps)
         if self.leads:
             count = torch.where(self.step == 0, 1, count)
         count = torch.minimum(count, waiting)
-        return Turn(candidates, count, max(int(count.max()), self.most))
+        return Writable(candidates, count, max(int(count.max()), self.most))
 
     def _advance(self, masked: torch.Tensor) -> torch.Tensor:
         """Move sequences past the blocks they are done with; masks ``[B]`` left in the blocks they are in."""

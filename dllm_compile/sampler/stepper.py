@@ -11,7 +11,7 @@ from .compiled import compiled
 from .draw import draw_step
 from .family import Family, vocabulary
 from .in_order import InOrder, any_order
-from .progress import Step, Turn
+from .progress import StepFunction, Writable
 from .settings import Settings
 from .step import Model, guided_logits, read_logits, surest
 
@@ -24,7 +24,7 @@ def stepper(
     options: dict[str, Any],
     inputs: dict[str, Any],
     generator: torch.Generator | None,
-) -> Step:
+) -> StepFunction:
     """The step of one generation.
 
     Args:
@@ -47,8 +47,8 @@ def stepper(
     if settings.draws_rows(kind.shift):
         read = partial(compiled(read_logits, model, options) if options else read_logits, model)
 
-        def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
-            return draw_step(guided_logits(read, x, **fixed), x, x == kind.mask_id, turn, settings, generator)
+        def step(x: torch.Tensor, writable: Writable) -> torch.Tensor:
+            return draw_step(guided_logits(read, x, **fixed), x, x == kind.mask_id, writable, settings, generator)
     else:
         columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
         denoise = compiled(surest, model, options) if options and not settings.cfg_scale else surest
@@ -57,11 +57,11 @@ def stepper(
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
         fixed.update(threshold=settings.threshold, factor=settings.factor, rule=settings.rule)
 
-        def step(x: torch.Tensor, turn: Turn) -> torch.Tensor:
+        def step(x: torch.Tensor, writable: Writable) -> torch.Tensor:
             noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
             draws = uniform(x.shape) if settings.remasking == "random" else None
             new: torch.Tensor = denoise(
-                model, x, turn.candidates, turn.count, turn.most, noise=noise, draws=draws, **fixed
+                model, x, writable.candidates, writable.count, writable.most, noise=noise, draws=draws, **fixed
             )
             return new
 

@@ -26,7 +26,7 @@ def _storage(size: int) -> torch.UntypedStorage:
     return torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
 
 
-class Outbox:
+class OutputBuffers:
     """Storages handed out before, all of the same size.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Recorded calls: a graph that replays on the CPU stands in for CUDA's, so that what a tape reads is all its own."""
+"""Recorded calls: a graph that replays on the CPU stands in for CUDA's, so that a recording reads its own alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.runtime import session, tapes
+from dllm_compile.runtime import recordings, session
 from dllm_compile.runtime.ids import positions
 
 from . import loops, models, small_model, test_layers_alone
@@ -78,7 +78,7 @@ def test_recorded_calls_equal_those_that_are_made(options: dict[str, Any], batch
 
 
 @pytest.mark.usefixtures("recording")
-def test_padding_masks_and_positions_are_copied_to_the_tape() -> None:
+def test_padding_masks_and_positions_are_copied_to_the_recording() -> None:
     """By code that Inductor compiled for their strides."""
     model, mask = models.build("llama", num_hidden_layers=2), padding()
     extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -131,11 +131,11 @@ def test_a_call_with_too_many_salient_rows_is_made_again(name: str, monkeypatch:
     monkeypatch.setattr(session, "ROOM", 2)
     model, options = models.build("llama"), METHODS[name]
     want = denoised(model, 2, **options)
-    spills = dllm_compile.stats(model)["spills"]
-    assert spills > 0
+    overflows = dllm_compile.stats(model)["overflows"]
+    assert overflows > 0
     assert same(denoised(model, 2, cuda_graphs=True, **options), want)
     assert Graph.played > 0
-    assert dllm_compile.stats(model)["spills"] == 2 * spills
+    assert dllm_compile.stats(model)["overflows"] == 2 * overflows
 
 
 @pytest.mark.usefixtures("recording")
@@ -143,24 +143,24 @@ def test_a_call_that_cannot_be_recorded_is_made(monkeypatch: pytest.MonkeyPatch)
     def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(tapes, "capture", capture)
+    monkeypatch.setattr(recordings, "capture", capture)
     model = small_model.build()
     want = denoised(model, 1, **METHODS["dual"])
     with pytest.warns(UserWarning, match="without a CUDA graph, as one cannot be recorded: operation not permitted"):
         assert same(denoised(model, 1, cuda_graphs=True, **METHODS["dual"]), want)
 
 
-def test_tapes_do_not_keep_the_model(recording: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recordings_do_not_keep_the_model(recording: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any]:
         made = body()
         return made, SimpleNamespace(replay=lambda: None, pool=lambda: None)  # holds nothing, as CUDA's does
 
-    monkeypatch.setattr(tapes, "capture", capture)
+    monkeypatch.setattr(recordings, "capture", capture)
     model = small_model.build()
     denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
-    mine = [each for each in all_under_way() if each.tapes.kinds][-1]
-    held = list(mine.tapes.kinds.values())
-    assert any(isinstance(tape, tapes.Tape) for tape in held)
+    mine = [each for each in all_under_way() if each.recordings.kinds][-1]
+    held = list(mine.recordings.kinds.values())
+    assert any(isinstance(recording, recordings.Recording) for recording in held)
     gone = weakref.ref(model.head.weight)
     torch._dynamo.reset()
     del model, mine
@@ -171,7 +171,7 @@ def test_tapes_do_not_keep_the_model(recording: None, monkeypatch: pytest.Monkey
 def test_nothing_is_recorded_on_a_cpu() -> None:
     model = small_model.build()
     got = denoised(model, 1, cuda_graphs=True, **METHODS["dual"])
-    assert all(not each.tapes.kinds for each in all_under_way())
+    assert all(not each.recordings.kinds for each in all_under_way())
     assert all(map(torch.equal, got, denoised(model, 1, **METHODS["dual"])))
 
 
@@ -192,5 +192,5 @@ def test_graphs_of_cuda_equal_launches(options: dict[str, Any], lowering: str) -
     model = models.build("llama").cuda()
     want = denoised(model, 2, lowering=lowering, **options)
     assert same(denoised(model, 2, lowering=lowering, cuda_graphs=True, **options), want)
-    recorded = [tape for each in all_under_way() for tape in each.tapes.kinds.values()]
-    assert any(isinstance(tape, tapes.Tape) for tape in recorded)
+    recorded = [recording for each in all_under_way() for recording in each.recordings.kinds.values()]
+    assert any(isinstance(recording, recordings.Recording) for recording in recorded)

@@ -2,8 +2,8 @@
 
 A partial step is hundreds of small launches, and the host takes longer to make them than the device to run them. Calls
 of one kind launch the same: as many rows, into the same state. The first call of a kind compiles and allocates, and
-some kinds never come again: the second is recorded, on memory that the tapes own. From then on a call copies its ids
-and positions there and plays the tape. Tapes hold the addresses of the state, so they go when any of it does.
+some kinds never come again: the second is recorded, on memory that the recordings own. From then on a call copies its
+ids and positions there and replays it. Recordings hold the addresses of the state, so they go when any of it does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 Record = Callable[[Sequence[Any], "Step"], Made]
 UNFIT = object()
-"""In place of a tape, for calls of a kind that cannot be recorded."""
+"""In place of a recording, for calls of a kind that cannot be recorded."""
 
 
 def possible(device: torch.device) -> bool:
@@ -54,7 +54,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-class Tape:
+class Recording:
     """One recorded call, and the positions that it reads.
 
     Args:
@@ -70,19 +70,19 @@ class Tape:
             self.memory = step.memory.clone()
         self.made, self.graph = capture(lambda: record(args, step.elsewhere(self.memory)), step.counts.device, pool)
 
-    def play(self, step: Step) -> Any:
-        """The same for another step; what it returns is good until the tape is played again."""
+    def replay(self, step: Step) -> Any:
+        """The same for another step; what it returns is good until the recording is played again."""
         assert step.memory is not None
         self.memory.copy_(step.memory)
         self.graph.replay()
         return self.made
 
 
-class Tapes:
-    """All tapes of one sequence."""
+class Recordings:
+    """All recordings of one sequence."""
 
     def __init__(self) -> None:
-        self.kinds: dict[Any, Tape | object | None] = {}  # None where one call was made, and the next is to be recorded
+        self.kinds: dict[Any, Recording | object | None] = {}  # None: one call was made, record the next
         self.memory: dict[Any, dict[int, torch.Tensor]] = {}  # of a program's arguments, by place
 
     def clear(self) -> None:
@@ -111,12 +111,14 @@ class Tapes:
         if found is None:
             found = self._recorded(record, [owned.get(i, arg) for i, arg in enumerate(args)], step)
             self.kinds[key] = found
-        return found.play(step) if isinstance(found, Tape) else record(args, step)
+        return found.replay(step) if isinstance(found, Recording) else record(args, step)
 
-    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Tape | object:
-        pool = next((tape.graph.pool() for tape in self.kinds.values() if isinstance(tape, Tape)), None)
+    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Recording | object:
+        pool = next(
+            (recording.graph.pool() for recording in self.kinds.values() if isinstance(recording, Recording)), None
+        )
         try:
-            return Tape(record, args, step, pool)
+            return Recording(record, args, step, pool)
         except RuntimeError as error:
             warnings.warn(f"dllm: steps run without a CUDA graph, as one cannot be recorded: {error}", stacklevel=2)
             return UNFIT

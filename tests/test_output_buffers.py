@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_compile.runtime.outbox import Outbox
+from dllm_compile.runtime.output_buffers import OutputBuffers
 
 from . import models
 
 
 def test_memory_is_used_again_once_it_is_free() -> None:
-    box, value = Outbox(), torch.randn(3, 5)
+    box, value = OutputBuffers(), torch.randn(3, 5)
     places = set()
     held = None
     for _ in range(6):
@@ -27,14 +27,14 @@ def test_memory_is_used_again_once_it_is_free() -> None:
 
 
 def test_what_the_caller_holds_is_never_touched() -> None:
-    box = Outbox()
+    box = OutputBuffers()
     values = [torch.full((4, 3), float(i)) for i in range(5)]
     held = [box.copy(value) for value in values]
     assert all(torch.equal(a, b) for a, b in zip(held, values, strict=True))
 
 
 def test_a_view_or_a_detached_tensor_keeps_its_memory() -> None:
-    box = Outbox()
+    box = OutputBuffers()
     view = box.copy(torch.zeros(4, 3))[1:]
     detached = box.copy(torch.ones(4, 3)).detach()
     box.copy(torch.full((4, 3), 7.0))
@@ -44,14 +44,14 @@ def test_a_view_or_a_detached_tensor_keeps_its_memory() -> None:
 
 
 def test_writing_into_a_copy_leaves_the_source() -> None:
-    box, value = Outbox(), torch.zeros(2, 2)
+    box, value = OutputBuffers(), torch.zeros(2, 2)
     box.copy(value).fill_(5)
     assert torch.equal(value, torch.zeros(2, 2))
     assert torch.equal(box.copy(value), value)
 
 
 def test_shapes_and_strides_may_change() -> None:
-    box = Outbox()
+    box = OutputBuffers()
     box.copy(torch.zeros(4, 3))
     padded = torch.arange(30.0).reshape(2, 5, 3)[:, :-1]
     got = box.copy(padded)
@@ -96,7 +96,7 @@ HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_whatever_holds_a_part_keeps_it(hold: Callable[[torch.Tensor], Callable[[], Any]]) -> None:
-    box = Outbox()
+    box = OutputBuffers()
     box.copy(torch.zeros(4, 3))
     held = hold(box.copy(torch.ones(4, 3)))
     for i in range(2, 6):
@@ -118,7 +118,7 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_nothing_the_caller_wrote_comes_back(write: Callable[[torch.Tensor], Any]) -> None:
-    box, value = Outbox(), torch.randn(4, 3)
+    box, value = OutputBuffers(), torch.randn(4, 3)
     for _ in range(4):
         copy = box.copy(value)
         assert torch.equal(copy, value)
