@@ -13,7 +13,7 @@ from dllm_compile.core.sizes import Size
 from dllm_compile.runtime import unit_code
 from dllm_compile.runtime.lower import lower
 
-from . import models
+from . import models, small_model
 from .grids import in_turn
 from .models import MASK
 from .rounding import roundings
@@ -52,11 +52,16 @@ def test_another_length_makes_no_code(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("dual", "dllm-cache")])
 def test_another_length_makes_no_code_under_any_method(method: str) -> None:
-    makes_no_code("llama", method)
+    makes_no_code("small", method)
+
+
+def build(name: str) -> torch.nn.Module:
+    """A model of two layers."""
+    return small_model.build() if name == "small" else models.build(name, num_hidden_layers=2)
 
 
 def makes_no_code(name: str, method: str) -> None:
-    model, made = models.build(name, num_hidden_layers=2), mock.Mock(side_effect=unit_code.lower)
+    model, made = build(name), mock.Mock(side_effect=unit_code.lower)
     with mock.patch.object(unit_code, "lower", made):
         for size in FIRST:
             logits(model, size, 5, **METHODS[method])
@@ -68,10 +73,10 @@ def makes_no_code(name: str, method: str) -> None:
     assert not dllm_compile.stats(model)["refused"]
 
 
-@pytest.mark.parametrize(("method", "name"), [("dual", "llama"), ("dllm-cache", "qwen2")])
+@pytest.mark.parametrize(("method", "name"), [("dual", "llama"), ("dllm-cache", "small")])
 def test_inductor_makes_code_for_any_length(method: str, name: str) -> None:
     """As the same graphs do without it, up to norms in float32, also at lengths that the code was not made at."""
-    model = models.build(name, num_hidden_layers=2)
+    model = build(name)
     options, sizes = METHODS[method], [*FIRST, *THEN]
     want = [logits(model, size, 5, **options) for size in sizes]
     torch._dynamo.reset()
