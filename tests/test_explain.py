@@ -17,9 +17,11 @@ from dllm_compile.backend import Backend
 from dllm_compile.mechanisms import METHODS
 from dllm_compile.runtime.memory import peak_bytes
 
-from . import models
+from . import models, small_model
 from .test_properties import Model, Shape
 from .under_way import UnderWay, under_way
+
+pytestmark = pytest.mark.shares_graphs
 
 OPTIONS = {"prompt_interval": 3, "response_interval": 4, "transfer_ratio": 0.5}
 PROMPT, RESPONSE = 21, 16
@@ -51,6 +53,11 @@ def session() -> UnderWay:
     return under_way()
 
 
+def build(name: str) -> torch.nn.Module:
+    """A model by name."""
+    return small_model.build() if name == "small" else models.build(name)
+
+
 def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str, int]]]:
     """FLOPs of real steps by variant, with attention as plain matrix products, and the rows of each."""
     ids = models.start(PROMPT, RESPONSE)
@@ -71,7 +78,7 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
 
         return run
 
-    call = torch.compile(models.build(name), backend=counting)
+    call = torch.compile(build(name), backend=counting)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dllm_compile.loop():
         for step in range(6):
             call(input_ids=ids)
@@ -82,13 +89,13 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
 @pytest.mark.parametrize(
     ("name", "options", "variants"),
     [
-        ("llama", OPTIONS, {"select", "response", "prompt+select"}),
+        ("small", OPTIONS, {"select", "response", "prompt+select"}),
         ("modernbert", OPTIONS, {"select", "response", "prompt+select"}),
-        ("llama", {"cache": "dual", "block_length": 4}, {"full", "block"}),
+        ("small", {"cache": "dual", "block_length": 4}, {"full", "block"}),
         ("qwen3", {"cache": "prefix", "block_length": 4, "prompt_interval": 5, "shift": False}, {"full", "block"}),
         ("esm", {"cache": "decoded"}, {"block"}),
-        ("llama", {"cache": "dual", "keep_ratio": 0.5, "block_length": 4}, {"full", "evict", "sparse"}),
-        ("qwen3", {**OPTIONS, "keep_ratio": 0.5}, {"select", "response", "evict"}),
+        ("small", {"cache": "dual", "keep_ratio": 0.5, "block_length": 4}, {"full", "evict", "sparse"}),
+        ("small", {**OPTIONS, "keep_ratio": 0.5}, {"select", "response", "evict"}),
     ],
     ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
@@ -96,7 +103,7 @@ def test_closed_form_is_within_a_percent_of_counted_flops(
     name: str, options: dict[str, Any], variants: set[str]
 ) -> None:
     ids = models.start(PROMPT, RESPONSE)
-    explained = dllm_compile.explain(models.build(name), ids, mask_id=models.MASK, **options)
+    explained = dllm_compile.explain(build(name), ids, mask_id=models.MASK, **options)
     seen = counted(name, options)
     assert variants <= seen.keys() <= explained.flops.keys()
     symbols = {"R": "readable", "A": "active", "E": "kept", "F": "fresh"}
@@ -122,7 +129,7 @@ def test_state_bytes_are_those_allocated() -> None:
 
 def test_peak_bytes_are_bounds() -> None:
     """What a step holds at once beyond the weights, measured, is below what is explained."""
-    model, x = models.build("qwen2"), models.start(9, 8)
+    model, x = small_model.build(), models.start(9, 8)
     found = dllm_compile.explain(model, x, mask_id=models.MASK, method="fast-dllm", cache="dual", block_length=4)
     call = models.compiled_loop(model, method="fast-dllm", cache="dual", block_length=4, lowering="eager")
     with torch.no_grad():
@@ -194,7 +201,7 @@ def test_explain_says_why_a_causal_model_is_left_alone() -> None:
 
 
 def test_verify_reports_the_drift() -> None:
-    model, ids = models.build("llama"), models.start(9, 8)
+    model, ids = small_model.build(), models.start(9, 8)
     drifting = models.compiled_loop(model, verify=2, prompt_interval=50, response_interval=7, transfer_ratio=0.25)
     with torch.no_grad():
         for step in range(6):
@@ -209,7 +216,7 @@ def test_verify_reports_the_drift() -> None:
 
 
 def test_verify_finds_nothing_at_neutral_settings() -> None:
-    model, ids = models.build("qwen3"), models.start(9, 8)
+    model, ids = small_model.build(), models.start(9, 8)
     call = models.compiled_loop(model, verify=1, prompt_interval=1, response_interval=1)
     with torch.no_grad():
         for step in range(4):
