@@ -14,7 +14,7 @@ from dllm_compile.runtime.session import sessions
 from .models import MASK, VOCABULARY, compiled_loop, start
 from .under_way import UnderWay, under_way
 
-pytestmark = pytest.mark.usefixtures("no_gradients_no_warnings")
+pytestmark = [pytest.mark.usefixtures("no_gradients_no_warnings"), pytest.mark.shares_graphs]
 
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 CACHED: dict[str, Any] = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5}
