@@ -19,6 +19,8 @@ from .test_block_cache import Further, filled
 from .test_properties import Model, Shape, fresh
 from .under_way import UnderWay, under_way
 
+pytestmark = pytest.mark.shares_graphs
+
 PROMPT, RESPONSE, BLOCK, RATIO = 7, 8, 4, 0.5
 TOKENS = PROMPT + RESPONSE
 SHAPE = Shape(layers=2, heads=4, groups=2, head_dim=4, seed=11)
