@@ -10,24 +10,66 @@
                            row sets of the roles, and which rows those are; schedules put them together, and
                            ``core.emit`` writes them
 
-Passes never import each other; only this page names them all.
+:func:`analyzed` runs 1 to 6. Passes never import each other; only this page names them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import torch.fx
 
-from dllm_compile.core.axes import Axes
-from dllm_compile.core.graph import Fixed
+from dllm_compile.compat import FakeTensorMode
+from dllm_compile.core.axes import Axes, fake_like, follow
+from dllm_compile.core.graph import fix_sizes
 from dllm_compile.core.units import Unit
-from dllm_compile.debug import timed
+from dllm_compile.debug import asked, keep, part, timed
 from dllm_compile.passes.normalize import name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
+from dllm_compile.passes.seeds import find_seed
 from dllm_compile.passes.spelled_attention import spelled_attention
+from dllm_compile.passes.unmask import unmask
 
 
-def normalized(fixed: Fixed) -> torch.fx.Graph:
-    """Passes 1 and 2, in place, on a graph whose sizes are numbers."""
+@dataclass(frozen=True)
+class Analyzed:
+    """What passes 1 to 6 found.
+
+    Attributes:
+        graph: normalized, its sizes numbers.
+        args: fake arguments, one a placeholder.
+        seed: the placeholder that the tokens enter by.
+        axes: where batch and tokens sit in every value.
+        units: stem, layers, head and decision, whichever there are.
+        constants: values that several units read and that depend on no token.
+    """
+
+    graph: torch.fx.Graph
+    args: Sequence[Any]
+    seed: torch.fx.Node
+    axes: Axes
+    units: list[Unit]
+    constants: list[torch.fx.Node]
+
+
+def analyzed(module: torch.fx.GraphModule, given: Sequence[Any], halves: bool) -> Analyzed:
+    """Passes 1 to 6 on a graph that Dynamo traced.
+
+    Args:
+        module: it stays as it is.
+        given: arguments, real or fake, one a placeholder.
+        halves: whether layers are cut behind their attention, too.
+
+    Raises:
+        GraphRefused: the compiler does not take the graph.
+    """
+    args = fake_like(given, fake_mode := FakeTensorMode())
+    keep("traced", module)
+    with timed("fix sizes"):
+        fixed = fix_sizes(module.graph, args, fake_mode, given)
     graph = fixed.graph
     with timed("normalize"):
         name_arguments(graph)
@@ -35,11 +77,13 @@ def normalized(fixed: Fixed) -> torch.fx.Graph:
     with timed("spelled_attention"):
         spelled_attention(graph, fixed.fake)
     graph.lint()
-    return graph
-
-
-def cut(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> tuple[list[Unit], list[torch.fx.Node]]:
-    """Pass 6: the units of a graph, and the constants that several of them read."""
+    if asked():
+        keep("normalized", part(graph.nodes, fixed.fake))
+    with timed("seeds"):
+        seed, layout = find_seed(graph, args)
+    again = timed("follow axes")(partial(follow, graph, args, fake_mode, {seed.name: layout}))
+    with timed("unmask"):
+        axes = unmask(graph, again(), again)
     with timed("regions"):
         units = regions(graph, axes, halves)
-        return units, constants(graph, units, axes)
+        return Analyzed(graph, args, seed, axes, units, constants(graph, units, axes))

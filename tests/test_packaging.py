@@ -176,6 +176,17 @@ def test_the_reader_of_private_names_reads_every_spelling() -> None:
     assert [line for line in fine if list(private_names(line))] == []
 
 
+SHARED_WITH_METHODS = ("emit", "assignment", "rows", "state")  # they name row sets, which methods brought
+
+
+@pytest.mark.parametrize("path", in_folder("core"), ids=ident)
+def test_core_knows_nothing_of_diffusion(path: Path) -> None:
+    words = r"mask_id|denois\w*|diffusion|unmask\w*|samplers?|decod\w*|DyLLM|Sparse"
+    if path.stem not in SHARED_WITH_METHODS:
+        words += r"|prompts?|responses?|salien\w*|evict\w*|blocks?"
+    assert re.findall(rf"\b(?:{words})\b", path.read_text()) == []
+
+
 # -- size --------------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,11 +16,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import dllm_compile
-from dllm_compile.runtime import unit_code
+from dllm_compile.backend import PROGRAMS, Backend
+from dllm_compile.runtime import session, unit_code
 
-from . import models
+from . import models, small_model
 from .models import MASK
 
+ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {
     "method": "fast-dllm",
     "cache": "dual",
@@ -44,6 +52,56 @@ def test_nothing_is_compiled_behind_it(batch: int) -> None:
     again = dllm_compile.warm(model, 9, 8, batch, **SETTINGS)
     assert not again.compiled
     assert "nothing new" in str(again)
+
+
+def test_a_machine_that_is_given_the_artifacts_compiles_nothing(tmp_path: Path) -> None:
+    """PyTorch's cache artifacts hold all code of ours: a second process with a cache of its own finds every graph."""
+    code = """
+import sys, torch
+from torch._dynamo.utils import counters
+from tests import small_model
+from tests.models import MASK
+import dllm_compile
+if sys.argv[1] == "load":
+    torch.compiler.load_cache_artifacts(open(sys.argv[2], "rb").read())
+model = small_model.build(layers=1)
+call = torch.compile(model, backend="dllm", options={"cache": "dual", "mask_id": MASK})
+with torch.no_grad(), dllm_compile.loop():
+    call(torch.tensor([[1, 2, MASK, MASK]]))
+if sys.argv[1] == "save":
+    open(sys.argv[2], "wb").write(torch.compiler.save_cache_artifacts()[0])
+print(*[counters["inductor"][f"fxgraph_cache_{how}"] for how in ("miss", "hit", "bypass")])
+"""
+    told = []
+    for what in ("save", "load"):
+        given = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / what), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, what, str(tmp_path / "artifacts")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=given)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told.append([int(word) for word in done.stdout.splitlines()[-1].split()])
+    (missed, hit, bypassed), (missed_then, hit_then, bypassed_then) = told
+    assert missed >= hit_then >= 3
+    assert (hit, bypassed, missed_then, bypassed_then) == (0, 0, 0, 0)
+
+
+def test_memory_is_bounded_over_a_hundred_sequences() -> None:
+    """Of random lengths and batches, some left half done: code, analyses and rows do not grow with their number."""
+    model, held = small_model.build(), []
+    draw = random.Random(0)
+    bound = 2**18  # the largest batch takes 156,672 bytes, and sixteen may be alive
+    for i in range(100):
+        prompt, response, batch = draw.randint(2, 40), draw.choice([4, 8]), draw.choice([1, 2, 3])
+        ids = models.start(prompt, i, batch).clamp(max=MASK - 1)
+        dllm_compile.generate(model, ids, gen_length=response, steps=response, max_state_bytes=bound, **SETTINGS)
+        stats = dllm_compile.stats(model)
+        code = [len(known) for each in unit_code._SHARED.values() for known in each.variants.values()]
+        live = [each for each in session.sessions() if each.shares({id(p) for p in model.parameters()})]
+        held.append((sum(code), sum(len(each.batches) for each in live)))
+        assert stats["state_bytes"] <= bound
+    assert held[-1][0] == held[20][0]  # code of the last eighty: none
+    assert max(batches for _, batches in held) <= session.BATCHES
+    programs = [len(b.programs) for b in gc.get_objects() if isinstance(b, Backend)]
+    assert max(programs) <= PROGRAMS
 
 
 def test_what_it_cannot_do_is_said() -> None:

@@ -1,4 +1,4 @@
-"""Errors: one class a kind. What was given, what was wanted, what to do."""
+"""What the compiler does not take. Mistakes in options are ``ValueError`` or ``TypeError``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ import torch.fx
 from dllm_compile.compat import leave_vmaps, vmap_depth
 
 
-class DllmError(Exception):
-    """Base of every error about a graph. Mistakes in options are ``ValueError`` or ``TypeError``."""
-
-
-class GraphRefused(DllmError):
+class GraphRefused(Exception):
     """A graph, or a part of one, that the compiler does not take.
 
     It never reaches the user: the graph then runs on plain Inductor and the reason is said once.
@@ -30,10 +26,6 @@ class GraphRefused(DllmError):
         self.reason = reason
         self.node = node
         super().__init__(f"{reason} (at {describe(node)})" if node is not None else reason)
-
-
-class InvalidGraph(DllmError):
-    """A rewrite made a graph that breaks its own contract: a defect of ours, never of the user."""
 
 
 @contextmanager

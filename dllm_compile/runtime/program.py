@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 import torch.fx
 
-from dllm_compile.compat import FakeTensorMode
-from dllm_compile.core.axes import Axes, fake_like, follow
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import fingerprint, fix_sizes, output_node, placeholders, target_name
+from dllm_compile.core.graph import fingerprint, output_node, placeholders, target_name
 from dllm_compile.core.layout import position, size
 from dllm_compile.core.outline import outline
 from dllm_compile.core.units import Unit, closure
-from dllm_compile.debug import asked, keep, part, timed
+from dllm_compile.debug import asked, keep, part
 from dllm_compile.options import Options
-from dllm_compile.passes import cut, normalized
+from dllm_compile.passes import analyzed
 from dllm_compile.passes.causal import refuse_causal_masks
-from dllm_compile.passes.seeds import find_seed
-from dllm_compile.passes.unmask import unmask
 
 from .cost import whole
 from .unit_code import shared
@@ -75,18 +72,9 @@ class Program:
     """
 
     def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
-        self.options = options
-        given, args = args, fake_like(args, fake_mode := FakeTensorMode())
-        keep("traced", module)
-        fixed = timed("fix sizes")(fix_sizes)(module.graph, args, fake_mode, given)
-        self.graph = graph = normalized(fixed)
-        names = placeholders(graph)
-        if asked():
-            keep("normalized", part(graph.nodes, fixed.fake))
-        self.seed, layout = timed("seeds")(find_seed)(graph, args)
-        again = timed("follow axes")(partial(follow, graph, args, fake_mode, {self.seed.name: layout}))
-        self.axes = timed("unmask")(unmask)(graph, again(), again)
-        self.units, constants = cut(graph, self.axes, halves=options.saliency_threshold is not None)
+        found = analyzed(module, args, halves=options.saliency_threshold is not None)
+        self.graph, self.seed, self.axes, self.units = found.graph, found.seed, found.axes, found.units
+        graph, args, constants, names = found.graph, found.args, found.constants, placeholders(found.graph)
         _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.is_layer]

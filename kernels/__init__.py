@@ -1,0 +1,1 @@
+"""One operation a file: a reference in PyTorch, and for some a Triton kernel."""
