@@ -132,6 +132,26 @@ def test_it_equals_the_method_spelled_out_under_inductor() -> None:
     assert any(follow(Model(Shape(3, 2, 1, 4, 0)), 2, 0.97, 0, "inductor"))
 
 
+class Broken(Model):
+    """Its graph breaks before each layer."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        angles = torch.arange(ids.shape[1])[:, None] * self.get_buffer("rates")
+        x = self.embed(ids)
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x, angles.cos(), angles.sin(), None)
+        torch._dynamo.graph_break()
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:dllm. a graph broke")
+def test_a_model_that_is_traced_layer_by_layer_restarts_in_its_middle() -> None:
+    restarted = follow(Broken(Shape(3, 2, 1, 4, 0)), 2, 0.97, 0)
+    assert {0, 1} <= {layer for step in restarted for layer in step}
+
+
 def test_its_neutral_setting_equals_eager(elastic: Mechanism) -> None:
     model = Model(Shape(2, 2, 1, 4, seed=1))
     ids = torch.tensor([[1, 2, 3, MASK, MASK, MASK], [3, 2, 1, MASK, MASK, MASK]])
