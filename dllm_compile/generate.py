@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .declared import loop
-from .interface.mechanism import Confidences, Mechanism
+from .interface.mechanism import Confidences, Mechanism, asked
 from .mechanisms import RENEWED, rule_of, tables, turned_on
 from .options import Options, check_vocabulary
 from .sampler.check import check_call, check_range, embedded
@@ -156,6 +156,9 @@ def _rule(mechanism: Mechanism, options: Options) -> Rule:
     """A mechanism's rule of unmasking with the user's options; the same function for the same ones, as it is traced."""
     unmask = mechanism.unmask
     assert unmask is not None
+    every = torch.ones(2, 5, dtype=torch.bool)
+    told = Confidences(torch.rand(2, 5), every, every, options)
+    asked(f"the mechanism {mechanism.name!r} says tokens to write", lambda _: unmask(told), told, told.candidates)
     values = SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
 
     def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Tables:
         methods, presets: values of ``method`` and ``preset``, and the options that each stands for.
         rules: values of ``cache``.
         checks: what refuses options beside one another.
+        rules_of: values of ``cache`` that a method may have, where it is one of rules of its own.
     """
 
     registered: dict[str, Mechanism]
@@ -39,6 +40,7 @@ class Tables:
     presets: dict[str, dict[str, Any]]
     rules: dict[str, RowRule]
     checks: tuple[Callable[[Any], str | None], ...]
+    rules_of: dict[str, frozenset[str]]
 
 
 def _made(registered: dict[str, Mechanism]) -> Tables:
@@ -69,6 +71,12 @@ def _made(registered: dict[str, Mechanism]) -> Tables:
         presets,
         {**{rule.name: rule for m in every for rule in m.rules}, "none": block_cache.RESPONSE_ROWS},
         tuple(check for m in every for check in m.checks),
+        {
+            name: frozenset(rule.name for rule in m.rules)
+            for m in registered.values()
+            for name, values in m.methods.items()
+            if values.get("cache") in {rule.name for rule in m.rules}
+        },
     )
 
 
@@ -177,12 +185,16 @@ def _check(mechanism: Mechanism) -> None:
     from .options import Options, reserved
 
     for kind, values in ((Option, mechanism.options), (RowRule, mechanism.rules)):
+        if not isinstance(values, (tuple, list)):
+            raise TypeError(f"{mechanism.name!r} has a {type(values).__name__}; give a tuple of {kind.__name__}s")
         for value in values:
             if not isinstance(value, kind):
                 raise TypeError(f"{mechanism.name!r} has {value!r} among its {kind.__name__}s; give a {kind.__name__}")
     own = [name for option in mechanism.options for name in (option.name, *option.synonyms)]
     for name in own:
-        if not isinstance(name, str) or not name.isidentifier() or hasattr(Options, name) or name in reserved():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"{name!r} cannot be an option of {mechanism.name!r}: it is no identifier of Python")
+        if hasattr(Options, name) or name in reserved():
             raise ValueError(f"{name!r} cannot be an option of {mechanism.name!r}: it has a meaning; take another name")
     now = _TABLES
     given: dict[str, tuple[Iterable[str], Iterable[str]]] = {
@@ -206,6 +218,15 @@ def _check(mechanism: Mechanism) -> None:
         raise ValueError(
             f"{mechanism.name!r} says rows, keys or tokens, and nothing switches it on; name an option in `switches`"
         )
+    for rule in mechanism.rules:
+        if not callable(rule.rows):
+            raise TypeError(f"the rows of the rule {rule.name!r} are {rule.rows!r}; give a function of Facts")
+    for option in mechanism.options:
+        if option.name in mechanism.switches and option.default not in (None, False):
+            raise ValueError(
+                f"{mechanism.name!r} is switched on by {option.name!r}, whose default is {option.default!r}; give None "
+                "or False as its default, which are off, and the usual value in `methods`"
+            )
     for name in mechanism.switches:
         if name not in {option.name for option in mechanism.options}:
             raise ValueError(f"{mechanism.name!r} is switched on by {name!r}, which is none of its options")

@@ -124,6 +124,12 @@ class Options:
                 raise ValueError(
                     f"method is 'exact', which reuses nothing, and {name} is {value!r}; leave out one of them"
                 )
+        theirs = known.rules_of.get(self.method, frozenset())
+        if theirs and self.cache not in theirs:
+            raise ValueError(
+                f"method is {self.method!r}, whose rows are those of cache={' or '.join(map(repr, sorted(theirs)))}, "
+                f"and cache is {self.cache!r}; leave out one of them"
+            )
         own = [name for name in known.methods[self.method] if name in known.switches]
         if own and all(getattr(self, name) == known.options[name].default for name in own):
             off = " and ".join(f"{name} is {getattr(self, name)!r}" for name in own)

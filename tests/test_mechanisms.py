@@ -153,6 +153,12 @@ def test_its_options_are_checked_as_those_of_the_package(sliding: Mechanism) -> 
         Options(method="exact").window  # noqa: B018
 
 
+def test_the_rows_of_a_method_are_its_own(sliding: Mechanism) -> None:
+    """Another value of ``cache`` would leave nothing of the method but its name."""
+    with pytest.raises(ValueError, match="whose rows are those of cache='sliding-window', and cache is 'dual'"):
+        Options(method="sliding-window", cache="dual")
+
+
 def test_a_loop_goes_on_where_its_mechanism_was_unregistered(sliding: Mechanism) -> None:
     model, loop, x = build(), dllm_compile.loop(), start(1)
     call = shared.compiled(model, lowering="eager", mask_id=MASK, method="sliding-window")
@@ -212,8 +218,10 @@ def rule(name: str, **more: Any) -> Mechanism:
         (rule("new", options=(Option("gen_interval", 1),)), "option 'gen_interval' is there already"),
         *(
             (rule("new", options=(Option(name, 1),)), f"{name!r} cannot be an option of 'new': it has a meaning")
-            for name in ("temperature", "alg", "streamer", "input_ids", "more", "share", "reads", "_set", "no name")
+            for name in ("temperature", "alg", "streamer", "input_ids", "more", "share", "reads", "_set")
         ),
+        (rule("new", options=(Option("no name", 1),)), "'no name' cannot be an option of 'new': it is no identifier"),
+        (rule("new", options=(Option("on", 4),), switches=("on",)), "whose default is 4; give None or False"),
         (rule("new", options=(Option("own", 0, **count("8")),)), "the default of own is 0; give a whole number"),
         (rule("new", options=(Option("own", 0, read=bool),)), "something reads own only beside others"),
         (rule("new", switches=("own",)), "'new' is switched on by 'own', which is none of its options"),

@@ -128,7 +128,7 @@ def test_a_call_with_too_many_salient_rows_is_made_again(name: str, monkeypatch:
     monkeypatch.setattr(
         session.Session, "salient_capacity", lambda self, step: self.salient_capacities.get(step.sizes.get("active"), 2)
     )
-    monkeypatch.setattr(session, "ROOM", 2)
+    monkeypatch.setattr(session, "LEAST_CAPACITY", 2)
     model, options = models.build("llama"), METHODS[name]
     want = denoised(model, 2, **options)
     overflows = dllm_compile.stats(model)["overflows"]

@@ -96,7 +96,7 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
     monkeypatch.setattr(
         Session, "salient_capacity", lambda self, step: self.salient_capacities.get(step.sizes.get("active"), 2)
     )
-    monkeypatch.setattr(session, "ROOM", 2)
+    monkeypatch.setattr(session, "LEAST_CAPACITY", 2)
 
     def run(threshold: float, **more: Any) -> list[torch.Tensor]:
         dllm_compile.reset()

@@ -87,6 +87,21 @@ def test_a_drawn_step_follows_the_rule_too() -> None:
     assert made.nfe == 8
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (lambda told: told.sure, r"torch.float32 \[2, 5\]"),
+        (lambda told: told.candidates[0], r"torch.bool \[5\]"),
+        (lambda told: None, "a NoneType"),
+    ],
+)
+def test_what_a_rule_returns_is_checked_before_anything_is_traced(rule: Any, said: str) -> None:
+    flag = Option("wrong", None, is_number, "a number", "a rule that errs")
+    register(Mechanism("wrong", "a test", options=(flag,), switches=("wrong",), unmask=rule))
+    with pytest.raises(ValueError, match=f"the mechanism 'wrong' says tokens to write of {said}"):
+        dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, wrong=0.3)
+
+
 def test_two_choosers_are_refused() -> None:
     model, prompt = build(), start(1)[:, :4]
     with pytest.raises(ValueError, match="a mechanism decides which tokens are written, and so does threshold"):

@@ -110,19 +110,22 @@ def test_steps_of_every_row_read_the_visible_keys_alone(
         ids = filled(ids, want)
 
 
+SPARSE_BLOCKS: dict[str, Any] = {"cache": "dual", "keep_ratio": 0.5}
+
+
 @pytest.mark.parametrize(
-    "beside",
+    ("lowering", "beside"),
     [
-        {"cache": "dual"},
-        {"cache": "dual", "keep_ratio": 0.5},
-        {"saliency_threshold": 0.9, "full_steps": 1},
-        {"prompt_interval": 3, "response_interval": 2},
-        {"prompt_interval": 3, "response_interval": 2, "keep_ratio": 0.5},
+        ("inductor", SPARSE_BLOCKS),
+        ("eager", SPARSE_BLOCKS),
+        ("eager", {"cache": "dual"}),
+        ("eager", {"saliency_threshold": 0.9, "full_steps": 1}),
+        ("eager", {"prompt_interval": 3, "response_interval": 2}),
+        ("eager", {"prompt_interval": 3, "response_interval": 2, "keep_ratio": 0.5}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
-def test_hidden_keys_have_no_part_in_any_method(beside: dict[str, Any], lowering: str) -> None:
+def test_hidden_keys_have_no_part_in_any_method(lowering: str, beside: dict[str, Any]) -> None:
     """What is hidden throughout may hold any token: the answers are the same."""
     model, ids, other = Model(Shape(2, 2, 1, 4, 1)), start(1, 3), start(1, 3)
     other[0, 0] = ids[0, 0] % (MASK - 1) + 1
@@ -140,6 +143,18 @@ def test_hidden_keys_have_no_part_in_any_method(beside: dict[str, Any], lowering
     assert dllm_compile.stats(model)["layers"]["cached"] > 0
 
 
+@pytest.mark.parametrize("beside", [{"cache": "dual"}, {"prompt_interval": 3, "response_interval": 2}], ids=str)
+def test_the_step_that_evicts_reads_the_visible_keys_alone(beside: dict[str, Any]) -> None:
+    model, ids = Model(Shape(2, 2, 1, 4, 1)), start(2, 3)
+    delay = {"delay": 0} if "cache" in beside else {}
+    call = shared.compiled(model, lowering="eager", mask_id=MASK, keep_ratio=0.5, suffix=2, **delay, **beside)
+    with dllm_compile.loop():
+        got = call(ids)
+    assert "evict" in dllm_compile.stats(model)["steps"]
+    masked = ids == MASK
+    torch.testing.assert_close(got[masked], model(ids, seen(ids, suffix=2))[masked])
+
+
 def test_narrowed_rows_are_those_that_are_computed() -> None:
     model, ids = Model(Shape(2, 2, 1, 4, 1)), start(1, 3)
     call = shared.compiled(model, lowering="eager", mask_id=MASK, shift=False, cache="dual", few=2)
@@ -155,7 +170,7 @@ def test_narrowed_rows_are_those_that_are_computed() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="'few-rows' narrows the rows of a cache of blocks; give cache='dual' too"):
         dllm_compile.Options(few=2)
-    with pytest.raises(ValueError, match="says rows or keys, and nothing switches it on"):
+    with pytest.raises(ValueError, match="says rows, keys or tokens, and nothing switches it on"):
         register(replace(mechanism("never", "never", visible=odd), switches=()))
 
 
@@ -163,7 +178,9 @@ def test_a_sequence_without_a_key_is_an_error() -> None:
     register(mechanism("nothing", "nothing", visible=lambda facts: facts.masked & False))
     model = Model(Shape(1, 2, 1, 4, 1))
     call = shared.compiled(model, lowering="eager", mask_id=MASK, cache="dual", nothing=1)
-    with pytest.raises(ValueError, match="nothing leave a sequence without a visible key; leave at least one"):
+    with pytest.raises(
+        ValueError, match=r"the mechanism 'nothing' hides every key of the sequences \[0\]; leave at least one"
+    ):
         call(start(1, 3))
 
 

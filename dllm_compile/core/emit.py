@@ -204,8 +204,9 @@ class _Writer:
         """An attention call: as it was, over the kept entries, or from the change of the salient values."""
         given = attention_arguments(args, kwargs)
         mask, entries = given.attn_mask, None
-        if self.entries is not None and (mask is not None or self.assignment.gaps or self.assignment.hides):
-            entries = self._visible_entries()
+        if self.assignment.keys == KEYED:
+            if mask is not None or self.assignment.gaps or self.assignment.hides:
+                entries = self._visible_entries()
         elif self.assignment.hides:
             mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"]))
             kwargs = {**kwargs, "attn_mask": mask}

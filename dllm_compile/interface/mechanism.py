@@ -54,7 +54,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule is told about one step between two refreshes.
+    """What a rule is told about one step; those of ``visible`` and ``refresh`` are asked at every step.
 
     Attributes:
         call: what the ids of the call show. Its ``number`` counts calls of the batch; a sequence that was replaced by
@@ -160,7 +160,7 @@ class Mechanism:
         visible: where one of ``switches`` is on, the keys, ``[B, S]`` bool, that attention reads in every step;
             several mechanisms intersect, and what eviction keeps of the others is hidden too.
         unmask: where one of ``switches`` is on, the candidates, ``[B, S]`` bool, that :func:`dllm_compile.generate`
-            writes in a step, in place of ``threshold`` and ``factor``; the surest one is written in any case. It is
+            writes in a step, in place of ``threshold`` and ``factor``; the surest one where it says none. It is
             compiled with the step: PyTorch on tensors whose sizes depend on no values. One mechanism at most.
         methods: values of ``method``, each with the options it stands for.
         presets: values of ``preset``, likewise.
@@ -181,7 +181,7 @@ class Mechanism:
     checks: tuple[Callable[[Any], str | None], ...] = ()
 
 
-def asked(what: str, rows: Rows, facts: Facts, like: torch.Tensor) -> torch.Tensor:
+def asked(what: str, rows: Callable[[Any], torch.Tensor], facts: Any, like: torch.Tensor) -> torch.Tensor:
     """What somebody's function says of the rows of a step, which must be as large as ``like``.
 
     Args:
@@ -194,7 +194,11 @@ def asked(what: str, rows: Rows, facts: Facts, like: torch.Tensor) -> torch.Tens
         ValueError: it says something else.
     """
     said = rows(facts)
-    found = f"{said.dtype} {list(said.shape)} on {said.device}" if isinstance(said, torch.Tensor) else repr(said)
+    found = (
+        f"{said.dtype} {list(said.shape)} on {said.device}"
+        if isinstance(said, torch.Tensor)
+        else f"a {type(said).__name__}"
+    )
     wanted = f"{like.dtype} {list(like.shape)} on {like.device}"
     if found != wanted:
         raise ValueError(f"{what} of {found}; give {wanted}")

@@ -72,10 +72,11 @@ Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def by_rule(rule: Rule, sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Which candidates ``[B, S]`` bool to write by a mechanism's rule: those it says, and the surest."""
+    """Which candidates ``[B, S]`` bool to write by a mechanism's rule: those it says; the surest where it says none."""
     sure = torch.where(candidates, sure, -torch.inf)
     best = torch.zeros_like(candidates).scatter(1, sure.topk(1, 1).indices, True)
-    return (rule(sure, candidates, masked) | best) & candidates
+    taken = rule(sure, candidates, masked) & candidates
+    return taken | (best & candidates & ~taken.any(1, keepdim=True))
 
 
 def chosen(

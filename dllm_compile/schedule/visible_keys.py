@@ -51,7 +51,11 @@ class VisibleKeys:
         for name, function in zip(self.names, self.functions, strict=True):
             visible = visible & asked(f"the mechanism {name!r} says visible keys", function, facts, visible)
         if not bool(visible.any(1).all()):
-            raise ValueError(f"{' and '.join(self.names)} leave a sequence without a visible key; leave at least one")
+            lost = (~visible.any(1)).nonzero().flatten().tolist()
+            who = "the mechanism" if len(self.names) == 1 else "the mechanisms"
+            hides = "hides" if len(self.names) == 1 else "together hide"
+            names = " and ".join(map(repr, self.names))
+            raise ValueError(f"{who} {names} {hides} every key of the sequences {lost}; leave at least one visible")
         plan = self.steps.next(call)
         if plan.active is None:
             self.since = torch.zeros_like(self.since)
