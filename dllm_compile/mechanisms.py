@@ -239,6 +239,11 @@ def _check_values(mechanism: Mechanism) -> None:
     for values in mechanism.methods.values():
         if not named(values).keys() == set(values) <= {*_TABLES.options} - {"method"}:
             raise ValueError(f"a method of {mechanism.name!r} is {dict(values)}; give options by their own names")
-    for name in (*mechanism.methods, *mechanism.presets):
-        Options.of(preset=name)
-    Options.of(mechanism.neutral or {})
+    settings: dict[str, dict[str, Any]] = {
+        f"preset {name!r}": {"preset": name} for name in (*mechanism.methods, *mechanism.presets)
+    }
+    for what, given in {**settings, "neutral setting": dict(mechanism.neutral or {})}.items():
+        try:
+            Options.of(given)
+        except ValueError as error:
+            raise ValueError(f"the {what} of {mechanism.name!r}: {error}") from error
