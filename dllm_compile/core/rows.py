@@ -201,6 +201,11 @@ def mask_keys(mask: torch.Tensor | None, index: torch.Tensor, tokens: int) -> to
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).expand(index.shape[0], -1, -1, tokens)
     at = index.clamp(max=tokens - 1)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
     mask = mask.gather(3, at)
+    return _only(mask, there)
+
+
+def _only(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """A mask, bool (may attend) or floating (added), that also hides the keys that are not ``there``, bool."""
     return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
 
@@ -217,8 +222,7 @@ def hide_keys(mask: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
     there = visible[:, None, None, :]
     if mask is None:
         return there
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
+    return _only(mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)), there)
 
 
 def visible_entries(entries: torch.Tensor, visible: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -43,14 +43,13 @@ def positions_of_call(
         rows["outside"] = positions(~plan.fresh, 2, empty=False)
     if plan.active is None or plan.written is None:
         return {**rows, "readable": varying(readable)}
-    every_readable = varying(readable)
+    later = {"readable later": varying(readable)} if every_later else {}
     active, readable = varying(plan.active, empty=False), varying(readable & plan.active)
     kept = _at(plan.written, active, False)  # the others are there for samplers alone, and leave nothing behind
     written = torch.where(kept, _at(slots, active, none), none)
     rank = plan.active.long().cumsum(1) - 1
     rows |= {"active": active, "written": written, "stored": torch.where(kept, active, tokens), "readable": readable}
-    if every_later:
-        rows["readable later"] = every_readable
+    rows |= later
     rows["readable@active"] = _at(rank, readable, active.shape[1])
     if plan.salient is not None:
         rows["salient"] = varying(_at(plan.salient, active, False), empty=False)

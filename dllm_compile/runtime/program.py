@@ -170,9 +170,8 @@ class Program:
         """Whether something other than logits and token ids is made of each row behind the layers, such as a quality.
 
         Rows that no sampler reads may be old, but this is known only of logits and of token ids that the graph returns;
-        any other output must be current. The
-        head need not be in the graph that begins a step, so each graph is asked for itself, with the vocabulary of the
-        model.
+        any other output must be current. The head need not be in the graph that begins a step, so each graph is asked
+        for itself, with the vocabulary of the model.
         """
         head, logits = self.head(vocabulary), self.logits(vocabulary)
         decided = self.decision.outputs if self.decision is not None else []

@@ -120,7 +120,6 @@ class GraphCall:
             self.keys: dict[int, Any] = {id(unit): i for i, unit in enumerate(program.layers)}
         else:
             self.keys = {id(unit): weights_key(unit, [env.get(n) for n in unit.inputs]) for unit in program.layers}
-
         self.results: dict[torch.fx.Node, Any] = {}
         self.tally = Tally()
         self.selected: dict[int, torch.Tensor] = {}

@@ -71,10 +71,15 @@ Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From confidence ``[B, S]``, candidates and masked positions, both ``[B, S]`` bool, to those to write."""
 
 
+def _surest(sure: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` bool, the surest of each sequence."""
+    return torch.zeros_like(sure, dtype=torch.bool).scatter(1, sure.topk(1, 1).indices, True)
+
+
 def by_rule(rule: Rule, sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Which candidates ``[B, S]`` bool to write by a mechanism's rule: those it says; the surest where it says none."""
     sure = torch.where(candidates, sure, -torch.inf)
-    best = torch.zeros_like(candidates).scatter(1, sure.topk(1, 1).indices, True)
+    best = _surest(sure)
     taken = rule(sure, candidates, masked) & candidates
     return taken | (best & candidates & ~taken.any(1, keepdim=True))
 
@@ -116,6 +121,6 @@ def chosen(
         kept = torch.arange(most, device=sure.device) < count.unsqueeze(1)
         taken = none.scatter(1, order, kept) & candidates
     if threshold is not None:
-        best = none.scatter(1, sure.topk(1, 1).indices, True)
+        best = _surest(sure)
         taken = taken & (best | (sure >= threshold))
     return taken
