@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operation import operation
+from dllm_compile.kernels.operation import operation
 
 RUN = 64
 
@@ -99,6 +99,6 @@ def _confidence(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
     """``reference`` in Inductor's hands on a CPU, a Triton kernel on CUDA."""
     if not logits.is_cuda:
         return reference(logits, chosen)
-    from .confidence_triton import launch
+    from dllm_compile.kernels.confidence_triton import launch
 
     return launch(logits, chosen)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from .confidence import Parts
+from dllm_compile.kernels.confidence import Parts
 
 TILE = 4096
 

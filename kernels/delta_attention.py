@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .operation import operation
+from dllm_compile.kernels.operation import operation
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 Shape = tuple[int, ...]
@@ -199,7 +199,7 @@ def _delta_attention(*arguments: Any) -> Parts:
     given = Arguments(*arguments)
     if not given.query.is_cuda or given.query.dtype == torch.float64:
         return reference(given)
-    from .delta_attention_triton import launch
+    from dllm_compile.kernels.delta_attention_triton import launch
 
     return launch(given)
 

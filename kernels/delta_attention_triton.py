@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from .delta_attention import Arguments, Parts, cosine, salient_slots
+from dllm_compile.kernels.delta_attention import Arguments, Parts, cosine, salient_slots
 
 
 @triton.jit

@@ -19,8 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from dllm_compile.core.rows import mask_keys
-
-from .operation import operation
+from dllm_compile.kernels.operation import operation
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,7 +123,7 @@ def _sparse_attention(*arguments: Any) -> torch.Tensor:
     query, value = given.query, given.value
     if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > 256:
         return reference(given)
-    from .sparse_attention_triton import launch
+    from dllm_compile.kernels.sparse_attention_triton import launch
 
     return launch(given)
 

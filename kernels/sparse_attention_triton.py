@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from .operation import expected
-from .sparse_attention import Arguments
+from dllm_compile.kernels.operation import expected
+from dllm_compile.kernels.sparse_attention import Arguments
 
 PROGRAMS = 264  # to have at work: two for each multiprocessor of an H200
 SPLITS = 64
