@@ -26,6 +26,8 @@ from .compat import (
 from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
+from .core.stand_ins import StandIns
+from .debug import log
 from .declared import ExactCalls, declared
 from .options import Options, check_vocabulary
 from .runtime.batch import Batch, Step
@@ -123,6 +125,7 @@ class Backend:
         self.refused: list[str] = []
         self.programs: dict[Key, Program | None] = {}  # of the last sizes; their code is shared, and stays
         self.ready: dict[Key, Program] = {}
+        self.any_size: dict[Key, Program | None] = {}  # by the numbers that the graph reads
         self.numbers = numbers(module.graph)
         self.plain: Compiled | None = module if options.lowering == "eager" else None
         self.inputs: list[int] = []
@@ -158,7 +161,7 @@ class Backend:
     def _run(self, program: Program, args: Sequence[Any], chain: Chain) -> Any:
         """Run the graph, as part of the step that its chain is."""
         result = None
-        if chain.found is not None and chain.found[1].shape == program.axes.size:
+        if chain.found is not None and chain.found[1].shape == program.size:
             try:
                 result = self._run_step(program, args, *chain.found)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
@@ -166,7 +169,7 @@ class Backend:
                 self.programs = {key: None if known is program else known for key, known in self.programs.items()}
                 chain.found[0].session.drop()
                 chain.found = None  # the graphs behind this one belong to no step
-        if chain.found is None or chain.found[1].shape != program.axes.size:
+        if chain.found is None or chain.found[1].shape != program.size:
             result = self._run_plain(args)
         chain.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         return result
@@ -192,7 +195,7 @@ class Backend:
         """The program for sizes that were never called before."""
         try:
             with compile_lock:
-                program = self.ready.pop(key, None) or self._analyzed(args)
+                program = self.ready.pop(key, None) or self._at(args) or self._analyzed(args)
             with refusing("analyzed"):
                 program.check(args)
         except GraphRefused as refusal:
@@ -202,11 +205,30 @@ class Backend:
         self._tell_of_break(program, args)
         return program
 
-    def _analyzed(self, args: Sequence[Any]) -> Program:
+    def _at(self, args: Sequence[Any]) -> Program | None:
+        """The program for sizes of a graph that can be analyzed for any."""
+        found = self._for_any_size(args)
+        with refusing("analyzed"):
+            return None if found is None else found.at(args)
+
+    def _for_any_size(self, args: Sequence[Any]) -> Program | None:
+        """The graph analyzed once for all sizes that Dynamo left open; ``None`` where that cannot be."""
+        read = self._read(args)
+        if read not in self.any_size:
+            self.any_size[read] = None
+            try:
+                with refusing("analyzed"):
+                    stand_ins = StandIns.of(self.module.graph)
+                self.any_size[read] = self._analyzed(args, stand_ins) if stand_ins is not None else None
+            except GraphRefused as refusal:  # each size is analyzed for itself, and refused if need be
+                log.info("not analyzed for all sizes at once: %s", refusal)
+        return self.any_size[read]
+
+    def _analyzed(self, args: Sequence[Any], stand_ins: StandIns | None = None) -> Program:
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             raise GraphRefused("gradients are on; call the model under torch.no_grad()")
         with refusing("analyzed"):
-            return Program(self.module, args, self.options)
+            return Program(self.module, args, self.options, stand_ins)
 
     def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> Key:
         """What a program is made for: sizes and numbers of a call's inputs. Dynamo guards the shapes of weights."""
@@ -215,11 +237,17 @@ class Backend:
             self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
             self.inputs = [i for i in range(len(args)) if i not in self.weights]
         given = [args[i] for i in self.inputs]
-        read = [_literal(scalars[i].item()) for i in self.numbers if scalars[i].device.type == "cpu"]
-        return (*[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else _literal(a) for a in given], *read)
+        return (
+            *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else _literal(a) for a in given],
+            *self._read(scalars),
+        )
+
+    def _read(self, args: Sequence[Any]) -> Key:
+        """The numbers that the graph reads of its inputs."""
+        return tuple([_literal(args[i].item()) for i in self.numbers if args[i].device.type == "cpu"])
 
     def refuses(self, shown: Sequence[Any]) -> bool:
-        """Analyze the graph while Dynamo waits for it, at the sizes that ``shown`` has now.
+        """Analyze the graph while Dynamo waits for it: for all sizes, or at those that ``shown`` has now.
 
         What is refused here becomes what Inductor makes of it, with its gradients, guards and dynamic sizes.
 
@@ -232,6 +260,8 @@ class Backend:
         if any(is_traceable_wrapper_subclass(a) for a in shown) or any(
             isinstance(shown[i], FakeTensor) for i in self.numbers
         ):
+            return False
+        if self._for_any_size(shown) is not None:
             return False
         try:
             program = self._analyzed(shown)

@@ -19,7 +19,7 @@ import torch.fx
 
 from .compat import trace_structured, traced
 
-_LOG = logging.getLogger("dllm_compile")
+log = logging.getLogger("dllm_compile")
 
 
 def _folder() -> Path | None:
@@ -39,10 +39,10 @@ def timed(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if folder is not None or _LOG.isEnabledFor(logging.DEBUG):
+        if folder is not None or log.isEnabledFor(logging.DEBUG):
             spent = time.perf_counter() - begin
             line = f"{what}: {spent:.2f} s" if spent >= 1 else f"{what}: {1000 * spent:.1f} ms"
-            _LOG.debug(line)
+            log.debug(line)
             if folder is not None:
                 with (folder / "log.txt").open("a") as file:
                     file.write(f"{line}\n")

@@ -125,7 +125,7 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
 def _describe(program: Program) -> str:
     lines = [
         f"graph with {len(program.graph.nodes)} nodes, tokens enter by {program.seed.name!r}, "
-        f"[B, S] = {list(program.axes.size)}"
+        f"[B, S] = {list(program.size)}"
     ]
     kinds: dict[str, int] = {}
     for unit in program.layers:

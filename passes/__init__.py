@@ -25,6 +25,7 @@ import torch.fx
 from dllm_compile.compat import FakeTensorMode
 from dllm_compile.core.axes import Axes, fake_like, follow
 from dllm_compile.core.graph import fix_sizes
+from dllm_compile.core.stand_ins import StandIns
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
 from dllm_compile.passes.normalize import name_arguments, normalize
@@ -55,21 +56,25 @@ class Analyzed:
     constants: list[torch.fx.Node]
 
 
-def analyzed(module: torch.fx.GraphModule, given: Sequence[Any], halves: bool) -> Analyzed:
+def analyzed(
+    module: torch.fx.GraphModule, given: Sequence[Any], halves: bool, stand_ins: StandIns | None = None
+) -> Analyzed:
     """Passes 1 to 6 on a graph that Dynamo traced.
 
     Args:
         module: it stays as it is.
         given: arguments, real or fake, one a placeholder.
         halves: whether layers are cut behind their attention, too.
+        stand_ins: analyze the graph at these sizes, for all sizes.
 
     Raises:
         GraphRefused: the compiler does not take the graph.
     """
-    args = fake_like(given, fake_mode := FakeTensorMode())
+    shown, sizes = (given, None) if stand_ins is None else (stand_ins.shown(module.graph, given), stand_ins.values)
+    args = fake_like(shown, fake_mode := FakeTensorMode(), sizes)
     keep("traced", module)
     with timed("fix sizes"):
-        fixed = fix_sizes(module.graph, args, fake_mode, given)
+        fixed = fix_sizes(module.graph, args, fake_mode, given, stand_ins)
     graph = fixed.graph
     with timed("normalize"):
         name_arguments(graph)

@@ -6,7 +6,7 @@ may simply be causal. Then later tokens do not change earlier rows and none of o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +15,37 @@ import torch.fx
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.outline import outline
+from dllm_compile.core.outline import Outline, outline
+
+Mask = tuple[torch.fx.Node, Outline]
 
 
-def refuse_causal_masks(graph: torch.fx.Graph, axes: Axes, given: Mapping[torch.fx.Node, Any]) -> None:
-    """Compute the attention masks that depend on no tokens, and look above their diagonals.
+def masks_of(graph: torch.fx.Graph, axes: Axes) -> list[Mask]:
+    """The attention masks of a graph that depend on no tokens: an attention call that reads each, and what computes
+    it.
+    """
+    calls = [node for node in graph.nodes if node.target is attention]
+    masks = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
+    return [
+        (call, outline(graph, [mask]))
+        for mask, call in masks.items()
+        if isinstance(mask, torch.fx.Node) and mask not in axes.live and axes.fake[mask].dim() >= 2
+    ]
+
+
+def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> None:
+    """Compute attention masks, and look above their diagonals.
 
     Args:
-        graph, axes: a graph and its axes.
+        masks: of a graph.
         given: the value of each placeholder of the graph.
 
     Raises:
         GraphRefused: a mask lets no token see a later one.
     """
-    calls = [node for node in graph.nodes if node.target is attention]
-    masks = {attention_arguments(node.args, node.kwargs).attn_mask: node for node in calls}
-    for mask, call in masks.items():
-        if not isinstance(mask, torch.fx.Node) or mask in axes.live or axes.fake[mask].dim() < 2:
-            continue
+    for call, mask in masks:
         with torch.no_grad():
-            (value,) = outline(graph, [mask])(given)
+            (value,) = mask(given)
         if is_causal(value):
             raise GraphRefused(
                 "the attention mask is causal; set is_causal=False in the config, or pass a full mask", call

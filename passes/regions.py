@@ -20,6 +20,7 @@ from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
+from dllm_compile.core.stand_ins import expressions
 from dllm_compile.core.units import Attention, Branch, Unit, closure
 
 _MOVES = {
@@ -293,12 +294,15 @@ def _place_constants(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> No
 
 
 def _sized(nodes: Iterable[torch.fx.Node], axes: Axes) -> set[torch.fx.Node]:
-    """Constants with an extent that is the number of tokens or of sequences, and all they are made of."""
+    """Constants with an extent that is the number of tokens or of sequences, or that are computed with it, and all they
+    are made of.
+    """
     numbers = {n for n in axes.size if n > 1}
     made = [
         node
         for node in nodes
         if node in axes.made
+        or expressions(node.args, node.kwargs)
         or any(isinstance(leaf, torch.Tensor) and numbers & {*leaf.shape} for leaf in tree_leaves(axes.fake[node]))
     ]
     return closure(made, set())

@@ -130,6 +130,13 @@ def test_a_new_length_makes_no_code(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "then 0 frames of Dynamo and 0 graphs of Inductor" in ours
 
 
+def test_what_many_sequences_hold_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = bench_model.Setting(layers=1, width=64, mlp=96, heads=4, vocabulary=128)
+    length_bench.held(4, setting, parts=2)
+    *_, half, whole = capsys.readouterr().out.splitlines()
+    assert (half.split()[0], whole.split()[0]) == ("2", "4")
+
+
 def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:
     from matplotlib import pyplot
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -60,17 +63,42 @@ def build(name: str) -> torch.nn.Module:
     return small_model.build() if name == "small" else models.build(name, num_hidden_layers=2)
 
 
-def makes_no_code(name: str, method: str) -> None:
+@contextmanager
+def passes_run() -> Iterator[list[str]]:
+    """The passes that the compiler says it runs."""
+    lines: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("dllm_compile")
+    handler.emit = lambda record: lines.append(record.getMessage().split(":")[0])  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def makes_no_code(name: str, method: str, then: Sequence[tuple[int, int, int]] = THEN) -> None:
+    """Nor is the graph of another length analyzed."""
     model, made = build(name), mock.Mock(side_effect=unit_code.lower)
-    with mock.patch.object(unit_code, "lower", made):
+    with mock.patch.object(unit_code, "lower", made), passes_run() as passes:
         for size in FIRST:
             logits(model, size, 5, **METHODS[method])
         assert made.called
+        assert "regions" in passes
         made.reset_mock()
-        for size in THEN:
+        passes.clear()
+        for size in then:
             logits(model, size, 5, **METHODS[method])
-        assert not made.called
+        assert (made.call_count, passes) == (0, [])
     assert not dllm_compile.stats(model)["refused"]
+
+
+def test_nor_does_a_length_that_equals_a_size_of_the_model() -> None:
+    """Widths, heads, entries of the vocabulary, and products of them."""
+    sizes = {n for p in small_model.build().parameters() for n in p.shape if 8 < n < 200}
+    makes_no_code("small", "dual", [(n - 8, 8, batch) for n in sorted(sizes) for batch in (2, 4)])
 
 
 @pytest.mark.parametrize(("method", "name"), [("dual", "llama"), ("dllm-cache", "small")])

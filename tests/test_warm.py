@@ -98,9 +98,9 @@ def test_memory_is_bounded_over_a_hundred_sequences() -> None:
         live = [each for each in session.sessions() if each.shares({id(p) for p in model.parameters()})]
         held.append((sum(code), sum(len(each.batches) for each in live)))
         assert stats["state_bytes"] <= bound
-    assert held[-1][0] == held[50][0] < 2 * held[20][0]  # a size may make a stem and a head anew, the last fifty none
+    assert held[-1][0] == held[20][0]
     assert max(batches for _, batches in held) <= session.BATCHES
-    programs = [len(b.programs) for b in gc.get_objects() if isinstance(b, Backend)]
+    programs = [len(b.programs) for b in gc.get_objects() if type(b) is Backend]
     assert max(programs) <= PROGRAMS
 
 

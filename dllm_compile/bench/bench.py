@@ -26,6 +26,7 @@ from .table import print_rows
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
+    "sequences": (length_bench.held, "what a process holds behind a thousand sequences of random sizes"),
     "host": (host_bench.main, "a partial step of a narrow model, and how many functions it calls"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
 }

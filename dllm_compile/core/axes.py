@@ -24,6 +24,7 @@ from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
 from .once import Once
+from .stand_ins import Values, value_of
 
 linear = torch.nn.functional.linear
 
@@ -251,17 +252,22 @@ def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
     raise GraphRefused(f"a {node.op} node is not something the compiler reads", node)
 
 
-def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode) -> list[Any]:
-    """Fake stand-ins for call arguments, with fixed sizes: of those that Dynamo shows a backend, at their present ones.
+def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode, sizes: Values | None = None) -> list[Any]:
+    """Fake arguments of a call, with fixed sizes.
+
+    Args:
+        values: the arguments, or what Dynamo shows a backend in their place.
+        fake_mode: makes them.
+        sizes: of the symbols in what Dynamo shows; without it, its sizes are as they are now.
 
     Raises:
         GraphRefused: nobody knows such a size yet.
     """
 
     def shown(value: Any) -> Any:
-        sizes, strides = ([_hint(n) for n in of] for of in (value.shape, value.stride()))
+        extents, strides = ([_number(n, sizes) for n in of] for of in (value.shape, value.stride()))
         with fake_mode:
-            out = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+            out = torch.empty_strided(extents, strides, dtype=value.dtype, device=value.device)
         return torch.nn.Parameter(out, requires_grad=False) if isinstance(value, torch.nn.Parameter) else out
 
     def one(value: Any) -> Any:
@@ -269,14 +275,16 @@ def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode) -> list[Any]:
             return shown(value)
         if isinstance(value, torch.Tensor):
             return fake_mode.from_tensor(value, static_shapes=True)
-        return _hint(value) if isinstance(value, torch.SymInt) else value
+        return _number(value, sizes) if isinstance(value, torch.SymInt) else value
 
     return [tree_map(one, value) for value in values]
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, torch.SymInt):
-        if not size.node.has_hint():
-            raise GraphRefused("a size depends on the values of a tensor")
-        return int(size.node.hint)
-    return size
+def _number(size: int | torch.SymInt, sizes: Values | None) -> int:
+    if not isinstance(size, torch.SymInt):
+        return size
+    if sizes is not None and size.node.expr.free_symbols <= sizes.keys():
+        return value_of(size.node.expr, sizes)
+    if sizes is not None or not size.node.has_hint():
+        raise GraphRefused("a size depends on the values of a tensor")
+    return int(size.node.hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
 from .once import Once
 from .sizes import form, of_constant, of_layout
+from .stand_ins import StandIns, Values, at_values, expressions, is_apart, whole_numbers
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -98,7 +99,11 @@ def _storages(values: Any) -> frozenset[int]:
 
 
 def fix_sizes(
-    graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any] = ()
+    graph: torch.fx.Graph,
+    inputs: Sequence[Any],
+    fake_mode: FakeTensorMode,
+    given: Sequence[Any] = (),
+    stand_ins: StandIns | None = None,
 ) -> Fixed:
     """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
@@ -110,15 +115,26 @@ def fix_sizes(
         inputs: fake tensors and numbers, one a placeholder.
         fake_mode: the mode of the fake tensors.
         given: what ``inputs`` stand for, to read the numbers of.
+        stand_ins: the sizes of ``inputs``, where they stand for any; numbers that are computed of them are
+            :class:`dllm_compile.core.stand_ins.Computed` then.
+
+    Raises:
+        GraphRefused: a size or a number depends on the values of a tensor, or, with ``stand_ins``, nobody knows how a
+            number is computed of sizes.
     """
-    found = _fixed(graph, inputs, fake_mode, given, Once())
+    found = _fixed(graph, inputs, fake_mode, given, stand_ins, Once())
     if found.written:  # who else sees a write is told by shared memory
-        return _fixed(graph, inputs, fake_mode, given, Once(off=True))
+        return _fixed(graph, inputs, fake_mode, given, stand_ins, Once(off=True))
     return found
 
 
 def _fixed(
-    graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, given: Sequence[Any], once: Once
+    graph: torch.fx.Graph,
+    inputs: Sequence[Any],
+    fake_mode: FakeTensorMode,
+    given: Sequence[Any],
+    stand_ins: StandIns | None,
+    once: Once,
 ) -> Fixed:
     inputs_of = placeholders(graph)
     scalars = {inputs_of[i]: given[i].item() for i in numbers(graph) if i < len(given) and _is_known(given[i])}
@@ -136,12 +152,16 @@ def _fixed(
             watch.written = False
         return value
 
+    def number(node: torch.fx.Node) -> Any:
+        value = tuple(fake[node]) if isinstance(fake[node], torch.Size) else fake[node]
+        return value if stand_ins is None else stand_ins.computed(node, value)
+
     with fake_mode, torch.no_grad(), _Watch() as watch:  # type: ignore[no-untyped-call]
         for node in graph.nodes:
             if node.op == "placeholder":
                 copied = out.node_copy(node)
                 fake[node] = next(feed)
-                env[node] = copied if has_tensor(fake[node]) else fake[node]
+                env[node] = copied if has_tensor(fake[node]) else number(node)
             elif node.op == "output":
                 out.output(torch.fx.map_arg(node.args[0], lambda n: env[n]))
             else:
@@ -157,8 +177,7 @@ def _fixed(
                     copied = out.node_copy(node, lambda n: env[n])
                     env[node] = copied
                 else:
-                    value = fake[node]
-                    env[node] = tuple(value) if isinstance(value, torch.Size) else value
+                    env[node] = number(node)
     copies = {node: copied for node, copied in env.items() if isinstance(copied, torch.fx.Node)}
     values = {copied: fake[node] for node, copied in copies.items()}
     return Fixed(out, values, {copies[node] for node in written if node in copies})
@@ -175,16 +194,32 @@ def _is_literal(value: Any) -> bool:
 
 
 def fingerprint(
-    nodes: Sequence[torch.fx.Node], inputs: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node], axes: Axes
+    nodes: Sequence[torch.fx.Node],
+    inputs: Sequence[torch.fx.Node],
+    outputs: Sequence[torch.fx.Node],
+    axes: Axes,
+    values: Values | None = None,
 ) -> str:
-    """A hash that two parts share when one's compiled code can serve the other, of whatever length and batch."""
+    """A hash that two parts share when one's compiled code can serve the other, of whatever length and batch.
+
+    Args:
+        nodes, inputs, outputs: the part.
+        axes: of its graph.
+        values: the sizes, where the graph was analyzed at stand-ins for them.
+
+    Raises:
+        GraphRefused: without ``values``, a number is computed from sizes, so that no code serves all of them.
+    """
     name = {node: f"in{i}" for i, node in enumerate(inputs)}
     lines = [f"in{i} {_signature(node, axes)}" for i, node in enumerate(inputs)]
     for i, node in enumerate(nodes):
         layout, args = axes.layout.get(node), node.args
         if layout is not None:
             args = open_sizes(node, args, opened(layout), "batch * {}".format)
-        args, kwargs = torch.fx.map_arg((args, node.kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
+        if values is None and expressions(args, node.kwargs):
+            raise GraphRefused("a number here depends on the sizes of the inputs", node)
+        args, kwargs = at_values((args, node.kwargs), values or {})
+        args, kwargs = torch.fx.map_arg((args, kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
         beside = [axes.beside.get((node, n)) for n in node.all_input_nodes]
         rows = [_rows(layout), *map(_kinds, beside)]
         how = "mixing" if node in axes.unproven else ""
@@ -192,6 +227,25 @@ def fingerprint(
         name[node] = f"n{i}"
     lines.append(" ".join(name[node] for node in outputs))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def refuse_unfollowed(nodes: Iterable[torch.fx.Node], axes: Axes, sizes: Iterable[int]) -> None:
+    """See that no number in a graph came from stand-ins for sizes unnoticed, by arithmetic of ours.
+
+    Args:
+        nodes: of the graph, all that run.
+        axes: of the graph.
+        sizes: the stand-ins.
+
+    Raises:
+        GraphRefused: a number may have.
+    """
+    for node in nodes:
+        layout = axes.layout.get(node)
+        args = node.args if layout is None else open_sizes(node, node.args, opened(layout), str)
+        found = whole_numbers((args, node.kwargs))
+        if not all(is_apart(size, found) for size in sizes):
+            raise GraphRefused("a number here may have been computed from the sizes of the inputs", node)
 
 
 def _rows(layout: Layout | None) -> object:

@@ -1,9 +1,13 @@
-"""A graph made ready to run: cut into units, each compiled once per variant and called for every layer like it."""
+"""A graph made ready to run: cut into units, each compiled once per variant and called for every layer like it.
+
+A graph with open sizes is analyzed once; another size is a copy that differs in the constants of a step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -13,14 +17,15 @@ import torch.fx
 
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import fingerprint, output_node, placeholders, target_name
+from dllm_compile.core.graph import fingerprint, output_node, placeholders, refuse_unfollowed, target_name
 from dllm_compile.core.layout import position, size
 from dllm_compile.core.outline import outline
+from dllm_compile.core.stand_ins import StandIns, at_values
 from dllm_compile.core.units import Unit, closure
 from dllm_compile.debug import asked, keep, part
 from dllm_compile.options import Options
 from dllm_compile.passes import analyzed
-from dllm_compile.passes.causal import refuse_causal_masks
+from dllm_compile.passes.causal import masks_of, refuse_causal_masks
 
 from .cost import whole
 from .unit_code import shared
@@ -61,7 +66,14 @@ def memoized(method: Callable[[Program, Asked], Answer]) -> Callable[[Program, A
 class Program:
     """One graph at one set of input shapes, known from the arguments of a call or from what Dynamo shows a backend.
 
+    Args:
+        module: the graph as Dynamo traced it.
+        args: of a call, or what Dynamo shows.
+        options: what the user chose.
+        stand_ins: analyze the graph at these sizes instead, for :meth:`at` to give it at others.
+
     Attributes:
+        size: sequences and tokens, 0 where there is none.
         units: stem, layers and head, whichever the graph has.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
@@ -71,9 +83,16 @@ class Program:
         origin: what a value is called in every graph of the same signature, and of smaller batches.
     """
 
-    def __init__(self, module: torch.fx.GraphModule, args: Sequence[Any], options: Options) -> None:
-        found = analyzed(module, args, halves=options.saliency_threshold is not None)
+    def __init__(
+        self,
+        module: torch.fx.GraphModule,
+        args: Sequence[Any],
+        options: Options,
+        stand_ins: StandIns | None = None,
+    ) -> None:
+        found = analyzed(module, args, options.saliency_threshold is not None, stand_ins)
         self.graph, self.seed, self.axes, self.units = found.graph, found.seed, found.axes, found.units
+        self.stand_ins, self.size = stand_ins, found.axes.size
         graph, args, constants, names = found.graph, found.args, found.constants, placeholders(found.graph)
         _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
@@ -100,19 +119,39 @@ class Program:
         }
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude = outline(graph, self.constants) if self.constants else None
+        self.masks = masks_of(graph, self.axes)
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
         if not self.units:
             raise GraphRefused("nothing here depends on the tokens")
         parts = [unit.nodes for unit in self.units if unit is not self.decision]
+        self.made = constants, [n for n in names if any(u in constants for u in n.users)], self.constants
+        if stand_ins is not None:
+            run = [*constants, *(node for unit in self.units for node in unit.nodes)]
+            refuse_unfollowed(run, self.axes, stand_ins.values.values())
         self.signature = Signature(
             tuple(unit.key for unit in self.units if unit is not self.decision),
-            fingerprint(
-                constants, [n for n in names if any(u in constants for u in n.users)], self.constants, self.axes
-            ),
+            fingerprint(*self.made, self.axes, stand_ins.values if stand_ins is not None else {}),
             tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
         )
+
+    def at(self, args: Sequence[Any]) -> Program | None:
+        """The graph at the sizes of other arguments, where it was analyzed for any; ``None`` for a size below 2, which
+        Dynamo leaves open only where it is told to.
+        """
+        assert self.stand_ins is not None
+        sizes, other = self.stand_ins.read(args), copy(self)
+        if min(sizes.values()) < 2:
+            return None
+        batch, tokens = args[self.index[self.seed]].shape[:2]
+        other.size, other.memo = (batch, tokens), {}
+        vars(other).pop("flops", None)
+        other.prelude = self.prelude.at(sizes) if self.prelude is not None else None
+        other.masks = [(call, mask.at(sizes)) for call, mask in self.masks]
+        other.result = at_values(self.result, sizes)
+        other.signature = replace(self.signature, constants=fingerprint(*self.made, self.axes, sizes))
+        return other
 
     def check(self, args: Sequence[Any]) -> None:
         """Look at the values that the first call has.
@@ -120,7 +159,7 @@ class Program:
         Raises:
             GraphRefused: attention is causal by its mask.
         """
-        refuse_causal_masks(self.graph, self.axes, dict(zip(self.index, args, strict=True)))
+        refuse_causal_masks(self.masks, dict(zip(self.index, args, strict=True)))
 
     @memoized
     def head(self, vocabulary: int | None) -> Unit | None:
@@ -198,7 +237,7 @@ class Program:
         """FLOPs of a call that computes every row, behind the stem and before the decision."""
         units = [unit for unit in self.units if unit.stream is not None]
         found = [item for unit in units for item in whole(unit, self.axes).items()]
-        batch, tokens = self.axes.size
+        batch, tokens = self.size
         return sum((float(count) * batch * float(tokens) ** len(names) for names, count in found), 0.0)
 
     def is_first(self, unit: Unit) -> bool:

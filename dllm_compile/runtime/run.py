@@ -22,6 +22,7 @@ from dllm_compile.core.assignment import (
     READABLE,
     Assignment,
 )
+from dllm_compile.core.layout import opened
 from dllm_compile.core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit, weights_key
@@ -170,7 +171,7 @@ class GraphCall:
         value, rows = self.env[node], self.have.get(node)
         if rows is None or not self._widens(node):
             return value
-        layout = self.program.axes.layout[node]
+        layout = opened(self.program.axes.layout[node])  # of a program at other sizes
         kept = self._slot(node)
         if kept is None:
             self.batch.recordings.clear()
