@@ -54,6 +54,13 @@ def test_nothing_is_compiled_behind_it(batch: int) -> None:
     assert "nothing new" in str(again)
 
 
+def test_six_graphs_make_a_whole_generation() -> None:
+    """Of a model of any number of layers: stem, full layer, head, decision, partial layer, and the head behind it."""
+    dllm_compile.reset()
+    told = dllm_compile.warm(small_model.build(), 9, 8, threshold=0.9, **SETTINGS)
+    assert sum(told.compiled.values()) == 6, told
+
+
 def test_a_machine_that_is_given_the_artifacts_compiles_nothing(tmp_path: Path) -> None:
     """PyTorch's cache artifacts hold all code of ours: a second process with a cache of its own finds every graph."""
     code = """

@@ -267,10 +267,10 @@ class GraphCall:
             measured, self.measured = self.measured, None
             self._measured(unit, *measured)
 
-    def _values(self, unit: Unit, state: Sequence[torch.Tensor] = ()) -> Values:
+    def _values(self, unit: Unit) -> Values:
         env, have = self.env, self.have
         inputs = [self.whole(n) if n in have else env[n] for n in unit.inputs]
-        return Values(env[unit.stream] if unit.stream is not None else None, inputs, state, self.step)
+        return Values(env[unit.stream] if unit.stream is not None else None, inputs, self.step)
 
     def _at_hand(self, unit: Unit) -> RowSet:
         return ALL if unit.stream is None else self.have.get(unit.stream, ALL)
@@ -389,6 +389,8 @@ class GraphCall:
         """A stem, a tail that is no head, or a unit whose rows mix."""
         assignment = EXACT
         if unit.stream is None and self.first.enter == ACTIVE and not code.mixing:
+            if code.by_token:
+                return self._embedded(unit, code)
             assignment = STEM
         elif self._at_hand(unit) == ACTIVE and not code.mixing:
             assignment = _entering(TAIL, ACTIVE)
@@ -399,6 +401,16 @@ class GraphCall:
         if unit.stream is not None:
             self._count(code, variant, assignment)
         return variant(values), variant.rows
+
+    def _embedded(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
+        """Run a stem that reads tokens alone as for a sequence of the active ones: it needs no code of its own."""
+        active, tokens = self.step.indices["active"], self.step.shape[1]
+        given = self._values(unit).inputs
+        ids = [n in self.program.axes.live for n in unit.inputs]
+        at = active.clamp(max=tokens - 1)
+        inputs = [value.gather(1, at) if is_ids else value for value, is_ids in zip(given, ids, strict=True)]
+        values = Values(None, inputs, self.step, active.shape[1])
+        return code.variant(EXACT, self.step, values)(values), [ACTIVE]
 
     def _count(self, code: UnitCode, variant: Variant, assignment: Assignment) -> None:
         """Note what a unit costs for the rows it is called for now."""

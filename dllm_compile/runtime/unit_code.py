@@ -58,12 +58,12 @@ class Values:
         *[f"index:{name}" for name in SETS],
     )
 
-    def __init__(self, stream: Any, inputs: Sequence[Any], state: Sequence[torch.Tensor], step: Step) -> None:
+    def __init__(self, stream: Any, inputs: Sequence[Any], step: Step, tokens: int | None = None) -> None:
         self.stream, self.inputs = stream, inputs
-        batch, tokens = step.shape
+        batch, every = step.shape
         sets = map(step.indices.get, self.SETS)
-        numbers = tokens, batch, step.sizes["selected"], step.entries
-        self.flat = [stream, step.counts, step.bound, step.visible, *numbers, *sets, *inputs, *state]
+        numbers = tokens or every, batch, step.sizes["selected"], step.entries
+        self.flat = [stream, step.counts, step.bound, step.visible, *numbers, *sets, *inputs]
 
     def pick(self, names: Sequence[str]) -> Pick:
         """Takes the arguments of these names out of a call's values."""
@@ -96,7 +96,15 @@ def forget() -> None:
 
 
 class UnitCode:
-    """All variants of one kind of unit."""
+    """All variants of one kind of unit.
+
+    Attributes:
+        unit, axes: a unit of this kind and its graph; its keys and layouts are those of all of them.
+        mixing: whether something in it is not known to treat rows one by one.
+        by_token: whether it is a stem that makes each row of that row's token alone, so that it runs for some rows as
+            for a shorter sequence.
+        narrows: whether it may run for fewer rows; ``None`` until it was tried.
+    """
 
     def __init__(self, unit: Unit, axes: Axes, lowering: str) -> None:
         self.unit, self.axes, self.lowering = unit, axes, lowering
@@ -105,6 +113,9 @@ class UnitCode:
         self.written: dict[tuple[Assignment, ...], bool] = {}
         self.mixing = unit.mixing(axes)
         self.narrows: bool | None = None if self.mixing else True
+        beside = any((node, n) in axes.beside for node in unit.nodes for n in node.all_input_nodes)
+        live = [node.op for node in unit.inputs if node in axes.live]
+        self.by_token = live == ["placeholder"] and len(unit.outputs) == 1 and not (beside or self.mixing)
 
     def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
         """Compiled on first use, for any sizes of two or more."""
