@@ -157,12 +157,13 @@ def _rule(mechanism: Mechanism, options: Options) -> Rule:
     unmask = mechanism.unmask
     assert unmask is not None
     every = torch.ones(2, 5, dtype=torch.bool)
-    told = Confidences(torch.rand(2, 5), every, every, options)
-    asked(f"the mechanism {mechanism.name!r} says tokens to write", lambda _: unmask(told), told, told.candidates)
+    what = f"the mechanism {mechanism.name!r} says tokens to write"
+    asked(what, unmask, Confidences(torch.rand(2, 5), every, every, options), every)
     values = SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
 
     def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        return unmask(Confidences(sure, candidates, masked, values))
+        told = Confidences(sure, candidates, masked, values)
+        return unmask(told) if torch.compiler.is_compiling() else asked(what, unmask, told, candidates)
 
     return rule
 

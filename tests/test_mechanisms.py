@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import Mechanism, Option, Options, RowRule
-from dllm_compile.interface.mechanism import count
+from dllm_compile import AfterLayer, Mechanism, Option, Options, RowRule, attention_weights
+from dllm_compile.interface.mechanism import count, flag
 from dllm_compile.mechanisms import OWN, register, tables, unregister
 
 from . import models, shared
@@ -295,6 +295,51 @@ def test_what_a_rule_says_is_checked(what: str, how: str) -> None:
     register(Mechanism("new", "a test", rules=(each,)))
     call = shared.compiled(build(), lowering="eager", mask_id=MASK, cache="new")
     with dllm_compile.loop(), pytest.raises(ValueError, match=f"the rule 'new' says {what}.*give torch.bool"):
+        call(start())
+
+
+def fails(*_: Any) -> Any:
+    """A function of somebody's rule that errs."""
+    raise KeyError("window")
+
+
+@pytest.mark.parametrize(
+    ("said", "more"),
+    [
+        ("the rule 'new' says rows", {"rules": (RowRule("new", fails, "them"),)}),
+        ("the rule 'new' says refreshes", {"rules": (RowRule("new", lambda f: f.masked, "them", refresh=fails),)}),
+        ("the rule 'new' says reach", {"rules": (RowRule("new", lambda f: f.masked, "them", reach=fails),)}),
+        ("the mechanism 'new' narrows to rows", {"narrows": fails}),
+        ("the mechanism 'new' says visible keys", {"visible": fails}),
+        (
+            "the rule 'new' measures layers",
+            {"rules": (RowRule("new", lambda f: f.masked, "them", after_layer=AfterLayer(fails, fails)),)},
+        ),
+        (
+            "the rule 'new' decides behind layer 0",
+            {"rules": (RowRule("new", lambda f: f.masked, "them", after_layer=AfterLayer(attention_weights, fails)),)},
+        ),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_what_a_function_raises_names_its_rule(said: str, more: dict[str, Any]) -> None:
+    switch = Option("on", False, **flag(), meaning="it")
+    register(Mechanism("new", "a test", options=(switch,), switches=("on",), **more))
+    options = {"cache": "new"} if "rules" in more else {"cache": "dual", "on": True}
+    options |= {"keep_ratio": 0.5, "delay": 0} if "reach" in said else {}
+    call = shared.compiled(build(), lowering="eager", mask_id=MASK, **options)
+    with dllm_compile.loop(), pytest.raises(RuntimeError) as caught:
+        call(start())
+    assert str(caught.value) == f"{said} by a function that raised KeyError: 'window'"
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_a_measure_raises_under_inductor_names_its_rule() -> None:
+    """Where the layer is compiled, and a graph that cannot be runs plainly."""
+    after = AfterLayer(fails, fails)
+    register(Mechanism("new", "a test", rules=(RowRule("new", lambda f: f.masked, "them", after_layer=after),)))
+    call = shared.compiled(build(), mask_id=MASK, cache="new")
+    with dllm_compile.loop(), pytest.raises(RuntimeError, match="the rule 'new' measures layers by a function that"):
         call(start())
 
 

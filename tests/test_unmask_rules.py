@@ -102,6 +102,20 @@ def test_what_a_rule_returns_is_checked_before_anything_is_traced(rule: Any, sai
         dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, wrong=0.3)
 
 
+@pytest.mark.parametrize("tried", [5, 8], ids=["as it is tried", "in a drawn step"])
+def test_what_a_rule_raises_names_it(tried: int) -> None:
+    def fails(told: Confidences) -> torch.Tensor:
+        if told.sure.shape[1] != tried:
+            return told.candidates
+        raise KeyError("window")
+
+    flag = Option("wrong", None, is_number, "a number", "a rule that errs")
+    register(Mechanism("wrong", "a test", options=(flag,), switches=("wrong",), unmask=fails))
+    said = "the mechanism 'wrong' says tokens to write by a function that raised KeyError: 'window'"
+    with pytest.raises(RuntimeError, match=said):
+        dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, wrong=0.3, top_k=3)
+
+
 def test_two_choosers_are_refused() -> None:
     model, prompt = build(), start(1)[:, :4]
     with pytest.raises(ValueError, match="a mechanism decides which tokens are written, and so does threshold"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any
 
 import torch.fx
 
@@ -28,6 +30,38 @@ class GraphRefused(Exception):
         super().__init__(f"{reason} (at {describe(node)})" if node is not None else reason)
 
 
+class FunctionFailed(RuntimeError):
+    """A function that was brought from outside raised an exception: the cause of this one, which reaches the user."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say whose function it is that raises an exception.
+
+    Args:
+        what: who does what, as in "the rule 'dual' says rows".
+
+    Raises:
+        FunctionFailed: from the exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise FunctionFailed(f"{what} by a function that raised {type(error).__name__}: {error}") from error
+
+
+@cache
+def named(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` inside of :func:`naming`: the same one for the same arguments, since graphs are told by it."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        with naming(what):
+            return function(*args)
+
+    return call
+
+
 @contextmanager
 def refusing(doing: str) -> Iterator[None]:
     """Make any exception of our own work on a graph a :class:`GraphRefused` that asks to be reported.
@@ -42,7 +76,7 @@ def refusing(doing: str) -> Iterator[None]:
     depth = vmap_depth()
     try:
         yield
-    except GraphRefused:
+    except (GraphRefused, FunctionFailed):
         raise
     except Exception as error:
         if os.environ.get("DLLM_DEBUG", "0") not in ("", "0"):

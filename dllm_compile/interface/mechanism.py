@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dllm_compile.core.errors import naming
+
 from .blocks import Blocks
 from .plan import AfterLayer, Call
 
@@ -191,9 +193,11 @@ def asked(what: str, rows: Callable[[Any], torch.Tensor], facts: Any, like: torc
         like: ``[B, S]`` or ``[B, 1]`` bool.
 
     Raises:
+        FunctionFailed: the function raises an exception, which is the cause of this one.
         ValueError: it says something else.
     """
-    said = rows(facts)
+    with naming(what):
+        said = rows(facts)
     found = (
         f"{said.dtype} {list(said.shape)} on {said.device}"
         if isinstance(said, torch.Tensor)

@@ -22,6 +22,7 @@ from dllm_compile.core.assignment import (
     READABLE,
     Assignment,
 )
+from dllm_compile.core.errors import naming
 from dllm_compile.core.layout import opened
 from dllm_compile.core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from dllm_compile.core.state import allocate
@@ -358,7 +359,8 @@ class GraphCall:
         rows = rows.to(step.counts.device)
         note = step.past.notes.get(key)
         given = Measured(number, values, rows, step.shape[1], note, self.batch.options)
-        step.noted[key], wanted = self.after_layer.decide(given)
+        with naming(f"the rule {self.batch.options.cache!r} decides behind layer {number}"):
+            step.noted[key], wanted = self.after_layer.decide(given)
         every = self.whole(stream)  # at every step, so that what is kept is up to date
         if partial and wanted is not None and bool(wanted.any()):
             self.env[stream], self.have[stream] = every.contiguous(), ALL

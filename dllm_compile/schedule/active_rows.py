@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from dllm_compile.core.assignment import Assignment
+from dllm_compile.core.errors import named
 from dllm_compile.interface.blocks import Blocks
 from dllm_compile.interface.mechanism import Facts, Rows, asked
 from dllm_compile.interface.plan import Call, Plan, with_row_before
@@ -57,7 +58,8 @@ class ActiveRows:
             full = unkept(full)
         self.after_layer = self.rule.after_layer
         if self.after_layer is not None:
-            full, self.part = (replace(each, measure=self.after_layer.measure) for each in (full, self.part))
+            measure = named(f"the rule {self.rule.name!r} measures layers", self.after_layer.measure)
+            full, self.part = (replace(each, measure=measure) for each in (full, self.part))
         self.full = full
         self.variants: tuple[Assignment, ...] = self._variants()
         self.refreshes = Refreshes(options, response.shape[0])
