@@ -29,6 +29,7 @@ from .core.graph import numbers
 from .core.stand_ins import StandIns
 from .debug import log
 from .declared import ExactCalls, declared
+from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
 from .runtime.batch import Batch, Step
 from .runtime.lower import Compiled
@@ -70,9 +71,9 @@ def dllm(
         another one, or an option is unknown or out of range, it raises the ``ValueError`` or ``TypeError`` that says
         so: raised here, Dynamo would wrap it in an error of its own.
     """
-    cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     try:
         chosen = Options.of(options)
+        _tell_of_tokens(chosen)
         if mode not in (None, "reduce-overhead"):
             raise ValueError(
                 f"mode={mode!r} is not for this backend; give 'reduce-overhead', or say "
@@ -80,11 +81,39 @@ def dllm(
             )
     except (TypeError, ValueError) as error:
         return _raising(error)
+    return of_generate(module, example_inputs, options=Options.of(chosen, cuda_graphs=chosen.cuda_graphs or bool(mode)))
+
+
+def of_generate(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | Options
+) -> Compiled:
+    """The backend where :func:`dllm_compile.generate` compiles: its step asks mechanisms for tokens."""
+    cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
+    chosen = Options.of(options)
     _warn_of_last_graph(module, example_inputs)
-    made = Backend(module, Options.of(chosen, cuda_graphs=chosen.cuda_graphs or mode is not None))
+    made = Backend(module, chosen)
     if not made.refuses(example_inputs):
         return made
     return module if chosen.lowering == "eager" else compile_fx(module, list(example_inputs))  # type: ignore[return-value]
+
+
+def _tell_of_tokens(options: Options) -> None:
+    """Say which options decide what :func:`dllm_compile.generate` writes: a loop of one's own asks no mechanism.
+
+    Raises:
+        ValueError: they decide nothing else.
+    """
+    for each in turned_on(options):
+        if each.unmask is None and each.candidates is None:
+            continue
+        on = [name for name in each.switches if getattr(options, name) != tables().options[name].default]
+        said = (
+            f"{' and '.join(f'{name} is {getattr(options, name)!r}' for name in on)}, by which the mechanism "
+            f"{each.name!r} decides which tokens dllm_compile.generate writes; a loop of your own does not ask it: "
+        )
+        if not (each.narrows or each.visible or each.rules):
+            raise ValueError(f"{said}call dllm_compile.generate, or leave out {' and '.join(on)}")
+        warnings.warn(f"dllm: {said}only its other parts apply here", stacklevel=3)
 
 
 def _raising(error: Exception) -> Compiled:

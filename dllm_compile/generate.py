@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from functools import cache
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
 from .sampler.progress import Progress
-from .sampler.rules import Rule
+from .sampler.rules import Allowed, Rule
 from .sampler.settings import SETTINGS, SYNONYMS, Settings, names, option_names, settings_of
 from .sampler.step import Model
 from .sampler.stepper import stepper
@@ -146,26 +146,46 @@ def _for_backend(
         backend = Options.of(options)
         settings = replace(settings, block_length=backend.block_length)
     chooser = next((each for each in turned_on(backend) if each.unmask is not None), None)
-    if chooser is not None:
-        settings = replace(settings, rule=_rule(chooser, backend))
+    restricting = tuple(each for each in turned_on(backend) if each.candidates is not None)
+    if chooser is not None or restricting:
+        rule = None if chooser is None else _rule(chooser.unmask, f"{chooser.name!r} says tokens to write", backend)
+        settings = replace(settings, rule=rule, allowed=_allowed(restricting, backend) if restricting else None)
     return settings, options, rule_of(backend.cache).in_blocks and backend.keep_ratio is None
 
 
 @cache
-def _rule(mechanism: Mechanism, options: Options) -> Rule:
-    """A mechanism's rule of unmasking with the user's options; the same function for the same ones, as it is traced."""
-    unmask = mechanism.unmask
-    assert unmask is not None
-    every = torch.ones(2, 5, dtype=torch.bool)
-    what = f"the mechanism {mechanism.name!r} says tokens to write"
-    asked(what, unmask, Confidences(torch.rand(2, 5), every, every, options), every)
+def _rule(function: Callable[[Confidences], torch.Tensor], what: str, options: Options) -> Rule:
+    """A mechanism's function of :class:`Confidences` with the user's options.
+
+    It is the same function for the same arguments, as it is traced.
+
+    Args:
+        function: of the mechanism.
+        what: which mechanism says what, as in "'name' says tokens to write".
+        options: what the user chose.
+    """
+    every, what = torch.ones(2, 5, dtype=torch.bool), f"the mechanism {what}"
+    asked(what, function, Confidences(torch.rand(2, 5), every, every, options), every)
     values = SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
 
     def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         told = Confidences(sure, candidates, masked, values)
-        return unmask(told) if torch.compiler.is_compiling() else asked(what, unmask, told, candidates)
+        return function(told) if torch.compiler.is_compiling() else asked(what, function, told, candidates)
 
     return rule
+
+
+@cache
+def _allowed(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
+    """The candidates that all ``mechanisms`` leave."""
+    rules = [_rule(each.candidates, f"{each.name!r} says candidates", options) for each in mechanisms]
+
+    def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        for each in rules:
+            candidates = candidates & each(sure, candidates, masked)
+        return candidates
+
+    return Allowed(tuple(each.name for each in mechanisms), rule)
 
 
 def _warn_of_processors(processors: Iterable[Any]) -> None:

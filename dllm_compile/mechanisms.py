@@ -214,7 +214,8 @@ def _check(mechanism: Mechanism) -> None:
             raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
         if option.read is not None and not option.beside:
             raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
-    if (mechanism.narrows or mechanism.visible or mechanism.unmask) and not mechanism.switches:
+    says = mechanism.narrows or mechanism.visible or mechanism.unmask or mechanism.candidates
+    if says and not mechanism.switches:
         raise ValueError(
             f"{mechanism.name!r} says rows, keys or tokens, and nothing switches it on; name an option in `switches`"
         )

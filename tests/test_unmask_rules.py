@@ -116,6 +116,84 @@ def test_what_a_rule_raises_names_it(tried: int) -> None:
         dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, wrong=0.3, top_k=3)
 
 
+# -- which candidates there are ---------------------------------------------------------------------------------------
+
+
+def ahead(told: Confidences) -> torch.Tensor:
+    """The first masked tokens, as the blocks that slide of DSB have them (arXiv 2602.05992)."""
+    return told.masked & (told.masked.cumsum(1) <= told.options.ahead)
+
+
+def restrict(name: str, candidates: Any = ahead) -> None:
+    option = Option(name, None, is_number, "a number", "masked tokens that may be written")
+    register(Mechanism(name, "a test", options=(option,), switches=(name,), candidates=candidates))
+
+
+@pytest.mark.parametrize("how", [{"threshold": 2.0}, {"factor": 0.0}, {"joint": 0.99}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"cache": "dual", "refresh_interval": 1}, {"top_k": 3}], ids=str)
+def test_the_surest_is_one_of_the_candidates_that_are_left(how: dict[str, Any], more: dict[str, Any]) -> None:
+    """Where a step writes the surest alone, it is the first mask, or one of the first two of the masked tokens."""
+    restrict("ahead")
+    common = {"gen_length": 8, "mask_id": MASK, "shift": False, "return_dict": True, "output_history": True, **how}
+    for window in 1, 2:
+        made = dllm_compile.generate(build(), start(2)[:, :4], ahead=window, lowering="eager", **common, **more)
+        assert made.nfe == 8
+        wrote = [(now != before).nonzero() for before, now in zip(made.history, made.history[1:], strict=False)]
+        masks = made.history == MASK
+        allowed = masks & (masks.cumsum(2) <= window)
+        assert all(len(rows) == 2 and allowed[i][tuple(rows.T)].all() for i, rows in enumerate(wrote))
+
+
+def test_a_sequence_without_candidates_waits() -> None:
+    """The first of two, until the other is done: then nothing holds it back."""
+
+    def other_first(told: Confidences) -> torch.Tensor:
+        waits = torch.arange(2).unsqueeze(1) < told.masked[1].any()
+        return told.candidates & ~waits
+
+    restrict("ahead", other_first)
+    common = {"gen_length": 8, "mask_id": MASK, "shift": False, "return_dict": True, "cache": "dual", "threshold": 2.0}
+    made = dllm_compile.generate(build(), start(2)[:, :4], ahead=1, lowering="eager", block_length=4, **common)
+    assert made.nfe == 16
+    assert not (made.sequences == MASK).any()
+
+
+def test_a_loop_that_waits_for_ever_ends() -> None:
+    restrict("none", lambda told: told.candidates & False)
+    with pytest.raises(RuntimeError, match=r"nothing was written in 64 calls in a row: .*the mechanism 'none'"):
+        dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, threshold=0.9, none=1)
+
+
+def test_several_mechanisms_leave_what_each_of_them_leaves() -> None:
+    restrict("ahead")
+    restrict("last", lambda told: told.masked & (told.masked.flip(1).cumsum(1).flip(1) <= told.options.last))
+    common = {"gen_length": 4, "mask_id": MASK, "factor": 0.0, "output_history": True}
+    made = dllm_compile.generate(build(), start(1)[:, :4], ahead=3, last=2, **common)
+    (at,) = (made.history[1] != made.history[0])[0].nonzero()
+    assert int(at) == 4 + 2  # of four masks the third is among the first three and the last two
+
+
+def test_a_fixed_number_of_tokens_cannot_be_held_back() -> None:
+    restrict("ahead")
+    with pytest.raises(ValueError, match=r"ahead may hold tokens back.*give threshold or factor"):
+        dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, ahead=2)
+
+
+# -- a loop of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_a_loop_of_ones_own_is_told_that_nobody_asks_the_rule() -> None:
+    said = "joint is 0.3, by which the mechanism 'joint' decides which tokens dllm_compile.generate writes"
+    call = torch.compile(build(), backend="dllm", options={"cache": "dual", "joint": 0.3, "lowering": "eager"})
+    with pytest.raises(ValueError, match=rf"{said}.*: call dllm_compile.generate, or leave out joint"):
+        call(start(1))
+    hides = {"visible": lambda facts: facts.masked | True, "unmask": surest_together}
+    register(Mechanism("joint", "a test", options=(JOINT,), switches=("joint",), **hides))
+    call = torch.compile(build(), backend="dllm", options={"joint": 0.3, "mask_id": MASK, "lowering": "eager"})
+    with pytest.warns(UserWarning, match=rf"{said}.*only its other parts apply here"):
+        call(start(1))
+
+
 def test_two_choosers_are_refused() -> None:
     model, prompt = build(), start(1)[:, :4]
     with pytest.raises(ValueError, match="a mechanism decides which tokens are written, and so does threshold"):

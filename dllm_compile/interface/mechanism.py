@@ -164,6 +164,9 @@ class Mechanism:
         unmask: where one of ``switches`` is on, the candidates, ``[B, S]`` bool, that :func:`dllm_compile.generate`
             writes in a step, in place of ``threshold`` and ``factor``; the surest one where it says none. It is
             compiled with the step: PyTorch on tensors whose sizes depend on no values. One mechanism at most.
+        candidates: where one of ``switches`` is on, those of the candidates, ``[B, S]`` bool, that ``unmask``,
+            ``threshold`` or ``factor`` choose from in a step; a sequence that it leaves none writes nothing. Compiled
+            like ``unmask``; several mechanisms intersect.
         methods: values of ``method``, each with the options it stands for.
         presets: values of ``preset``, likewise.
         checks: of all options, a sentence that refuses them, or ``None``.
@@ -178,6 +181,7 @@ class Mechanism:
     narrows: Rows | None = None
     visible: Rows | None = None
     unmask: Callable[[Confidences], torch.Tensor] | None = None
+    candidates: Callable[[Confidences], torch.Tensor] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: tuple[Callable[[Any], str | None], ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.backend import dllm
+from dllm_compile.backend import of_generate
 from dllm_compile.prepare import without_logs
 
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]] = weakref.WeakKeyDictionary()
@@ -29,7 +29,7 @@ def compiled(function: Callable[..., Any], model: Any, options: dict[str, Any]) 
     mine = _COMPILED.setdefault(model, {})
     key = (function, tuple(sorted(options.items())))
     if key not in mine:
-        mine[key] = _without_logs(torch.compile(_copy(function), backend=dllm, options=options))
+        mine[key] = _without_logs(torch.compile(_copy(function), backend=of_generate, options=options))
     return mine[key]
 
 

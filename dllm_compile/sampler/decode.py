@@ -37,6 +37,10 @@ class Generated:
         return getattr(self, name)
 
 
+IDLE = 64
+"""So many calls in a row may write nothing where mechanisms restrict the candidates."""
+
+
 @torch.no_grad()
 def decode(
     x: torch.Tensor,
@@ -62,17 +66,27 @@ def decode(
         progress: says what a step may write.
         streamer: see :func:`dllm_compile.generate`.
         output_history: keep the ids after each call.
+
+    Raises:
+        RuntimeError: mechanisms restrict the candidates, and nothing was written in :data:`IDLE` calls in a row.
     """
     stream = _Stream(streamer, x, prompt)
     history = [x]
     host = x.cpu()
     masked = start = host == mask_id
-    calls = 0
+    calls = idle = 0
     while (writable := progress.writable(masked & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
         x = step(x, writable.to(x.device))
         calls += 1
-        host = x.cpu()
+        host, before = x.cpu(), masked
         masked = host == mask_id
+        idle = idle + 1 if torch.equal(masked, before) else 0
+        if progress.settings.allowed is not None and idle == IDLE:
+            names = " and ".join(map(repr, progress.settings.allowed.names))
+            raise RuntimeError(
+                f"nothing was written in {IDLE} calls in a row: the candidates of the mechanism {names} hold none of "
+                "the masked tokens, or the model proposes the mask for them; leave at least one in time"
+            )
         stream.put(host, masked)
         if output_history:
             history.append(x)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .progress import Writable
-from .rules import by_rule, chosen, confidence, filtered
+from .rules import confidence, filtered, written
 from .settings import Settings
 
 
@@ -51,10 +51,10 @@ def draw_step(
         sure[rows] = confidence(probability, picked, settings.remasking)
     if settings.alg_temp:
         taken = lottery(sure, writable, settings.alg_temp, generator)
-    elif settings.rule is not None:
-        taken = by_rule(settings.rule, sure, rows, masked)
     else:
-        taken = chosen(sure, rows, writable.count, writable.most, settings.threshold, settings.factor)
+        counted = writable.count, writable.most, settings.threshold, settings.factor
+        allowed = settings.allowed.rule if settings.allowed is not None else None
+        taken = written(sure, rows, masked, *counted, rule=settings.rule, allowed=allowed)
     return torch.where(taken, token, x)
 
 

@@ -141,7 +141,9 @@ class Progress:
         while True:
             left = (masked & self._reach() & (self.position >= self._start().unsqueeze(1))).sum(1)
             self.first = torch.where(self.step == 0, left, self.first)
-            if self.caps:
+            if self.settings.allowed is not None:
+                limit = torch.full_like(left, torch.iinfo(left.dtype).max)  # a step may write nothing; see ``decode``
+            elif self.caps:
                 limit = self.steps + self.first
             elif self.settings.parallel:
                 limit = self.first.clamp(min=self.least)

@@ -7,6 +7,8 @@ Shapes: ``B`` sequences, ``S`` tokens, ``V`` vocabulary; ``...`` is ``B, S`` or 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -71,6 +73,14 @@ Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From confidence ``[B, S]``, candidates and masked positions, both ``[B, S]`` bool, to those to write."""
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """The candidates that mechanisms leave, and the names of the mechanisms."""
+
+    names: tuple[str, ...]
+    rule: Rule
+
+
 def _surest(sure: torch.Tensor) -> torch.Tensor:
     """``[B, S]`` bool, the surest of each sequence."""
     return torch.zeros_like(sure, dtype=torch.bool).scatter(1, sure.topk(1, 1).indices, True)
@@ -82,6 +92,23 @@ def by_rule(rule: Rule, sure: torch.Tensor, candidates: torch.Tensor, masked: to
     best = _surest(sure)
     taken = rule(sure, candidates, masked) & candidates
     return taken | (best & candidates & ~taken.any(1, keepdim=True))
+
+
+def written(
+    sure: torch.Tensor,
+    candidates: torch.Tensor,
+    masked: torch.Tensor,
+    *counted: Any,
+    rule: Rule | None = None,
+    allowed: Rule | None = None,
+) -> torch.Tensor:
+    """Which candidates ``[B, S]`` bool to write: by a mechanism's ``rule``, or as :func:`chosen` says by ``counted``.
+
+    Where mechanisms restrict the candidates, ``allowed`` says those that are left.
+    """
+    if allowed is not None:
+        candidates = candidates & allowed(torch.where(candidates, sure, -torch.inf), candidates, masked)
+    return chosen(sure, candidates, *counted) if rule is None else by_rule(rule, sure, candidates, masked)
 
 
 def chosen(

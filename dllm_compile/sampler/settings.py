@@ -9,7 +9,7 @@ from typing import Any
 from dllm_compile.interface.mechanism import is_int, is_number, nearest, one_of
 from dllm_compile.options import all_names
 
-from .rules import RULES, Rule
+from .rules import RULES, Allowed, Rule
 
 SYNONYMS = {
     "max_new_tokens": "gen_length",
@@ -74,6 +74,7 @@ class Settings:
         as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
             :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
         rule: which tokens to write, as a mechanism has it that an option switched on; no argument of ``generate``.
+        allowed: which candidates mechanisms leave, likewise.
 
     Raises:
         ValueError: a value is out of range, or two of them contradict each other.
@@ -97,6 +98,7 @@ class Settings:
     eps: float = 1e-3
     as_published: bool = False
     rule: Rule | None = None
+    allowed: Allowed | None = None
 
     def __post_init__(self) -> None:
         one_of("remasking", self.remasking, RULES)
@@ -125,6 +127,11 @@ class Settings:
             raise ValueError("threshold and factor are two rules for one thing; give one of them")
         if self.rule is not None and (self.threshold is not None or self.factor is not None):
             raise ValueError("a mechanism decides which tokens are written, and so does threshold or factor; give one")
+        if self.allowed is not None and not self.parallel:
+            raise ValueError(
+                f"{' and '.join(self.allowed.names)} may hold tokens back, so that a step cannot write a fixed number; "
+                "give threshold or factor"
+            )
         rule = "threshold" if self.threshold is not None else "factor"
         if self.parallel and self.remasking == "origin":
             raise ValueError(f"remasking='origin' has no confidence to hold against a {rule}; leave out one of them")
@@ -211,7 +218,7 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
     return own
 
 
-SETTINGS = tuple(each.name for each in fields(Settings) if each.name != "rule")
+SETTINGS = tuple(each.name for each in fields(Settings) if each.name not in ("rule", "allowed"))
 
 
 def option_names() -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .check import check_step, logits_in
-from .rules import Rule, by_rule, chosen, confidence, gumbel
+from .rules import Rule, confidence, gumbel, written
 
 Model = Callable[..., Any]
 
@@ -132,9 +132,11 @@ def surest(
     noise: torch.Tensor | None,
     draws: torch.Tensor | None,
     rule: Rule | None = None,
+    allowed: Rule | None = None,
     **inputs: Any,
 ) -> torch.Tensor:
-    """:func:`denoise_step` of arguments that are known to be right; a mechanism's ``rule`` may choose the tokens.
+    """:func:`denoise_step` of arguments that are known to be right; mechanisms may choose the tokens, see
+    :func:`dllm_compile.sampler.rules.written`.
 
     Raises:
         TypeError, ValueError: the model returns no logits, or ``noise`` is not as wide as they are.
@@ -155,6 +157,5 @@ def surest(
     else:
         token = logits.argmax(-1)
     sure = confidence(logits.softmax(-1), token, remasking) if draws is None else draws
-    if rule is not None:
-        return torch.where(by_rule(rule, sure, candidates, x == mask_id), token, x)
-    return torch.where(chosen(sure, candidates, count, most, threshold, factor), token, x)
+    counted = count, most, threshold, factor
+    return torch.where(written(sure, candidates, x == mask_id, *counted, rule=rule, allowed=allowed), token, x)

@@ -56,6 +56,7 @@ def stepper(
             model = partial(compiled(read_logits, model, options), model)
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
         fixed.update(threshold=settings.threshold, factor=settings.factor, rule=settings.rule)
+        fixed.update(allowed=settings.allowed.rule if settings.allowed is not None else None)
 
         def step(x: torch.Tensor, writable: Writable) -> torch.Tensor:
             noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
