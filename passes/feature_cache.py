@@ -105,14 +105,18 @@ class FeatureCache:
         """Rows of the call; a repeated one counts."""
         if self.anew:
             self.anew = False
-            return Plan(FULL, self.selected)
+            return Plan(FULL, self.selected, refresh=("block",))
         if self.prompt_interval:
             assignment = variant(call.number, self.prompt_interval, self.response_interval, self.most)
         elif due(self.response_interval, call.number):
             assignment = FULL  # with nothing before the response there is no prompt to refresh or to keep
         else:
             assignment = variant(1, 2, 2, self.most)
-        return Plan(assignment, self.selected)
+        intervals = {"prompt": self.prompt_interval, "response": self.response_interval}
+        why = (
+            [name for name, each in intervals.items() if each and due(each, call.number)] if call.number else ["block"]
+        )
+        return Plan(assignment, self.selected, refresh=tuple(why))
 
 
 def _intervals(options: Any) -> bool:

@@ -111,6 +111,7 @@ def follow(model: Model, beta: int, gamma: float, seed: int, lowering: str = "ea
         token[MASK] = -torch.inf
         ids, filled = ids.clone(), [int(best)]
         ids[0, best] = token.argmax()
+    assert dllm_compile.stats(model)["refreshes"].get("after_layer", 0) == sum(map(len, plain.restarted))
     return plain.restarted
 
 

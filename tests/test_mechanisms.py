@@ -194,6 +194,7 @@ def test_a_rule_may_say_when_every_row_is_computed() -> None:
             x = fill(call(x), x)
         full.append(steps(model)["full"] - before)
     assert full == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert dllm_compile.stats(model)["refreshes"] == {"block": 1, "rule": 2}
 
 
 def rule_of_a_window(name: str) -> Mechanism:

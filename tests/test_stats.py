@@ -10,7 +10,7 @@ import torch
 import dllm_compile
 from dllm_compile.runtime.ids import mask_of_changes
 
-from . import models
+from . import callers, models
 from .test_explain import counted
 from .test_layers_alone import LAYERS, LoopBroken
 
@@ -69,6 +69,32 @@ def test_flops_skipped_are_those_counted(options: dict[str, Any]) -> None:
             x[:, 21 + step] = 7
     for name, (flops, _) in counted("llama", options).items():
         assert noted[name] == pytest.approx(flops, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"cache": "dual", "block_length": 4, "refresh_interval": 3}, {"block": 2, "interval": 1}),
+        ({"cache": "dual", "keep_ratio": 0.5}, {"block": 1, "steps": 1}),
+        ({"cache": "dual", "block_length": 4, "edit": 5}, {"block": 2, "edit": 1}),
+        ({"saliency_threshold": 0.9, "full_steps": 3, "response_interval": 4}, {"block": 1, "steps": 2, "response": 1}),
+        ({"cache": "dual", "prompt_interval": 4, "refresh_interval": 5}, {"block": 1, "prompt": 1, "interval": 1}),
+        ({"prompt_interval": 2, "response_interval": 3}, {"block": 1, "prompt": 2, "response": 1}),
+    ],
+    ids=str,
+)
+def test_refreshes_by_their_reason(options: dict[str, Any], wanted: dict[str, int]) -> None:
+    options = dict(options)
+    edited = options.pop("edit", None)
+    model, x = callers.build(), models.start(PROMPT, RESPONSE, 1)
+    call = models.compiled_loop(model, **options)
+    with torch.no_grad():
+        for step in range(STEPS):
+            if step == edited:
+                x[:, PROMPT] = 4  # of the block before
+            call(x)
+            x[:, PROMPT + step] = 5
+    assert dllm_compile.stats(model)["refreshes"] == wanted
 
 
 def test_a_repeat_skips_everything() -> None:

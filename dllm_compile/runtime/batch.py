@@ -79,6 +79,7 @@ class Step:
         anew: the cached rows are invalid for this step: the remaining layers compute every row.
         inputs: tensors of graphs behind the first that were compared with those of the step before.
         noted: by layer, what was noted behind it in this step.
+        refresh: why sequences refresh.
         deeper_rows: a layer was followed by the decision that those behind it compute every row.
         memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
         places: of each of them there.
@@ -102,6 +103,7 @@ class Step:
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     noted: dict[Any, Any] = field(default_factory=dict)
+    refresh: tuple[str, ...] = ()
     deeper_rows: bool = False
     memory: torch.Tensor | None = None
     places: Places = ()

@@ -365,6 +365,7 @@ class GraphCall:
         if partial and wanted is not None and bool(wanted.any()):
             self.env[stream], self.have[stream] = every.contiguous(), ALL
             self.rest, step.deeper_rows = self.full, True
+            self.batch.session.stats.refreshes["after_layer"] += 1
             step.indices["readable"] = step.indices["readable later"]
             self.costs.clear()  # of another number of rows
 

@@ -447,7 +447,9 @@ class Session:
         masks |= {} if plan.visible is None else {"visible": plan.visible}
         memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices}, device)
         repeat = call.repeat and plan.same
-        return Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
+        step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
+        step.refresh = plan.refresh
+        return step
 
     def _tell_of_remasking(self, program: Program) -> None:
         self.reads_filled = True

@@ -39,6 +39,11 @@ class Stats:
         steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits. A step in
             which no layer had rows kept ran every row, and is called ``"full"``.
         rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
+        refreshes: steps in which sequences refreshed (all their rows, or all of the response), by the first reason of
+            each: ``"block"``, a block or a sequence begins, also anew where weights or inputs changed; ``"edit"``, a
+            token changed that no partial step computes; ``"rule"``, the rule's own ``refresh``; ``"interval"``,
+            ``"prompt"`` or ``"response"``, the interval is over; ``"steps"``, a further one of several full steps
+            (``delay``, ``full_steps``), or along with another sequence; ``"after_layer"``, decided in mid-step.
         layers: ``"seen"``, layers that ran in all of them, and ``"cached"``, those that read rows kept of other steps.
         graphs: calls of graphs that those steps were made of.
         flops_whole, flops: of those calls, had they computed every row, and as they ran; see :class:`Tally`. Graphs
@@ -56,6 +61,7 @@ class Stats:
     steps: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     logits: Counter[str] = field(default_factory=Counter)
+    refreshes: Counter[str] = field(default_factory=Counter)
     layers: Counter[str] = field(default_factory=Counter)
     graphs: int = 0
     flops_whole: float = 0.0
@@ -72,6 +78,7 @@ class Stats:
         """Note a step whose first graph has run: as a full one, until a layer runs the variant that was planned."""
         planned = "repeat" if step.repeat else step.assignment.name
         reads = step.assignment.reads_kept or step.assignment.evict is not None
+        self.refreshes.update(() if step.repeat else step.refresh)
         step.counted = "full" if planned != "repeat" and reads and not step.own else planned
         self._add(step.counted, step, 1)
 
@@ -113,7 +120,7 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Fold another session's counters in."""
-        for name in ("steps", "rows", "logits", "layers"):
+        for name in ("steps", "rows", "logits", "refreshes", "layers"):
             getattr(self, name).update(getattr(other, name))
         for name in ("sequences", "graphs", "flops_whole", "flops", "salient", "salient_layers"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -94,16 +94,16 @@ class ActiveRows:
 
     def _planned(self, call: Call) -> Plan:
         part = self._partial(call)
-        full, response = self.refreshes.next(call.number, self._begins(call, part))
+        full, response, why = self.refreshes.next(call.number, self._begins(call, part))
         self.since = self.since & ~(full | response)
         if bool((full | self.blocks.done).all()):
-            return self._full(call, part)
+            return replace(self._full(call, part), refresh=why)
         written = part | full | (response & self.response)
         active = with_row_before(written) if self.before else written
         exact = full | response
         same = self.settled and not bool(exact.any()) and call.filling is None
         self.settled = True
-        plan = Plan(self.part, active=active, written=written, same=same)
+        plan = Plan(self.part, active=active, written=written, refresh=why, same=same)
         if self.bound is not None and self.follows and not bool(exact.all()):
             bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
             first = active & (exact | call.changed | ~written)
@@ -134,20 +134,23 @@ class ActiveRows:
     def _said(self, what: str, rows: Rows, call: Call, like: torch.Tensor) -> torch.Tensor:
         return asked(f"the rule {self.rule.name!r} says {what}", rows, self._facts(call), like)
 
-    def _begins(self, call: Call, part: torch.Tensor) -> torch.Tensor:
-        """Which sequences, ``[B, 1]`` bool, begin a block, or were edited where no partial step sees it."""
+    def _begins(self, call: Call, part: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By the reason, which sequences, ``[B, 1]`` bool, begin a block, were edited where no partial step sees it, or
+        refresh as the rule says.
+        """
         missed = call.changed & ~part
         if self.rule.leaves_filled:
             missed &= ~call.filled
         if self.chosen is not None and self.chosen.fresh is not None:
             missed |= (call.changed | part) & ~self.chosen.fresh  # it has no place among the entries
         self.edited = self.edited | missed.any(1, keepdim=True)
-        begins = self.blocks.moved | self.edited
+        reasons = {"block": self.blocks.moved, "edit": self.edited}
         if self.rule.refresh is not None:
-            begins |= self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
-        begins &= ~self.blocks.done
-        self.edited = self.edited & ~begins
-        return begins
+            reasons["rule"] = self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
+        reasons = {name: where & ~self.blocks.done for name, where in reasons.items()}
+        for begins in reasons.values():
+            self.edited = self.edited & ~begins
+        return reasons
 
     def _full(self, call: Call, reach: torch.Tensor) -> Plan:
         """A call that computes every row; the last of several chooses what is kept beside rows within ``reach``."""
