@@ -4,7 +4,7 @@ from .backend import dllm, reset, stats
 from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
-from .interface.mechanism import Confidences, Facts, Mechanism, Option, RowRule
+from .interface.mechanism import Confidences, Contexts, Facts, Mechanism, Option, RowRule
 from .interface.plan import AfterLayer, Measured
 from .kernels.attention_weights import attention_weights
 from .mechanisms import register, unregister
@@ -17,6 +17,7 @@ from .warm import Warmed, warm
 __all__ = [
     "AfterLayer",
     "Confidences",
+    "Contexts",
     "Explanation",
     "Facts",
     "Generated",

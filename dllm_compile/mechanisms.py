@@ -125,10 +125,10 @@ def rule_of(cache: str) -> RowRule:
 
 
 def turned_on(options: Any) -> list[Mechanism]:
-    """The registered mechanisms that an option switches on, in the order of registration."""
+    """The mechanisms that an option switches on: those of the package, then others in the order of registration."""
     known = _TABLES
     on = {name for name in known.switches if getattr(options, name) != known.options[name].default}
-    return [each for each in known.registered.values() if on.intersection(each.switches)]
+    return [each for each in (*OWN, *known.registered.values()) if on.intersection(each.switches)]
 
 
 def register(mechanism: Mechanism) -> Mechanism:
@@ -214,7 +214,11 @@ def _check(mechanism: Mechanism) -> None:
             raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
         if option.read is not None and not option.beside:
             raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
-    says = mechanism.narrows or mechanism.visible or mechanism.unmask or mechanism.candidates
+    says = mechanism.narrows or mechanism.visible or mechanism.salient or mechanism.unmask or mechanism.candidates
+    if mechanism.salient and len(mechanism.switches) > 1:
+        raise ValueError(
+            f"{mechanism.name!r} says salient rows, and has several switches; give one, which is its bound"
+        )
     if says and not mechanism.switches:
         raise ValueError(
             f"{mechanism.name!r} says rows, keys or tokens, and nothing switches it on; name an option in `switches`"

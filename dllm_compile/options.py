@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .general_options import GENERAL
-from .interface.mechanism import nearest, one_of
+from .interface.mechanism import Mechanism, nearest, one_of
 from .mechanisms import tables, turned_on
 
 DEFAULT = "dllm-cache"
@@ -154,8 +154,13 @@ class Options:
 
     def _check_axes(self) -> None:
         """Refuse what has no place in the steps of the other mechanisms."""
-        kept = "keep_ratio" if self.keep_ratio is not None else "saliency_threshold"
-        if tables().rules[self.cache].after_layer is not None and getattr(self, kept) is not None:
+        salient = [
+            name for mechanism in turned_on(self) if mechanism.salient is not None for name in mechanism.switches
+        ]
+        if len(salient) > 1:
+            raise ValueError(f"{' and '.join(salient)} each decide which rows are salient; leave out all but one")
+        kept = "keep_ratio" if self.keep_ratio is not None else "".join(salient)
+        if tables().rules[self.cache].after_layer is not None and kept:
             raise ValueError(
                 f"cache {self.cache!r} measures whole layers and recomputes those behind them, and {kept} keeps no "
                 "whole layers; leave out one of them"
@@ -163,7 +168,7 @@ class Options:
         choosing = [mechanism.name for mechanism in turned_on(self) if mechanism.unmask is not None]
         if len(choosing) > 1:
             raise ValueError(f"{' and '.join(choosing)} each decide which tokens are written; leave out all but one")
-        for mechanism in turned_on(self) if self.cache == "none" and self.saliency_threshold is None else ():
+        for mechanism in turned_on(self) if self.cache == "none" and not salient else ():
             if mechanism.narrows is not None:
                 raise ValueError(
                     f"the mechanism {mechanism.name!r} narrows the rows of a cache of blocks; give cache='dual' too"
@@ -173,6 +178,11 @@ class Options:
         """Whether anything reads an option beside the others, whatever it is set to."""
         read = tables().options[name].read
         return read is None or bool(read(self))
+
+    @property
+    def saliency(self) -> Mechanism | None:
+        """The mechanism that says which rows are salient, if one is on."""
+        return next((each for each in turned_on(self) if each.salient is not None), None)
 
     @property
     def full_steps_of_a_block(self) -> int:

@@ -1,4 +1,4 @@
-"""Which rows turned: those whose similarity with their former selves is below a threshold (DyLLM, arXiv 2603.08026).
+"""Which rows go on into the MLP and the next layer: those whose contexts drifted (DyLLM, arXiv 2603.08026).
 
 Their number is known only on the device, so the list has a capacity of all active rows, and the number is a second
 result.
@@ -10,13 +10,13 @@ import torch
 
 
 def salient_rows(
-    similarity: torch.Tensor, threshold: torch.Tensor, active: torch.Tensor, stored: torch.Tensor, tokens: int
+    drifted: torch.Tensor, bound: torch.Tensor, active: torch.Tensor, stored: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Places of the salient ones among the active rows, and how many they are.
 
     Args:
-        similarity: ``[B, Q]`` floating; NaN is below nothing.
-        threshold: ``[B, 1]`` floating; strictly below it is salient.
+        drifted: ``[B, Q]`` bool, those that are salient by their contexts.
+        bound: ``[B, 1]`` floating; where it is infinite, all rows of the sequence are salient.
         active: ``[B, Q]`` int64 positions of the active rows; ``tokens`` for no row.
         stored: the same with ``tokens`` also for rows that leave nothing behind. They are always salient: what was kept
             of them is old.
@@ -26,7 +26,7 @@ def salient_rows(
         ``[B, Q]`` int64 places, in order, then ``Q``; and ``[B]`` int64.
     """
     count = active.shape[1]
-    salient = ((similarity < threshold) | (stored >= tokens)) & (active < tokens)
+    salient = (drifted | (bound == torch.inf) | (stored >= tokens)) & (active < tokens)
     target = torch.where(salient, salient.cumsum(1) - 1, count)
     places = torch.arange(count, device=active.device).expand_as(active)
     listed = active.new_full((active.shape[0], count + 1), count).scatter(1, target, places)

@@ -46,7 +46,7 @@ def _has_cache(options: Any) -> bool:
 
 
 def _has_refreshes(options: Any) -> bool:
-    return _has_cache(options) or options.saliency_threshold is not None
+    return _has_cache(options) or options.saliency is not None
 
 
 MECHANISM = Mechanism(

@@ -56,7 +56,7 @@ def evicted(partial: Assignment, gaps: bool) -> Assignment:
 
 
 def _is_of_something(options: Any) -> str | None:
-    kept = options.prompt_interval, options.response_interval, options.saliency_threshold
+    kept = options.prompt_interval, options.response_interval, options.saliency
     if options.keep_ratio is None or options.cache != "none" or kept != (None, None, None):
         return None
     return (

@@ -124,9 +124,9 @@ def _intervals(options: Any) -> bool:
 
 
 def _rows_are_chosen_once(options: Any) -> str | None:
-    if options.transfer_ratio is None or (options.cache == "none" and options.saliency_threshold is None):
+    if options.transfer_ratio is None or (options.cache == "none" and options.saliency is None):
         return None
-    other = "a cache of blocks" if options.cache != "none" else "saliency_threshold"
+    other = "a cache of blocks" if options.cache != "none" else options.saliency.switches[0]
     return f"transfer_ratio and {other} both choose the rows of a step; leave out one of them"
 
 

@@ -16,10 +16,13 @@ no state. A layer is cut behind its attention, since that decides how many rows 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, wraps
 from typing import Any
 
-from dllm_compile.core.assignment import ACTIVE, CONTEXTS, KEYED, SALIENT, Assignment
-from dllm_compile.interface.mechanism import Mechanism, Option, count, flag, is_number
+import torch
+
+from dllm_compile.core.assignment import ACTIVE, CONTEXTS, KEYED, SALIENT, Assignment, Operation
+from dllm_compile.interface.mechanism import Contexts, Mechanism, Option, asked, count, flag, is_number
 from dllm_compile.kernels.delta_attention import delta_attention
 from dllm_compile.kernels.salient_rows import salient_rows
 from dllm_compile.kernels.sparse_attention import sparse_attention
@@ -30,10 +33,29 @@ def with_contexts(assignment: Assignment) -> Assignment:
     return replace(assignment, keep=CONTEXTS) if assignment.keep else assignment
 
 
-def salient(partial: Assignment) -> Assignment:
-    """A step that recomputes the salient ones of its active rows."""
+def salient(partial: Assignment, choose: Operation) -> Assignment:
+    """A step that recomputes the salient ones of its active rows, which ``choose`` finds; see :func:`choosing`."""
     rows = replace(partial, name="salient", key=SALIENT, value=SALIENT, mlp=SALIENT)
-    return replace(rows, attend=delta_attention, choose_salient=salient_rows)
+    return replace(rows, attend=delta_attention, choose_salient=choose)
+
+
+@cache
+def choosing(mechanism: Mechanism) -> Operation:
+    """The operation of ``Assignment.choose_salient`` that asks a mechanism: the same one for the same mechanism."""
+    what, function = f"the mechanism {mechanism.name!r} says salient rows", mechanism.salient
+    assert function is not None
+
+    @wraps(function)
+    def choose(new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any) -> Any:
+        drifted = asked(what, function, Contexts(new, old, cosine, bound), cosine < 0)
+        return salient_rows(drifted, bound, *places)
+
+    return choose
+
+
+def turned(contexts: Contexts) -> torch.Tensor:
+    """Rows whose context turned; NaN is below nothing."""
+    return contexts.cosine < contexts.bound
 
 
 def thorough(assignment: Assignment) -> Assignment:
@@ -44,7 +66,7 @@ def thorough(assignment: Assignment) -> Assignment:
 
 
 def _on(options: Any) -> bool:
-    return options.saliency_threshold is not None
+    return options.saliency is not None
 
 
 def _alone(options: Any) -> bool:
@@ -91,6 +113,7 @@ MECHANISM = Mechanism(
         ),
     ),
     switches=("saliency_threshold",),
+    salient=turned,
     neutral={"saliency_threshold": 0.99, "full_steps": 10**6},
     methods={"dyllm": {"saliency_threshold": 0.99}},
     presets={

@@ -109,7 +109,7 @@ class DyLLM:
         for n, layer in enumerate(self.parts.layers):
             normed = layer.input_layernorm(x)
             context = self._context(n, layer, normed, rows, salient)
-            turned = cosine(context, self.context[n][rows]) < self.threshold
+            turned = self._turned(context, self.context[n][rows])
             salient = rows[turned]
             step.salient.append(salient)
             self.context[n][rows] = context
@@ -117,6 +117,9 @@ class DyLLM:
             self.mlp[n][salient] = layer.mlp(layer.post_attention_layernorm(x[turned]))
             x = x + self.mlp[n][rows]
         return self.parts.head(x)
+
+    def _turned(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return cosine(new, old) < self.threshold
 
     def _context(
         self, n: int, layer: Any, normed: torch.Tensor, rows: torch.Tensor, salient: torch.Tensor

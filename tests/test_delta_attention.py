@@ -353,16 +353,16 @@ def test_the_kernel_equals_float64_on_a_gpu(dtype: torch.dtype) -> None:
     stored=st.integers(0, 63),
     bounds=st.lists(st.sampled_from([-1.0, 0.99, torch.inf]), min_size=3, max_size=3),
 )
-def test_salient_rows_are_those_below_the_threshold_or_not_stored(
+def test_salient_rows_are_those_that_drifted_or_are_not_stored(
     turns: list[list[float]], there: int, stored: int, bounds: list[float]
 ) -> None:
     similarity = torch.tensor(turns, dtype=torch.float64).view(-1, 6)
     active = torch.tensor([10 + 2 * i if there >> i & 1 else 99 for i in range(6)]).expand(len(turns), -1)
     threshold = torch.tensor(bounds[: len(turns)], dtype=torch.float64).view(-1, 1)
     lasting = torch.tensor([int(active[0, i]) if stored >> i & 1 else 99 for i in range(6)]) if turns else active
-    got, counts = salient_rows(similarity, threshold, active, lasting.expand(len(turns), -1), 99)
+    got, counts = salient_rows(similarity < threshold, threshold, active, lasting.expand(len(turns), -1), 99)
     want = [
-        [i for i in range(6) if there >> i & 1 and (turn[i] < bound or not stored >> i & 1)]
+        [i for i in range(6) if there >> i & 1 and (turn[i] < bound or bound == torch.inf or not stored >> i & 1)]
         for turn, bound in zip(turns, bounds, strict=False)
     ]
     assert counts.tolist() == [len(row) for row in want]
@@ -374,7 +374,7 @@ def test_salient_rows_are_found_without_a_look() -> None:
     """Compiled whole: no number is read on the host, no shape depends on one."""
 
     def found(similarity: torch.Tensor, active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return salient_rows(similarity, torch.full((2, 1), 0.5), active, active, 20)
+        return salient_rows(similarity < 0.5, torch.full((2, 1), 0.5), active, active, 20)
 
     similarity, active = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)), torch.arange(20).expand(2, -1)
     got, want = torch.compile(found, fullgraph=True)(similarity, active), found(similarity, active)

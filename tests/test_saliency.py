@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import dllm_compile
-from dllm_compile import tiny
+from dllm_compile import Contexts, Mechanism, Option, tiny
+from dllm_compile.interface.mechanism import is_number
+from dllm_compile.mechanisms import register, unregister
 from dllm_compile.quota_loop import quota_loop
 from dllm_compile.runtime import session
 from dllm_compile.runtime.session import Session
 
-from . import golden_models
+from . import callers, golden_models, models
 from .dyllm_model import DyLLM
 from .grids import pairwise
 from .models import in_a_loop
@@ -64,6 +68,90 @@ def test_every_step_equals_the_plain_model(
             rows = (ids[0] == mask_id).nonzero()[:, 0] - int(bool(shift))
             assert roundings(got[rows], want[rows]) <= 8, f"step {i}"
     assert dllm_compile.stats(model)["steps"]["salient"] == len(calls) - 3
+
+
+# -- a measure from outside -------------------------------------------------------------------------------------------
+
+
+class Moved(DyLLM):
+    """Rows are salient where their contexts moved by more than the threshold."""
+
+    def _turned(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return (new - old).square().sum(-1).sqrt() > self.threshold
+
+
+def moved(contexts: Contexts) -> torch.Tensor:
+    """The same of all heads."""
+    return (contexts.new - contexts.old).square().sum((1, 3)).sqrt() > contexts.bound
+
+
+@pytest.fixture
+def drift() -> Iterator[Mechanism]:
+    """DyLLM with another measure."""
+    option = Option("drift", None, is_number, "a distance, such as 0.1", meaning="how far a context may move")
+    says = {"options": (option,), "switches": ("drift",), "methods": {"drift": {"drift": 0.1}}}
+    neutral = {"drift": 0.1, "full_steps": 10**6}
+    yield register(Mechanism("drift", "a test", salient=moved, neutral=neutral, **says))  # type: ignore[arg-type]
+    unregister("drift")
+
+
+@pytest.mark.usefixtures("drift")
+@pytest.mark.parametrize(("bound", "name"), [(0.05, "llada_a"), (0.3, "llada_g"), (1e9, "dream_a")])
+def test_every_step_of_another_measure_equals_its_plain_model(bound: float, name: str) -> None:
+    model, mask_id = golden_models.model(name), MASK_IDS[name]
+    calls = steps_of(11, 14, mask_id, 9)
+    plain = Moved(model, calls[0][0] == mask_id, bound, 3)
+    dllm_compile.reset()
+    options = {"method": "drift", "drift": bound, "full_steps": 3, "mask_id": mask_id, "lowering": "eager"}
+    compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
+    with torch.no_grad():
+        for i, ids in enumerate(calls):
+            want, got = plain.step(ids), compiled(ids).logits[0]
+            rows = (ids[0] == mask_id).nonzero()[:, 0]
+            assert roundings(got[rows], want[rows]) <= 8, f"step {i}"
+    sizes = [len(rows) for step in plain.steps for rows in step.salient[1:]]
+    share = sum(sizes) / sum(len(step.rows) * len(plain.mlp) for step in plain.steps if step.salient)
+    assert share == 0 if bound > 1 else 0.1 < share < 0.95
+    assert dllm_compile.stats(model)["steps"]["salient"] == len(calls) - 3
+
+
+@pytest.mark.usefixtures("drift")
+def test_another_measure_under_inductor_finds_the_same_rows() -> None:
+    got: list[list[torch.Tensor]] = []
+    found = []
+    for lowering in "eager", "inductor":
+        model = callers.build()
+        call = models.compiled_loop(model, drift=0.2, full_steps=1, lowering=lowering)
+        with torch.no_grad():
+            got.append([call(ids)[ids == models.MASK] for ids in steps_of(6, 8, models.MASK, 5)])
+        found.append(dllm_compile.stats(model)["salient"])
+    assert found[0] == found[1]
+    torch.testing.assert_close(got[1], got[0], rtol=1e-9, atol=1e-9)
+    assert found[0] > 0
+
+
+def test_its_neutral_setting_equals_eager(drift: Mechanism) -> None:
+    model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
+    dllm_compile.reset()
+    options = {**(drift.neutral or {}), "mask_id": mask_id, "lowering": "eager"}
+    compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
+    with torch.no_grad():
+        for ids in steps_of(11, 14, mask_id, 5):
+            want, got = model(ids).logits, compiled(ids).logits
+            assert roundings(got[ids == mask_id], want[ids == mask_id]) <= 8
+
+
+def test_two_measures_of_saliency_are_refused_and_what_one_says_is_checked(drift: Mechanism) -> None:
+    with pytest.raises(ValueError, match="saliency_threshold and drift each decide which rows are salient"):
+        dllm_compile.Options(drift=0.1, saliency_threshold=0.9)
+    for wrong, said in (lambda c: c.cosine, "says salient rows of torch.float"), (lambda c: c.rows, "AttributeError"):
+        register(replace(drift, salient=wrong))
+        model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
+        dllm_compile.reset()
+        options = {"drift": 0.1, "full_steps": 1, "mask_id": mask_id, "lowering": "eager"}
+        compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
+        with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=f"the mechanism 'drift' .*{said}"):
+            [compiled(ids) for ids in steps_of(11, 14, mask_id, 2)]
 
 
 @pytest.mark.parametrize("whole_interval", [1, 3, 8])

@@ -44,7 +44,8 @@ class Assignment:
         attend: the operation that attends in place of the model's own call: over ``KEYED``, see
             :func:`dllm_compile.kernels.sparse_attention.sparse_attention`; where rows are ``SALIENT``, from the change
             of their values, see :func:`dllm_compile.kernels.delta_attention.delta_attention`.
-        choose_salient: the operation that chooses the salient rows of what follows by how far contexts drifted; see
+        choose_salient: the operation that chooses the salient rows of what follows. It gets their contexts, now and
+            before, what else ``attend`` returned, the bound, and where the active rows are; see
             :func:`dllm_compile.kernels.salient_rows.salient_rows`.
         evict: the operation that chooses the entries to keep, from queries and keys, and its settings; see
             :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`.

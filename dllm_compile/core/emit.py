@@ -89,7 +89,7 @@ class _Writer:
         self.places: dict[RowSet, torch.fx.Node] = {}
         self.chosen: tuple[torch.fx.Node, torch.fx.Node] | None = None
         self.changed: torch.fx.Node | None = None
-        self.similarity: torch.fx.Node | None = None  # of the contexts of the active rows with their former selves
+        self.contexts: tuple[torch.fx.Node, ...] = ()  # of the active rows, now, before, and their similarity
         self.measured: torch.fx.Node | None = None
         self.inside = set(unit.nodes)
         self._placeholders()
@@ -237,8 +237,9 @@ class _Writer:
         former = self._call(row_ops.former_rows, (self.state[node], active, self._layout(node)))
         given = (*args[:3], change, self._written(att.key, SALIENT), at, former)
         both = self._call(self.assignment.attend, (*given, mask, scale))
-        self.similarity = self._call(operator.getitem, (both, 1))
-        return self._call(operator.getitem, (both, 0))
+        new, similarity = (self._call(operator.getitem, (both, i)) for i in (0, 1))
+        self.contexts = new, former, similarity
+        return new
 
     def _change(self) -> torch.fx.Node:
         """How far the values of the salient rows are from those in the state, before they enter it."""
@@ -289,10 +290,10 @@ class _Writer:
         extras: dict[str, torch.fx.Node] = {}
         if self.assignment.pick is not None:
             extras["picked"] = self._choose()[1]
-        if self.similarity is not None:
+        if self.contexts:
             assert self.assignment.choose_salient is not None
             places = self.slot["index:active"], self.slot["index:stored"], self._tokens()
-            both = self._call(self.assignment.choose_salient, (self.similarity, self.slot["bound"], *places))
+            both = self._call(self.assignment.choose_salient, (*self.contexts, self.slot["bound"], *places))
             extras["salient"], extras["salient count"] = (self._call(operator.getitem, (both, i)) for i in (0, 1))
         if self.measured is not None:
             extras["measured"] = self.measured

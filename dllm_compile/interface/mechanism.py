@@ -106,6 +106,24 @@ class Confidences:
 
 
 @dataclass(frozen=True)
+class Contexts:
+    """What a mechanism is told of the contexts of the rows that a layer computes, the output of each head.
+
+    Attributes:
+        new: ``[B, H, Q, h]``, those of this step.
+        old: ``[B, H, Q, h]``, those that are kept of the last step that computed the row.
+        cosine: ``[B, Q]`` floating, of the two, over all heads side by side; taken before ``new`` is rounded.
+        bound: ``[B, 1]`` float32, the value of the option that switches the mechanism on; infinite for a sequence whose
+            rows are all salient, whatever the mechanism says.
+    """
+
+    new: torch.Tensor
+    old: torch.Tensor
+    cosine: torch.Tensor
+    bound: torch.Tensor
+
+
+@dataclass(frozen=True)
 class RowRule:
     """A value of the option ``cache``: the rows that a step between two refreshes computes.
 
@@ -161,6 +179,9 @@ class Mechanism:
             those that the rule of ``cache`` chooses; several mechanisms intersect.
         visible: where one of ``switches`` is on, the keys, ``[B, S]`` bool, that attention reads in every step;
             several mechanisms intersect, and what eviction keeps of the others is hidden too.
+        salient: where its only switch is on, whose value is a number, which of the rows that a layer computes are
+            salient, ``[B, Q]`` bool: computed again by the MLP of the layer, and by keys and values of the next; the
+            others keep those of the last step that computed them. It is compiled with the layer. One mechanism at most.
         unmask: where one of ``switches`` is on, the candidates, ``[B, S]`` bool, that :func:`dllm_compile.generate`
             writes in a step, in place of ``threshold`` and ``factor``; the surest one where it says none. It is
             compiled with the step: PyTorch on tensors whose sizes depend on no values. One mechanism at most.
@@ -180,6 +201,7 @@ class Mechanism:
     rules: tuple[RowRule, ...] = ()
     narrows: Rows | None = None
     visible: Rows | None = None
+    salient: Callable[[Contexts], torch.Tensor] | None = None
     unmask: Callable[[Confidences], torch.Tensor] | None = None
     candidates: Callable[[Confidences], torch.Tensor] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -90,7 +90,7 @@ class Program:
         options: Options,
         stand_ins: StandIns | None = None,
     ) -> None:
-        found = analyzed(module, args, options.saliency_threshold is not None, stand_ins)
+        found = analyzed(module, args, options.saliency is not None, stand_ins)
         self.graph, self.seed, self.axes, self.units = found.graph, found.seed, found.axes, found.units
         self.stand_ins, self.size = stand_ins, found.axes.size
         graph, args, constants, names = found.graph, found.args, found.constants, placeholders(found.graph)

@@ -22,7 +22,7 @@ from dllm_compile.mechanisms import rule_of, turned_on
 from dllm_compile.options import Options
 from dllm_compile.passes.block_cache import BLOCK, FULL
 from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
-from dllm_compile.passes.saliency import salient, with_contexts
+from dllm_compile.passes.saliency import choosing, salient, with_contexts
 
 from .refreshes import Refreshes
 
@@ -33,7 +33,7 @@ class ActiveRows:
     """The schedule of one sequence.
 
     Args:
-        options: what the user chose; ``cache``, ``keep_ratio`` and ``saliency_threshold`` say which rows, the intervals
+        options: what the user chose; ``cache``, ``keep_ratio`` and saliency say which rows, the intervals
             and steps when.
         response: ``[B, S]`` bool, the rows of the response.
     """
@@ -48,10 +48,12 @@ class ActiveRows:
         self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
         self.narrowing = [mechanism for mechanism in turned_on(options) if mechanism.narrows is not None]
         self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
-        self.bound = options.saliency_threshold
         full, self.part = FULL, BLOCK
-        if self.bound is not None:
+        self.salient: Assignment | None = None  # a partial step that computes the salient of its rows
+        if options.saliency is not None:
+            self.bound = float(getattr(options, options.saliency.switches[0]))
             full, self.part = with_contexts(full), with_contexts(self.part)
+            self.salient = salient(self.part, choosing(options.saliency))
         self.evict: Assignment | None = None
         if options.keep_ratio is not None:
             self.evict = evicting(full, options.keep_ratio, options.kernel_size)
@@ -70,7 +72,7 @@ class ActiveRows:
         self.settled = True
 
     def _variants(self) -> tuple[Assignment, ...]:
-        partial = (self.part,) if self.bound is None else (self.part, salient(self.part))
+        partial = (self.part,) if self.salient is None else (self.part, self.salient)
         if self.evict is None:
             return self.full, *partial
         return self.full, self.evict, *(evicted(each, gaps=False) for each in partial)
@@ -104,10 +106,10 @@ class ActiveRows:
         same = self.settled and not bool(exact.any()) and call.filling is None
         self.settled = True
         plan = Plan(self.part, active=active, written=written, refresh=why, same=same)
-        if self.bound is not None and self.follows and not bool(exact.all()):
+        if self.salient is not None and self.follows and not bool(exact.all()):
             bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
             first = active & (exact | call.changed | ~written)
-            plan = replace(plan, assignment=salient(self.part), salient=first, bound=bound)
+            plan = replace(plan, assignment=self.salient, salient=first, bound=bound)
         self.follows = True
         if self.chosen is None:
             return plan
@@ -117,7 +119,7 @@ class ActiveRows:
     def _partial(self, call: Call) -> torch.Tensor:
         """Rows of a partial step."""
         options = self.options
-        if options.cache == "none" and self.evict is None and self.bound is not None:
+        if options.cache == "none" and self.evict is None and self.salient is not None:
             due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
             if due or not options.response_only:
                 return torch.ones_like(self.response)

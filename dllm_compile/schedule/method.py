@@ -33,7 +33,7 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
 
 def _rows(options: Options, response: torch.Tensor) -> Schedule:
     """The schedule of the rows, whatever keys they read."""
-    if options.cache != "none" or options.saliency_threshold is not None:
+    if options.cache != "none" or options.saliency is not None:
         return ActiveRows(options, response)
     if options.prompt_interval is None and options.response_interval is None:
         return Exact()

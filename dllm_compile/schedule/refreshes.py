@@ -28,7 +28,7 @@ class Refreshes:
     """
 
     def __init__(self, options: Options, sequences: int) -> None:
-        self.options = options
+        self.options, self.salient = options, options.saliency is not None
         self.age = torch.zeros(sequences, 1, dtype=torch.int64)  # calls since the last refresh
         self.left = torch.zeros(sequences, 1, dtype=torch.int64)
 
@@ -53,7 +53,7 @@ class Refreshes:
         self.age = self.age.masked_fill(anew, 0)
         self._at_least(1, anew | prompt)
         self._at_least(options.full_steps_of_a_block, begins)
-        warm = options.saliency_threshold is not None and number < options.full_steps
+        warm = self.salient and number < options.full_steps
         if warm:
             self._at_least(1 if number + 1 == options.full_steps else 2, torch.ones_like(begins))
         full = self.left > 0
@@ -66,7 +66,7 @@ class Refreshes:
 
     def begin_anew(self, rows: torch.Tensor) -> None:
         """Some sequences, ``[B]`` bool, are new ones."""
-        if self.options.saliency_threshold is not None:
+        if self.salient:
             self._at_least(self.options.full_steps, rows.unsqueeze(1))
 
     def _at_least(self, steps: int, where: torch.Tensor) -> None:
