@@ -25,7 +25,7 @@ from dllm_compile.core.units import Attention, Branch, Unit, closure
 
 _MOVES = {
     *("view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten"),
-    *("movedim", "getitem", "repeat_interleave"),
+    *("movedim", "getitem", "repeat_interleave", "repeat"),
 }
 _ADDS = (operator.add, torch.add)
 

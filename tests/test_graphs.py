@@ -125,6 +125,57 @@ def test_keywords_make_no_difference(options: dict[str, Any], padded: bool) -> N
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+class Repeated(Layer):
+    """Grouped heads whose keys and values are repeated as ``spell`` says."""
+
+    def __init__(self, spell: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(keywords=False)
+        self.spell = spell
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        query, key, value = (to(self.norm(x)).unflatten(-1, (-1, 8)).transpose(1, 2) for to in (self.q, self.k, self.v))
+        seen = F.scaled_dot_product_attention(query, self.spell(key), self.spell(value), mask)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+
+def repeated(spell: Callable[[torch.Tensor], torch.Tensor]) -> Model:
+    torch.manual_seed(0)
+    return Model([Repeated(spell) for _ in range(2)]).double().eval()
+
+
+@pytest.mark.parametrize("options", [NEUTRAL, PARTIAL, {"method": "dyllm", "full_steps": 2}], ids=str)
+def test_grouped_heads_may_be_repeated(options: dict[str, Any]) -> None:
+    """As ``repeat`` has it the groups come one after another; the smaller tensor before is kept, as with ``expand``."""
+    found, kept, ran = [], [], []
+    for spell in (lambda t: t.repeat(1, 2, 1, 1)), (lambda t: t[:, None].expand(-1, 2, -1, -1, -1).flatten(1, 2)):
+        m = repeated(spell)
+        dllm_compile.reset()
+        found.append(steps(models.compiled_loop(m, **options)))
+        said = dllm_compile.stats(m)
+        assert not said["refused"]
+        kept.append(said["state_bytes"])
+        ran.append(said["steps"])
+    for got, want, exact in zip(*found, steps(repeated(lambda t: t.repeat(1, 2, 1, 1))), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        if options == NEUTRAL:
+            torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
+    assert kept[0] == kept[1]
+    assert ran[0] == ran[1]
+    assert options == NEUTRAL or {"select", "salient"} & ran[0].keys()
+
+
+@pytest.mark.filterwarnings("ignore:dllm")
+@pytest.mark.parametrize("times", [(1, 2, 2, 1), (2, 2, 1, 1)], ids=["tokens", "batch"])
+def test_repeated_tokens_or_sequences_are_computed_whole(times: tuple[int, ...]) -> None:
+    m = repeated(lambda t: t.repeat(times)[: t.shape[0]])
+    dllm_compile.reset()
+    for got, want in zip(steps(models.compiled_loop(m, **PARTIAL)), steps(m), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    said = dllm_compile.stats(m)
+    assert said["refused"] or set(said["steps"]) <= {"full", "exact"}
+
+
 def test_a_call_has_one_form() -> None:
     from dllm_compile.core.arguments import canonical
 

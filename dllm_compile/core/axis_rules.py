@@ -138,6 +138,16 @@ def _expand(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch
     return [(*[plain(extent) for extent in shape[:new]], *old)]
 
 
+def _repeat(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
+    """Fine where neither the batch nor the tokens are repeated."""
+    layout, times = known.must(args[0]), args[1]
+    new = len(times) - len(layout)
+    if any(n != 1 and (holds(dim, "T") or holds(dim, "B")) for n, dim in zip(times[new:], layout, strict=True)):
+        return None
+    old = [dim if n == 1 else plain(size(dim) * n) for n, dim in zip(times[new:], layout, strict=True)]
+    return [(*map(plain, times[:new]), *old)]
+
+
 def _permute(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None]:
     layout = known.must(args[0])
     rank = len(layout)
@@ -247,6 +257,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.mm, aten.addmm, aten.bmm, aten.baddbmm), _matmul),
     **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), _norm),
     aten.expand: _expand,
+    aten.repeat: _repeat,
     aten.unsqueeze: _unsqueeze,
     aten.squeeze: _squeeze,
     aten.embedding: _embedding,
