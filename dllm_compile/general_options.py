@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .interface.mechanism import Option, count, flag, is_int
+from .interface.mechanism import Option, count, flag, is_int, token_id
 
 LOWERINGS = ("inductor", "eager")
 READABLE = ("masked", "all")
@@ -11,14 +11,14 @@ GENERAL = (
     Option(
         "mask_id",
         None,
-        lambda v: is_int(v) and v >= 0,
+        token_id()["fits"],
         "the token id of the mask, such as 126336 for LLaDA",
         "token id of the mask; by default the id that ends the first call",
     ),
     Option(
         "shift",
         None,
-        lambda v: isinstance(v, bool),
+        flag()["fits"],
         "True for samplers that read row i - 1 for token i, else False",
         "whether the sampler reads row ``i - 1`` for token ``i``, as Dream's does. ``None`` serves both kinds of "
         "samplers; ``True`` also counts the row before the response as part of it; ``False`` skips the rows before",

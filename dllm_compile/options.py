@@ -99,7 +99,7 @@ class Options:
         known = tables()
         for name in DECLARED:
             object.__setattr__(self, name, values[name])
-        object.__setattr__(self, "more", tuple((name, values[name]) for name in known.others))
+        object.__setattr__(self, "more", tuple((name, values[name]) for name in known.others))  # all: checks read them
         for name, option in known.options.items():
             value = values[name]
             if option.values is not None:

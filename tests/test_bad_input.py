@@ -325,6 +325,12 @@ STEP: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"threshold": 0.9, "factor": 1.0}, ValueError, "threshold and factor are two rules for one thing; give one"),
     ({"factor": 1.0}, ValueError, "count and factor both say how many tokens are written; give one of them"),
     ({"model": of_61, "attn_mask": X}, ValueError, "the model takes no 'attn_mask'; did you mean"),
+    (
+        {"model": of_61, "treshold": 0.9},
+        ValueError,
+        "denoise_step has no argument 'treshold'; did you mean 'threshold'",
+    ),
+    ({"confidence_threshold": 0.9}, ValueError, "denoise_step has no argument 'confidence_threshold'; did you mean"),
     ({"model": returning(lambda y: (y,))}, TypeError, "the model returned a tuple; give one that returns logits"),
 ]
 

@@ -271,6 +271,12 @@ def flag() -> dict[str, Any]:
     return {"fits": lambda v: isinstance(v, bool), "wanted": "True or False"}
 
 
+def token_id() -> dict[str, Any]:
+    """An option that is an id of a token: its ``fits`` and ``wanted``."""
+    fits = lambda v: is_int(v) and v >= 0  # noqa: E731
+    return {"fits": fits, "wanted": "a token id, such as 126336 for LLaDA"}
+
+
 def nearest(name: Any, valid: Iterable[str]) -> str:
     """The valid name most like the one given."""
     return difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.0)[0]

@@ -151,31 +151,22 @@ class Schedule(Protocol):
         """
 
 
-def copied(schedule: Any) -> Any:
-    """A copy of a schedule that is told of one more call, or of a part of it.
+def copied(schedule: Any, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
+    """A copy of a schedule, or of a part of it, that is told of one more call.
 
-    Tensors are shared: a schedule puts others in their places and never writes into one.
+    Args:
+        schedule: all its tensors are ``[B, ...]``, an entry a sequence.
+        change: made to each of its tensors; without it they are shared, since a schedule puts others in their places
+            and never writes into one.
     """
     new = copy(schedule)
     parts = vars(new)
     for name, each in parts.items():
-        if hasattr(each, "__dict__") and not isinstance(each, torch.Tensor) and not is_dataclass(each):
-            parts[name] = copied(each)
+        if isinstance(each, torch.Tensor):
+            parts[name] = each if change is None else change(each)
+        elif hasattr(each, "__dict__") and (not is_dataclass(each) or isinstance(each, Plan)):
+            parts[name] = copied(each, change)
     return new
-
-
-def with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a schedule, or of something in it, with ``change`` made to each tensor.
-
-    All tensors of a schedule are ``[B, ...]``, an entry a sequence; what is frozen and without tensors is shared.
-    """
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Plan) or (hasattr(value, "__dict__") and not is_dataclass(value)):
-        new = copy(value)
-        vars(new).update({name: with_tensors(each, change) for name, each in vars(value).items()})
-        return new
-    return value
 
 
 class Exact:

@@ -12,7 +12,7 @@ import torch
 
 from dllm_compile.core.assignment import ACTIVE, Assignment
 from dllm_compile.declared import Declared
-from dllm_compile.interface.plan import Call, Exact, Schedule, copied, with_tensors
+from dllm_compile.interface.plan import Call, Exact, Schedule, copied
 from dllm_compile.schedule.method import response_of, schedule
 
 from . import recordings
@@ -339,7 +339,7 @@ class Batch:
         self.part_inputs.clear()
         self.first, self.response = some(self.first), some(self.response)
         self._locate()
-        plans = with_tensors(past.schedule, lambda each: some(each) if each.shape[:1] == (size,) else each)
+        plans = copied(past.schedule, lambda each: some(each) if each.shape[:1] == (size,) else each)
         self.past = replace(past, ids=some(past.ids), on_device=some(past.on_device), schedule=plans, history=())
         self.last = None  # what was noted behind its layers is of all sequences
 

@@ -6,6 +6,7 @@ the graph; values are read from the device once.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any
 
@@ -16,7 +17,7 @@ from dllm_compile.interface.mechanism import is_int, nearest, one_of
 from dllm_compile.options import check_vocabulary
 
 from .rules import RULES
-from .settings import Settings
+from .settings import SYNONYMS, Settings
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 STEP_RULES = tuple(rule for rule in RULES if rule != "origin")
@@ -207,6 +208,7 @@ def check_step(model: Any, x: Any, candidates: Any, count: Any, most: Any, how: 
     one_of("remasking", how["remasking"], STEP_RULES)
     if eager:
         _check_numbers(how)
+        _check_names(model, how)
         check_inputs(model, how["inputs"])
         check_vocabulary(how["mask_id"], embedded(model))
     if count is None and most is not None:
@@ -238,6 +240,15 @@ def check_step(model: Any, x: Any, candidates: Any, count: Any, most: Any, how: 
             _check_tensor(name, how[name], x, shape, kind)
     if eager and x.numel():
         _check_values(model, x, candidates, count, most, how["mask_id"])
+
+
+def _check_names(model: Any, how: dict[str, Any]) -> None:
+    """Refuse inputs of the model that it does not name, and whose names are almost those of an argument of the step."""
+    own = [*(name for name in how if name != "inputs"), "count", "most"]
+    for name in how["inputs"]:
+        near = difflib.get_close_matches(SYNONYMS.get(name, name), own, n=1, cutoff=0.8)
+        if near and takes(model, name) is not True:
+            raise ValueError(f"denoise_step has no argument {name!r}; did you mean {near[0]!r}?")
 
 
 def _check_numbers(how: dict[str, Any]) -> None:

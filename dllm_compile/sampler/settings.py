@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllm_compile.interface.mechanism import is_int, is_number, nearest, one_of
+from dllm_compile.interface.mechanism import count, flag, is_number, nearest, one_of, token_id
 from dllm_compile.options import all_names
 
 from .rules import RULES, Allowed, Rule
@@ -29,19 +29,15 @@ RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": 
 
 
 SCHEDULES = ("equal", "time")
-_ID = (lambda v: is_int(v) and v >= 0, "a token id, such as 126336 for LLaDA")
-_COUNT = (lambda v: is_int(v) and v >= 1, "a whole number of at least 1")
-_SCALE = (lambda v: is_number(v) and v >= 0, "a number of at least 0")
-_SHARE = (lambda v: is_number(v) and 0 < v <= 1, "a share above 0 and up to 1")
-_LEVEL = (is_number, "a confidence, such as 0.9")
-_SWITCH = (lambda v: isinstance(v, bool), "True or False")
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("gen_length", "block_length", "steps", "top_k"), _COUNT),
+_SCALE = {"fits": lambda v: is_number(v) and v >= 0, "wanted": "a number of at least 0"}
+_SHARE = {"fits": lambda v: is_number(v) and 0 < v <= 1, "wanted": "a share above 0 and up to 1"}
+_VALUES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("gen_length", "block_length", "steps", "top_k"), count("32")),
     **dict.fromkeys(("temperature", "cfg_scale", "factor", "alg_temp"), _SCALE),
     **dict.fromkeys(("top_p", "eps"), _SHARE),
-    **dict.fromkeys(("shift", "as_published"), _SWITCH),
-    "threshold": _LEVEL,
-    "mask_id": _ID,
+    **dict.fromkeys(("shift", "as_published"), flag()),
+    "threshold": {"fits": is_number, "wanted": "a confidence, such as 0.9"},
+    "mask_id": token_id(),
 }
 """What values of a field are, and how that is said; ``None`` is one too where it is the default."""
 
@@ -104,11 +100,11 @@ class Settings:
         one_of("remasking", self.remasking, RULES)
         if self.schedule is not None:
             one_of("schedule", self.schedule, SCHEDULES)
-        for name, (fits, wanted) in _VALUES.items():
+        for name, known in _VALUES.items():
             value = getattr(self, name)
-            if not (fits(value) or (value is None and getattr(Settings, name) is None)):
-                raise ValueError(f"{name} is {value!r}; give {wanted}")
-        if not all(is_int(each) and each >= 0 for each in self.eos):
+            if not (known["fits"](value) or (value is None and getattr(Settings, name) is None)):
+                raise ValueError(f"{name} is {value!r}; give {known['wanted']}")
+        if not all(map(token_id()["fits"], self.eos)):
             raise ValueError(f"eos_id is {self.eos_id!r}; give a token id, or a tuple of them")
         self._check_blocks()
         self._check_rules()

@@ -98,7 +98,8 @@ def denoise_step(
         given: ``[B, S]`` bool, the prompt; required with ``cfg_scale``.
         noise: ``[B, S, V]`` float64, uniform; required with ``temperature``.
         draws: ``[B, S]``, the confidences of ``"random"``.
-        inputs: further inputs of the model, such as ``attention_mask``.
+        inputs: further inputs of the model, such as ``attention_mask``. A name that the model does not have is refused
+            where it is almost one of the arguments above.
 
     Returns:
         ``[B, S]`` int64, a new tensor.
