@@ -15,6 +15,8 @@ from .core.units import Unit
 from .interface.plan import Call
 from .mechanisms import turned_on
 from .options import Options, all_names, check_vocabulary
+from .passes.block_cache import full_steps
+from .passes.feature_cache import share
 from .runtime import cost
 from .runtime.ids import infer_mask_id
 from .runtime.program import Program
@@ -158,7 +160,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     response, tokens = int(masked.sum(1).max()), ids.shape[1]
     method = schedule(options, masked)
     nothing = masked & False
-    calls = options.full_steps + options.full_steps_of_a_block + 4
+    calls = options.full_steps + full_steps(options) + 4
     plans = [method.next(Call(i, False, masked, nothing, nothing)) for i in range(calls)]
     active = [int(plan.active.sum(1).max()) for plan in plans if plan.active is not None]
     fresh = [max(int(plan.fresh.sum(1).max()), 2) for plan in plans if plan.fresh is not None]
@@ -167,7 +169,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
         "S": tokens,
         "P": tokens - response,
         "G": response,
-        "n": int(response * options.share),
+        "n": int(response * share(options)),
         "A": min(active, default=tokens),
         "s": max(response // 10, 1),
         "E": max(plan.kept for plan in plans),

@@ -184,16 +184,6 @@ class Options:
         """The mechanism that says which rows are salient, if one is on."""
         return next((each for each in turned_on(self) if each.salient is not None), None)
 
-    @property
-    def full_steps_of_a_block(self) -> int:
-        """Full steps that a block begins with."""
-        return 1 + (self.delay if self.delay is not None else int(self.keep_ratio is not None))
-
-    @property
-    def share(self) -> float:
-        """``transfer_ratio``, or what it is by default."""
-        return 0.25 if self.transfer_ratio is None else self.transfer_ratio
-
     @classmethod
     def of(cls, given: Options | Mapping[str, Any] | None = None, /, **more: Any) -> Options:
         """Options from what a user wrote.

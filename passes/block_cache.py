@@ -49,6 +49,11 @@ def _has_refreshes(options: Any) -> bool:
     return _has_cache(options) or options.saliency is not None
 
 
+def full_steps(options: Any) -> int:
+    """Full steps that a block begins with."""
+    return 1 + (options.delay if options.delay is not None else int(options.keep_ratio is not None))
+
+
 MECHANISM = Mechanism(
     "block-cache",
     "Fast-dLLM, arXiv 2505.22618",

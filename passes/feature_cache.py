@@ -119,6 +119,11 @@ class FeatureCache:
         return Plan(assignment, self.selected, refresh=tuple(why))
 
 
+def share(options: Any) -> float:
+    """``transfer_ratio``, or what it is by default."""
+    return 0.25 if options.transfer_ratio is None else float(options.transfer_ratio)
+
+
 def _intervals(options: Any) -> bool:
     return (options.prompt_interval, options.response_interval) != (None, None)
 

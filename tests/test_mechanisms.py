@@ -219,7 +219,7 @@ def rule(name: str, **more: Any) -> Mechanism:
         (rule("new", options=(Option("gen_interval", 1),)), "option 'gen_interval' is there already"),
         *(
             (rule("new", options=(Option(name, 1),)), f"{name!r} cannot be an option of 'new': it has a meaning")
-            for name in ("temperature", "alg", "streamer", "input_ids", "more", "share", "reads", "_set")
+            for name in ("temperature", "alg", "streamer", "input_ids", "more", "saliency", "reads", "_set")
         ),
         (rule("new", options=(Option("no name", 1),)), "'no name' cannot be an option of 'new': it is no identifier"),
         (rule("new", options=(Option("on", 4),), switches=("on",)), "whose default is 4; give None or False"),

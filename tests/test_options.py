@@ -15,6 +15,8 @@ from dllm_compile import Options
 from dllm_compile.general_options import LOWERINGS
 from dllm_compile.mechanisms import METHODS, PRESETS, tables
 from dllm_compile.options import DECLARED
+from dllm_compile.passes.block_cache import full_steps
+from dllm_compile.passes.feature_cache import share as ratio
 
 from .models import MASK
 
@@ -152,7 +154,7 @@ def test_another_method_of_options_already_made_is_that_method() -> None:
 )
 def test_what_none_stands_for(given: dict[str, Any], full: int, share: float) -> None:
     options = Options.of(given)
-    assert (options.full_steps_of_a_block, options.share) == (full, share)
+    assert (full_steps(options), ratio(options)) == (full, share)
 
 
 # -- two mechanisms for one thing --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from dllm_compile.interface.plan import Exact, Schedule, with_row_before
 from dllm_compile.mechanisms import turned_on
 from dllm_compile.options import Options
-from dllm_compile.passes.feature_cache import FeatureCache
+from dllm_compile.passes.feature_cache import FeatureCache, share
 
 from .active_rows import ActiveRows
 from .prompt_eviction import PromptEviction
@@ -38,7 +38,7 @@ def _rows(options: Options, response: torch.Tensor) -> Schedule:
     if options.prompt_interval is None and options.response_interval is None:
         return Exact()
     intervals = options.prompt_interval or 1, options.response_interval or 1
-    features = FeatureCache(response, *intervals, options.share, bool(options.shift))
+    features = FeatureCache(response, *intervals, share(options), bool(options.shift))
     if options.keep_ratio is None:
         return features
     return PromptEviction(features, response_of(options, response), options.keep_ratio, options.kernel_size)

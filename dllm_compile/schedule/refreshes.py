@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from dllm_compile.options import Options
+from dllm_compile.passes.block_cache import full_steps
 from dllm_compile.passes.feature_cache import due
 
 NEVER = 2**62
@@ -52,7 +53,7 @@ class Refreshes:
             begins = anew = torch.ones_like(begins)
         self.age = self.age.masked_fill(anew, 0)
         self._at_least(1, anew | prompt)
-        self._at_least(options.full_steps_of_a_block, begins)
+        self._at_least(full_steps(options), begins)
         warm = self.salient and number < options.full_steps
         if warm:
             self._at_least(1 if number + 1 == options.full_steps else 2, torch.ones_like(begins))
