@@ -8,45 +8,28 @@ ids, and behind them a few truth values and sums that were computed there.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
 import torch
 
-from dllm_compile.core.assignment import EXACT
-from dllm_compile.declared import Declared, ExactCalls, Loop, declared, to_be_filled
-from dllm_compile.interface.plan import Call, Exact, Plan, copied
+from dllm_compile.declared import Declared, ExactCalls, Loop, declared
+from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
 
-from . import recordings
-from .batch import HISTORY, Batch, Past, Step, bytes_of
+from .batch import Batch, Past, Step, bytes_of
 from .evidence import SHORT, Evidence, begins_masked
 from .ids import infer_mask_id, labels, mask_of_changes
-from .positions import packed, positions_of_call
 from .program import Program
 from .stats import Stats
+from .steps import Read, next_step
 from .unchanged import Inputs, Weights
 
 BATCHES = 16  # alive in one model at most
-MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
 SCORED = 64  # prompts that are remembered because texts on them were scored
 LEAST_CAPACITY = 64  # salient rows that a recorded layer has memory for at least
-
-
-@dataclass
-class _Read:
-    """What a call looks like from the host."""
-
-    ids: torch.Tensor
-    on_device: torch.Tensor
-    same_late: dict[Batch, bool]
-    same_inputs: dict[Batch, bool]
-    found: dict[Batch, list[float]]
-    weights_written: bool
 
 
 class Session:
@@ -179,7 +162,7 @@ class Session:
                 return None
         if not batch.layers:
             self._free_state_for(batch)
-        step = self._step(batch, read, program)
+        step = next_step(self, batch, read, program)
         step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
         return batch, step
 
@@ -212,7 +195,7 @@ class Session:
         late: Sequence[torch.Tensor],
         candidates: list[Batch],
         looked: bool,
-    ) -> _Read:
+    ) -> Read:
         """The ids, and what was computed on the device about them, in one transfer."""
         parts = [ids.detach().reshape(-1).long()]
         device = ids.device
@@ -239,7 +222,7 @@ class Session:
         flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), *map(len, later), 7 * len(doubted)])
         count = 1 + len(candidates)
         numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
-        return _Read(
+        return Read(
             host[:at].view(ids.shape),
             packed[:at].view(ids.shape),
             same_late={
@@ -364,112 +347,10 @@ class Session:
         while others and bytes_of(others) + needed > self.options.max_state_bytes:
             others.pop(0).begin_anew()
 
-    # -- what a step computes ----------------------------------------------------------------------------------------
-
-    def _step(self, batch: Batch, read: _Read, program: Program) -> Step:
-        past, last = batch.past, batch.last
-        assert past is not None
-        device = read.on_device.device
-        caller = program if read.same_late.get(batch, False) else None
-        call = batch.call(read.ids, caller, to_be_filled(read.ids.shape))
-        if call.repeat and past.number == 0 and self.weights.written_anywhere():
-            self.weights.sum()  # a few numbers differ of which the sample has none
-            batch.begin_anew()
-            past = batch.past
-            assert past is not None
-            call = batch.call(read.ids, caller, call.filling)
-        if call.repeat and last is not None and not last.delivered and program in batch.outputs:
-            return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
-        evidence = past.evidence
-        if call.number > 0 and not self.mask_seen(batch.mask_id) and bool(call.filled.any()):
-            self.filled_with.setdefault(batch.mask_id, set()).update(read.ids[call.filled].tolist())
-        if call.number and bool(call.filled.any()) and not evidence.is_loop:
-            found = read.found.get(batch)
-            evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, self.vocabulary or 2)
-            if evidence.sure and not evidence.is_loop and not past.evidence.sure:
-                warnings.warn(
-                    "dllm: these calls look like a denoising loop that did not begin fully masked behind a prompt, and "
-                    "run without a cache; if they are one, make them inside of `with dllm_compile.loop():`",
-                    stacklevel=2,
-                )
-        lossy = not isinstance(past.schedule, Exact)
-        missed = False
-        if past.missed and evidence.is_loop:  # the schedule begins here
-            plans = batch.new_schedule()
-            call = Call(0, False, call.masked, call.filled, call.changed, call.filling)
-        else:
-            plans = copied(past.schedule)
-        if batch.whole and lossy:
-            plans = Exact()
-        plan = plans.next(call)
-        served = call.repeat and plan.same and batch.thread is None and program in batch.outputs
-        known = evidence.is_loop or not lossy or served
-        if not known and (plan.warning is not None or not plan.assignment.computes_all):
-            missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
-        elif plan.warning is not None:
-            warnings.warn(plan.warning, stacklevel=2)
-        history = (
-            past.history if past.history and torch.equal(past.history[-1], read.ids) else (*past.history, read.ids)
-        )
-        new = Past(
-            read.ids,
-            read.on_device,
-            call.number,
-            plans,
-            program,
-            evidence,
-            missed or (past.missed and not evidence.is_loop),
-            history[-HISTORY:],
-            call.notes,
-        )
-        return self._planned(batch, new, call, plan, program, device)
-
-    def _planned(
-        self, batch: Batch, past: Past, call: Call, plan: Plan, program: Program, device: torch.device
-    ) -> Step:
-        size, tokens = call.masked.shape
-        self.records = self.options.cuda_graphs and recordings.possible(device)
-        if bool((call.changed & call.masked).any()) and past.number > 0 and not self.reads_filled:
-            self._tell_of_remasking(program)
-        every = self.options.readable == "all" or self.reads_filled or program.reads_all(self.vocabulary)
-        every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
-        every |= not self.mask_seen(batch.mask_id)  # a sampler may read rows of another token
-        multiple = MULTIPLE if self.records else 1
-        rows = positions_of_call(
-            call, plan, batch.answer, self.options.shift, every, multiple, past.schedule.after_layer is not None
-        )
-        indices = {**batch.fixed, **rows}
-        selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
-        sizes = {name: index.shape[1] for name, index in indices.items()}
-        sizes["selected"] = int(selected.max())
-        sizes["kept"] = plan.kept
-        masks = {} if plan.bound is None else {"bound": plan.bound.unsqueeze(1)}
-        masks |= {} if plan.visible is None else {"visible": plan.visible}
-        memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices}, device)
-        repeat = call.repeat and plan.same
-        step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
-        step.refresh = plan.refresh
-        return step
-
-    def _tell_of_remasking(self, program: Program) -> None:
-        self.reads_filled = True
-        if self.options.readable != "all" and not program.chooses:
-            warnings.warn(
-                "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which "
-                "so far were those of an earlier step; from here on they are computed at every step. Give "
-                "readable='all' to have them from the first call on",
-                stacklevel=2,
-            )
-
 
 def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> bool:
     """Whether ids are those of another call outside of its response."""
     return ids.shape == first.shape and bool(((ids == first) | response).all())
-
-
-def _again(call: Call, number: int) -> Call:
-    """The same call with another number, for a call that the schedule does not get to see."""
-    return replace(call, number=number, repeat=False)
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()

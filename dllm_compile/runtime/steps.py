@@ -1,0 +1,160 @@
+"""What a call of known sequences computes: the rows that the schedule says, as positions on the device."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from dllm_compile.core.assignment import EXACT
+from dllm_compile.declared import to_be_filled
+from dllm_compile.interface.plan import Call, Exact, Plan, copied
+
+from . import recordings
+from .batch import HISTORY, Batch, Past, Step
+from .evidence import Evidence
+from .positions import packed, positions_of_call
+from .program import Program
+
+if TYPE_CHECKING:
+    from .session import Session
+
+MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
+
+
+@dataclass
+class Read:
+    """A call, as the host reads it off its inputs.
+
+    Attributes:
+        ids, on_device: ``[B, S]`` int64 token ids, on the host and where they came from.
+        same_late, same_inputs: by the sequences that may go on, whether the tensors that only the head reads, and those
+            that the layers read, equal those of their last call.
+        found: of sequences in doubt, what the call's tokens say against the logits that they expected; see
+            :mod:`dllm_compile.runtime.evidence`.
+        weights_written: whether a weight was written to since the last call.
+    """
+
+    ids: torch.Tensor
+    on_device: torch.Tensor
+    same_late: dict[Batch, bool]
+    same_inputs: dict[Batch, bool]
+    found: dict[Batch, list[float]]
+    weights_written: bool
+
+
+def next_step(session: Session, batch: Batch, read: Read, program: Program) -> Step:
+    """The step that a call is.
+
+    Args:
+        session: of the model; what the call tells of the mask token is noted there.
+        batch: the sequences that the call goes on with.
+        read: the call.
+        program: the graph that is called.
+    """
+    past, last = batch.past, batch.last
+    assert past is not None
+    device = read.on_device.device
+    caller = program if read.same_late.get(batch, False) else None
+    call = batch.call(read.ids, caller, to_be_filled(read.ids.shape))
+    if call.repeat and past.number == 0 and session.weights.written_anywhere():
+        session.weights.sum()  # a few numbers differ of which the sample has none
+        batch.begin_anew()
+        past = batch.past
+        assert past is not None
+        call = batch.call(read.ids, caller, call.filling)
+    if call.repeat and last is not None and not last.delivered and program in batch.outputs:
+        return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
+    evidence = _evidence(session, batch, read, call, past)
+    lossy = not isinstance(past.schedule, Exact)
+    missed = False
+    if past.missed and evidence.is_loop:  # the schedule begins here
+        plans = batch.new_schedule()
+        call = Call(0, False, call.masked, call.filled, call.changed, call.filling)
+    else:
+        plans = copied(past.schedule)
+    if batch.whole and lossy:
+        plans = Exact()
+    plan = plans.next(call)
+    served = call.repeat and plan.same and batch.thread is None and program in batch.outputs
+    known = evidence.is_loop or not lossy or served
+    if not known and (plan.warning is not None or not plan.assignment.computes_all):
+        missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
+    elif plan.warning is not None:
+        warnings.warn(plan.warning, stacklevel=2)
+    history = past.history if past.history and torch.equal(past.history[-1], read.ids) else (*past.history, read.ids)
+    new = Past(
+        read.ids,
+        read.on_device,
+        call.number,
+        plans,
+        program,
+        evidence,
+        missed or (past.missed and not evidence.is_loop),
+        history[-HISTORY:],
+        call.notes,
+    )
+    return _planned(session, batch, new, call, plan, program, device)
+
+
+def _evidence(session: Session, batch: Batch, read: Read, call: Call, past: Past) -> Evidence:
+    """What is known of a run of calls behind this one. The tokens that its masks were filled with are noted."""
+    evidence = past.evidence
+    if call.number > 0 and not session.mask_seen(batch.mask_id) and bool(call.filled.any()):
+        session.filled_with.setdefault(batch.mask_id, set()).update(read.ids[call.filled].tolist())
+    if call.number and bool(call.filled.any()) and not evidence.is_loop:
+        found = read.found.get(batch)
+        evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, session.vocabulary or 2)
+        if evidence.sure and not evidence.is_loop and not past.evidence.sure:
+            warnings.warn(
+                "dllm: these calls look like a denoising loop that did not begin fully masked behind a prompt, and "
+                "run without a cache; if they are one, make them inside of `with dllm_compile.loop():`",
+                stacklevel=2,
+            )
+    return evidence
+
+
+def _planned(
+    session: Session, batch: Batch, past: Past, call: Call, plan: Plan, program: Program, device: torch.device
+) -> Step:
+    size, tokens = call.masked.shape
+    session.records = session.options.cuda_graphs and recordings.possible(device)
+    if bool((call.changed & call.masked).any()) and past.number > 0 and not session.reads_filled:
+        _tell_of_remasking(session, program)
+    every = session.options.readable == "all" or session.reads_filled or program.reads_all(session.vocabulary)
+    every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
+    every |= not session.mask_seen(batch.mask_id)  # a sampler may read rows of another token
+    multiple = MULTIPLE if session.records else 1
+    rows = positions_of_call(
+        call, plan, batch.answer, session.options.shift, every, multiple, past.schedule.after_layer is not None
+    )
+    indices = {**batch.fixed, **rows}
+    selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
+    sizes = {name: index.shape[1] for name, index in indices.items()}
+    sizes["selected"] = int(selected.max())
+    sizes["kept"] = plan.kept
+    masks = {} if plan.bound is None else {"bound": plan.bound.unsqueeze(1)}
+    masks |= {} if plan.visible is None else {"visible": plan.visible}
+    memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices}, device)
+    repeat = call.repeat and plan.same
+    step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
+    step.refresh = plan.refresh
+    return step
+
+
+def _tell_of_remasking(session: Session, program: Program) -> None:
+    session.reads_filled = True
+    if session.options.readable != "all" and not program.chooses:
+        warnings.warn(
+            "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which "
+            "so far were those of an earlier step; from here on they are computed at every step. Give "
+            "readable='all' to have them from the first call on",
+            stacklevel=2,
+        )
+
+
+def _again(call: Call, number: int) -> Call:
+    """The same call with another number, for a call that the schedule does not get to see."""
+    return replace(call, number=number, repeat=False)
