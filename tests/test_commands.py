@@ -90,7 +90,7 @@ def test_demo_writes_its_table(
 
 def test_bench_runs_on_a_small_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     names = "inductor", "dllm-cache", "fast-dllm dual"
-    monkeypatch.setattr(bench, "contenders", only(bench.contenders, *names, eager=names[1:2]))
+    monkeypatch.setattr(bench, "contenders", only(bench.contenders, *names, eager=names[1:]))  # above: test_shape_bench
     shape = ["--layers", "2", "--width", "64", "--mlp", "96", "--heads", "4", "--vocabulary", "128"]
     lengths = ["--prompt", "24", "--response", "16", "--baseline-steps", "4", "--prompt-interval", "8"]
     bench.main([*shape, *lengths, "--cache-block", "8"])
@@ -171,10 +171,15 @@ def test_examples_are_short() -> None:
 
 
 def test_the_explain_command_and_the_examples_run() -> None:
-    """One after another in a process that is none of pytest's, as each start of one takes longer than most of them."""
+    """One after another in a process that is none of pytest's, as each start of one takes longer than most of them.
+
+    Those of ``model.compile`` with Inductor, those of ``generate`` without: ``test_elastic`` runs one of them with it.
+    """
     command = "sys.argv[1:] = ['explain']; runpy.run_module('dllm_compile', run_name='__main__')"
+    uncompiled = "dllm_compile.generate = functools.partial(dllm_compile.generate, lowering='eager')"
     examples = "[(print('---'), runpy.run_path(f'examples/{e}.py', run_name='__main__')) for e in names]"
-    code = f"import runpy, sys; names = {[*EXAMPLES]}; {command}; del sys.argv[1:]; {examples}"
+    imports = "import functools, runpy, sys, torch, dllm_compile; torch.set_num_threads(1)"
+    code = f"{imports}; {uncompiled}; names = {[*EXAMPLES]}; {command}; del sys.argv[1:]; {examples}"
     explained, *texts = run("-c", code).split("---\n")
     assert "layers: 4 of 1 kind" in explained
     for (example, word), text in zip(EXAMPLES.items(), texts, strict=True):

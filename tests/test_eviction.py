@@ -117,13 +117,6 @@ def test_what_is_evicted_takes_no_memory() -> None:
     assert kept(**EVICT, keep_ratio=0.25) < 0.3 * dense
 
 
-def test_compiled_by_inductor() -> None:
-    model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
-    want = logits_of(model, x, None, **EVICT)
-    dllm_compile.reset()
-    assert all(near(logits_of(model, x, None, **EVICT, lowering="inductor"), want, SINGLE))
-
-
 def test_a_shorter_last_block_has_code_of_its_own() -> None:
     model, x = models.build("qwen2", num_hidden_layers=1), models.start(PROMPT, 6)
 

@@ -183,16 +183,6 @@ def test_fast_dllm_repeats_its_authors_code(name: str, shift: bool | None) -> No
     replay(name, {**block_options(name), "shift": shift, "lowering": "eager"})
 
 
-@pytest.mark.parametrize("name", ["dream_dllmcache__dream_b__kp7_kg3_r0.25_entropy"])
-def test_compiled_by_inductor(name: str) -> None:
-    replay(name, cache_options(name))
-
-
-@pytest.mark.parametrize("name", ["llada_fastdllm__llada_a__prefix_p13_g32_b8_s16"])
-def test_block_caches_compiled_by_inductor(name: str) -> None:
-    replay(name, block_options(name))
-
-
 def eviction_options(name: str) -> dict[str, object]:
     settings = golden_models.trace(name).settings
     return {"method": "sparse-dllm", **{key: settings[key] for key in ("keep_ratio", "kernel_size", "block_length")}}
@@ -220,11 +210,6 @@ DECODED = [n for n in golden_models.names("llada_dkv") + golden_models.names("dr
 @pytest.mark.parametrize("name", DECODED)
 def test_dkv_cache_repeats_its_authors_code(name: str) -> None:
     replay(name, {**decoded_options(name), "lowering": "eager"})
-
-
-@pytest.mark.parametrize("name", ["llada_dkv__llada_a__decode_p13_g32_b16_s32_c2"])
-def test_dkv_cache_compiled_by_inductor(name: str) -> None:
-    replay(name, decoded_options(name))
 
 
 def saliency_options(name: str) -> dict[str, object]:
@@ -258,12 +243,7 @@ def test_dyllm_on_dream_repeats_its_authors_code(
     replay(name, {**saliency_options(name), "shift": shift, "lowering": "eager"}, salient)
 
 
-@pytest.mark.parametrize("name", ["llada_dyllm__llada_b__p37_g32_b16_s16_t0.99_f2"])
-def test_dyllm_compiled_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    replay(name, saliency_options(name), golden_models.noted_salient(monkeypatch))
-
-
-ON_A_GPU = {
+OPTIONS = {
     "llada_dllmcache": cache_options,
     "dream_dllmcache": cache_options,
     "llada_fastdllm": block_options,
@@ -273,10 +253,31 @@ ON_A_GPU = {
 }
 
 
+def options_of(name: str) -> dict[str, object]:
+    """Those that a trace was recorded with."""
+    return next(of(name) for kind, of in OPTIONS.items() if name.startswith(kind))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llada_dllmcache__llada_a__kp7_kg3_r0.25",
+        "llada_fastdllm__llada_a__prefix_p13_g32_b8_s16",
+        "llada_dkv__llada_a__decode_p13_g32_b16_s32_c2",
+        "llada_dyllm__llada_a__p21_g32_b16_s32_t0.9_f1",
+        "llada_sparse__llada_a__p37_g32_b16_s16_k1_r0.5",
+    ],
+)
+def test_compiled_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each method, on one model: what all of them compile is compiled once."""
+    salient = golden_models.noted_salient(monkeypatch) if "dyllm" in name else None
+    replay(name, options_of(name), salient)
+
+
 # a GPU breaks ties of what to keep as its topk does, not as the authors' processor did
 UNTIED = [
     name
-    for kind in ON_A_GPU
+    for kind in OPTIONS
     for name in golden_models.names(kind)
     if not golden_models.trace(name).tensors.get("kept_tie", torch.zeros(1)).any()
     and (name in FIXED_SCHEDULE or not name.startswith("llada_fastdllm"))
@@ -288,8 +289,7 @@ UNTIED = [
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("name", "lowering"), in_turn(UNTIED, ["eager", "inductor"]))
 def test_traces_are_repeated_on_a_gpu(name: str, lowering: str) -> None:
-    options = next(of(name) for kind, of in ON_A_GPU.items() if name.startswith(kind))
-    replay(name, {**options, "lowering": lowering, "cuda_graphs": True}, device="cuda")
+    replay(name, {**options_of(name), "lowering": lowering, "cuda_graphs": True}, device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,5 @@ def test_traces_are_repeated_on_a_gpu(name: str, lowering: str) -> None:
 )
 @pytest.mark.usefixtures("recording")
 def test_recorded_calls_repeat_their_authors_code(name: str) -> None:
-    options = saliency_options(name) if "dyllm" in name else cache_options(name)
-    replay(name, {**options, "lowering": "eager", "cuda_graphs": True})
+    replay(name, {**options_of(name), "lowering": "eager", "cuda_graphs": True})
     assert Graph.played > 0

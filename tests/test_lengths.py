@@ -101,10 +101,10 @@ def test_nor_does_a_length_that_equals_a_size_of_the_model() -> None:
     makes_no_code("small", "dual", [(n - 8, 8, batch) for n in sorted(sizes) for batch in (2, 4)])
 
 
-@pytest.mark.parametrize(("method", "name"), [("dual", "llama"), ("dllm-cache", "small")])
-def test_inductor_makes_code_for_any_length(method: str, name: str) -> None:
-    """As the same graphs do without it, up to norms in float32, also at lengths that the code was not made at."""
-    model = build(name)
+@pytest.mark.parametrize("method", ["dual", "dllm-cache"])
+def test_inductor_makes_code_for_any_length(method: str) -> None:
+    """As the same graphs do without it, also at other lengths; below, a model of transformers."""
+    model = build("small")
     options, sizes = METHODS[method], [*FIRST, *THEN]
     want = [logits(model, size, 5, **options) for size in sizes]
     torch._dynamo.reset()

@@ -20,7 +20,7 @@ from .under_way import all_under_way
 pytestmark = pytest.mark.shares_graphs
 
 QUICK = (Phase.explicit, Phase.generate)  # an example takes a compilation: shrinking would take minutes
-EXAMPLES = settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=QUICK)
+EXAMPLES = settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=QUICK)
 NEUTRAL: dict[str, Any] = {"prompt_interval": 1, "response_interval": 1}
 
 
