@@ -136,8 +136,14 @@ def test_what_is_not_rows_is_refused(logits: torch.Tensor, chosen: torch.Tensor 
         confidence(logits, chosen)
 
 
-def test_it_runs_without_triton_and_in_silence() -> None:
-    assert without_triton("confidence", "print(run(torch.tensor([1.0, 2.0])).best.item())") == "1"
+def test_they_run_without_triton_and_in_silence() -> None:
+    code = """
+from dllm_compile.kernels.confidence import confidence
+from dllm_compile.kernels.sparse_attention import sparse_attention
+x = torch.ones(1, 1, 1, 1)
+print(confidence(torch.tensor([1.0, 2.0])).best.item(), sparse_attention(x, x, x, None, 1).item())
+"""
+    assert without_triton(code) == "1 1.0"
 
 
 # -- the op under the compiler -----------------------------------------------------------------------------------------
