@@ -56,7 +56,7 @@ def near(got: list[torch.Tensor], want: list[torch.Tensor], dtype: torch.dtype |
     ("name", "padded"), in_turn(["llama", "qwen2", "qwen3", "modernbert", "esm", "olmoe"], [True, False])
 )
 def test_a_delay_of_a_whole_block_equals_eager(name: str, padded: bool) -> None:
-    model, x = models.build(name), models.start(PROMPT, RESPONSE)
+    model, x = models.build(name, num_hidden_layers=2), models.start(PROMPT, RESPONSE)
     mask = torch.ones_like(x) if padded else None
     if mask is not None:
         mask[0, :2] = 0
@@ -67,7 +67,7 @@ def test_a_delay_of_a_whole_block_equals_eager(name: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "modernbert"])
 def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
-    model, x = models.build(name), models.start(PROMPT, RESPONSE)
+    model, x = models.build(name, num_hidden_layers=2), models.start(PROMPT, RESPONSE)
     options = {**EVICT, "kernel_size": None}  # pooling makes ties, whose order may differ
     alone = logits_of(model, x[:1, 2:], None, **options)
     assert session().stats.steps == {"full": 2, "evict": 2, "sparse": 4}
@@ -94,7 +94,7 @@ def test_a_padded_row_of_a_batch_equals_the_row_alone(name: str) -> None:
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_full_steps_are_exact_and_sparse_ones_are_not(ratio: float) -> None:
     """Not even with everything kept: the entries stay as they were at the second step of the block."""
-    model, x = models.build("qwen2"), models.start(PROMPT, RESPONSE)
+    model, x = models.build("qwen2", num_hidden_layers=2), models.start(PROMPT, RESPONSE)
     got = logits_of(model, x, None, **EVICT, keep_ratio=ratio, shift=False)
     dllm_compile.reset()
     late = logits_of(model, x, None, **EVICT, keep_ratio=ratio)  # the row before the block is computed, and not read
@@ -105,7 +105,7 @@ def test_full_steps_are_exact_and_sparse_ones_are_not(ratio: float) -> None:
 
 
 def test_what_is_evicted_takes_no_memory() -> None:
-    model, x = models.build("llama"), models.start(200, RESPONSE)
+    model, x = models.build("llama", num_hidden_layers=2), models.start(200, RESPONSE)
 
     def kept(**options: Any) -> int:
         dllm_compile.reset()
@@ -137,7 +137,7 @@ def test_a_shorter_last_block_has_code_of_its_own() -> None:
 
 
 def test_threshold_decoding_runs_on_kept_entries() -> None:
-    model, prompt = models.build("qwen2"), models.start(PROMPT, RESPONSE)[:, :PROMPT]
+    model, prompt = models.build("qwen2", num_hidden_layers=2), models.start(PROMPT, RESPONSE)[:, :PROMPT]
     more = {"gen_length": RESPONSE, "block_length": BLOCK, "mask_id": models.MASK, "lowering": "eager"}
     out = dllm_compile.generate(model, prompt, method="sparse-dllm", threshold=0.4, return_dict=True, **more)
     assert isinstance(out, dllm_compile.Generated)
@@ -146,14 +146,14 @@ def test_threshold_decoding_runs_on_kept_entries() -> None:
 
 
 def test_a_model_that_returns_its_keys_gets_them() -> None:
-    model, x = models.build("llama-cache"), models.start(PROMPT, RESPONSE)
+    model, x = models.build("llama-cache", num_hidden_layers=2), models.start(PROMPT, RESPONSE)
     got = logits_of(model, x, None, **EVICT)
     dllm_compile.reset()
-    assert all(near(got, logits_of(models.build("llama"), x, None, **EVICT)))
+    assert all(near(got, logits_of(models.build("llama", num_hidden_layers=2), x, None, **EVICT)))
 
 
 def test_explain_counts_kept_entries() -> None:
-    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    model, x = models.build("llama", num_hidden_layers=2), models.start(PROMPT, RESPONSE)
     found = dllm_compile.explain(model, x, mask_id=models.MASK, **EVICT, shift=False)
     assert found.lengths["E"] == (PROMPT + RESPONSE - BLOCK) // 2
     assert found.relative["sparse"] < found.relative["evict"] <= 1

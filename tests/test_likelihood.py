@@ -34,7 +34,7 @@ from .callers import (
 from .grids import in_turn
 from .models import MASK
 
-SAMPLES = 256
+SAMPLES = 128
 Call = Callable[[torch.Tensor], torch.Tensor]
 Samples = list[torch.Tensor]
 

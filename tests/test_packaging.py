@@ -263,31 +263,19 @@ def test_the_backend_is_listed() -> None:
     assert "dllm" in torch.compiler.list_backends()
 
 
-def test_the_backend_is_found_without_importing_us() -> None:
+def test_the_backend_is_found_without_importing_us_and_runs_without_what_may_be_missing() -> None:
     code = """
-import sys, torch
+import sys
+sys.modules["triton"] = sys.modules["transformers"] = sys.modules["safetensors"] = None
+import torch
 model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
 assert not any(name.split(".")[0] == "dllm_compile" for name in sys.modules)
 call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": 8})
 ids = torch.tensor([[1, 2, 8, 8]])
 with torch.no_grad():
-    print(torch.equal(call(ids), model(ids)), "dllm_compile.backend" in sys.modules, "transformers" in sys.modules)
+    print(torch.equal(call(ids), model(ids)), "dllm_compile.backend" in sys.modules)
 """
-    assert run(code).split() == ["True", "True", "False"]
-
-
-def test_it_imports_and_runs_without_triton_and_transformers() -> None:
-    code = """
-import sys
-sys.modules["triton"] = sys.modules["transformers"] = sys.modules["safetensors"] = None
-import torch, dllm_compile
-model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval()
-call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": 8})
-ids = torch.tensor([[1, 2, 8, 8]])
-with torch.no_grad():
-    print(torch.equal(call(ids), model(ids)))
-"""
-    assert run(code).split() == ["True"]
+    assert run(code).split() == ["True", "True"]
 
 
 PAGES = [page for folder in (".", "docs", "records") for page in sorted((ROOT / folder).glob("*.md"))]

@@ -70,7 +70,7 @@ def same(got: Logits, want: Logits) -> bool:
 @pytest.mark.parametrize(("options", "batch"), in_turn(METHODS.values(), [1, 2]), ids=METHODS)
 @pytest.mark.usefixtures("recording")
 def test_recorded_calls_equal_those_that_are_made(options: dict[str, Any], batch: int) -> None:
-    model = models.build("llama")
+    model = models.build("llama", num_hidden_layers=2)
     want = denoised(model, batch, **options)
     assert Graph.played == 0
     assert same(denoised(model, batch, cuda_graphs=True, **options), want)
@@ -129,7 +129,7 @@ def test_a_call_with_too_many_salient_rows_is_made_again(name: str, monkeypatch:
         session.Session, "salient_capacity", lambda self, step: self.salient_capacities.get(step.sizes.get("active"), 2)
     )
     monkeypatch.setattr(session, "LEAST_CAPACITY", 2)
-    model, options = models.build("llama"), METHODS[name]
+    model, options = models.build("llama", num_hidden_layers=2), METHODS[name]
     want = denoised(model, 2, **options)
     overflows = dllm_compile.stats(model)["overflows"]
     assert overflows > 0

@@ -88,6 +88,11 @@ NARROW: dict[str, Step] = {"llada": llada, "dream": dream, "margin": margin, "ab
 SHIFTED = ("dream", "margin")
 
 
+def built(name: str) -> torch.nn.Module:
+    """A model of two layers: what is decided lies behind the last."""
+    return small_model.build() if name == "small" else models.build(name, num_hidden_layers=2)
+
+
 def session() -> UnderWay:
     return under_way()
 
@@ -96,7 +101,7 @@ def play(
     step: Step, name: str, options: dict[str, Any], count: int = 1, calls: int = 8
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.nn.Module]:
     """The ids after each call, compiled and by eager from the same ids; and the model, which the session lives with."""
-    model, x = small_model.build() if name == "small" else models.build(name), models.start(PROMPT, RESPONSE)
+    model, x = built(name), models.start(PROMPT, RESPONSE)
     run = shared.compiled(step, **{"mask_id": MASK, "lowering": "eager", **options})
     got, want = [], []
     with torch.no_grad():
@@ -132,7 +137,7 @@ def test_block_caches_decide_as_the_plain_loop_does_on_the_same_logits(rule: str
     got, _, _model = play(NARROW[rule], "llama", options)
     assert session().stats.steps == {"full": 2, "block": 6}
     dllm_compile.reset()
-    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    model, x = built("llama"), models.start(PROMPT, RESPONSE)
     alone = models.compiled_loop(model, **options)
     with torch.no_grad():
         for ids in got:
@@ -147,7 +152,7 @@ def test_compiled_by_inductor(rule: str) -> None:
 
 
 def test_the_same_ids_decided_on_again_run_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    model, x = built("llama"), models.start(PROMPT, RESPONSE)
     run = models.compiled(llada, **NEUTRAL)
     with torch.no_grad():
         x = run(model, x, blocks_of_four(x), 1)
@@ -353,7 +358,7 @@ def test_a_graph_that_joins_in_the_middle_of_a_block_returns_no_zeros() -> None:
 
 
 def test_an_error_in_the_middle_of_a_step_leaves_nothing_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    model, x = built("llama"), models.start(PROMPT, RESPONSE)
     run = models.compiled_loop(model, **NEUTRAL)
     with torch.no_grad():
         run(x)
