@@ -206,8 +206,8 @@ def test_the_error_grows_as_the_threshold_falls() -> None:
     """On the embedded model, along the path that its own eager decoding takes."""
     model, tokenizer = tiny.load()
     mask_id = model.config.mask_token_id
-    prompts = tiny.encode(tiny.problems(2, 3), tokenizer)
-    x = torch.cat([prompts, torch.full((2, tiny.RESPONSE_LENGTH), mask_id)], 1)
+    prompts = tiny.encode(tiny.problems(4, 3), tokenizer)
+    x = torch.cat([prompts, torch.full((4, tiny.RESPONSE_LENGTH), mask_id)], 1)
     calls = [x.clone()]
     with torch.no_grad():
         loop = quota_loop(lambda ids: model(ids).logits, x, tiny.PROMPT_LENGTH, tiny.RESPONSE_LENGTH, 32, mask_id)
