@@ -61,11 +61,10 @@ def test_equal_confidences_give_the_rule_of_factors(count: int, level: int, boun
 def test_generate_writes_what_the_rule_says(options: dict[str, Any]) -> None:
     model, prompt = build(), start(2)[:, :4]
     common = {"gen_length": 8, "mask_id": MASK, "shift": False, "return_dict": True, **options}
-    inductor = {} if options else {"lowering": "inductor"}
-    common["lowering"] = "eager"
-    one = dllm_compile.generate(model, prompt, joint=0.99, **{**common, **inductor})
-    all_at_once = dllm_compile.generate(model, prompt, joint=0.0, **common)
-    plain = dllm_compile.generate(model, prompt, steps=8, **common)
+    lowering = {"lowering": "eager"} if options else {}
+    one = dllm_compile.generate(model, prompt, joint=0.99, **common, **lowering)
+    all_at_once = dllm_compile.generate(model, prompt, joint=0.0, **{**common, "lowering": "eager"})
+    plain = dllm_compile.generate(model, prompt, steps=8, **common, **lowering)
     assert one.nfe == plain.nfe == 8
     assert torch.equal(one.sequences, plain.sequences)
     assert all_at_once.nfe <= 8
