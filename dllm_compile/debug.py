@@ -2,6 +2,7 @@
 
 ``DLLM_DEBUG=<folder>`` keeps both there, graphs in files that are numbered in the order they were written, and times in
 ``log.txt``; ``TORCH_LOGS="+dllm_compile"`` logs the times, and ``TORCH_TRACE=<folder>`` keeps the graphs for tlparse.
+:func:`steps` records what each step computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,45 @@ def part(
     if outputs:
         graph.output(tuple(copies[node] for node in outputs))
     return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a step computed, or one graph of it where a model is several.
+
+    Attributes:
+        number: of the step in its sequences, from 0.
+        name: the kind of step, as in ``stats()["steps"]``.
+        rows: by the name of a row set, its positions, ``[B, n]`` int64; ``S`` for no row.
+        selected: by the number of a layer, the rows that it chose itself, ``[B, n]`` int64.
+    """
+
+    number: int
+    name: str
+    rows: Mapping[str, torch.Tensor]
+    selected: Mapping[int, torch.Tensor]
+
+
+_RECORDS: list[list[Ran]] = []
+
+
+@contextmanager
+def steps() -> Iterator[list[Ran]]:
+    """Record the steps that run in the block, of all models and threads.
+
+    Returns:
+        A list that grows by one at each call of a compiled graph, but those that repeat the call before.
+    """
+    found: list[Ran] = []
+    _RECORDS.append(found)
+    try:
+        yield found
+    finally:
+        _RECORDS.remove(found)
+
+
+def note_step(number: int, name: str, rows: Mapping[str, torch.Tensor], selected: Mapping[int, torch.Tensor]) -> None:
+    """Record a step, if somebody wants that."""
+    for found in _RECORDS:
+        copies = {layer: index.clone() for layer, index in selected.items()}  # a recorded call writes to them again
+        found.append(Ran(number, name, {set_name: index.clone() for set_name, index in rows.items()}, copies))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
+
+from dllm_compile import debug
 
 from . import golden_models, loops, shared
 from .grids import in_turn
@@ -76,12 +78,12 @@ def replay(
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = compiled(input_ids=x.to(device)).logits.cpu()
-        check_step(trace, len(seen), x, out, CLOSE[device])
+        check_step(trace, len(seen), x, out, ran[-1].selected, CLOSE[device])
         if salient is not None:
             golden_models.check_salient(trace, salient, len(seen))
         return out
 
-    with torch.no_grad():
+    with torch.no_grad(), debug.steps() as ran:  # a call that repeats the one before computes nothing
         for tokens in run(trace, logits):
             seen.append(tokens)
             assert torch.equal(tokens, trace.tensors["tokens"][len(seen)].long()), f"tokens after step {len(seen) - 1}"
@@ -93,7 +95,14 @@ CLOSE = {"cpu": 1e-4, "cuda": 1e-3}
 processor makes differently, moves the logits of ``llada_a`` by 7e-5."""
 
 
-def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torch.Tensor, close: float = 1e-4) -> None:
+def check_step(
+    trace: golden_models.Trace,
+    step: int,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    selected: Mapping[int, torch.Tensor],
+    close: float,
+) -> None:
     """Logits of the recorded steps on the rows a sampler reads; the rows each layer chose."""
     want = trace.tensors.get(f"logits_step_{step}")
     if want is not None:
@@ -110,12 +119,11 @@ def check_step(trace: golden_models.Trace, step: int, x: torch.Tensor, out: torc
     if "update_index" not in trace.tensors:
         return
     chosen, gap = trace.tensors["update_index"][step], trace.tensors["update_gap"][step]
-    running = under_way(step)
     prompt = trace.tensors["prompt"].shape[1]
     for layer in range(chosen.shape[0]):
         if not chosen[layer].numel() or chosen[layer].min() < 0 or gap[layer] <= 1e-8:
             continue
-        got = running.selected[layer].cpu().sort(1).values - prompt
+        got = selected[layer].cpu().sort(1).values - prompt
         assert torch.equal(got, chosen[layer].long()), f"rows chosen at step {step} in layer {layer}"
 
 

@@ -30,7 +30,7 @@ class UnderWay:
         return self.batch.past.number
 
     def __getattr__(self, name: str) -> Any:
-        """``layers``, ``selected``, ``kept``, ``response``, ... of the batch."""
+        """``layers``, ``kept``, ``response``, ... of the batch."""
         return getattr(self.batch, name)
 
 

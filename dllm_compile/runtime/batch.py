@@ -182,7 +182,6 @@ class Batch:
         self.outputs: dict[Any, Any] = {}
         self.kept: dict[Any, torch.Tensor] = {}
         self.output_buffers: dict[Any, OutputBuffers] = {}
-        self.selected: dict[int, torch.Tensor] = {}
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.recordings = recordings.Recordings()  # they hold addresses of rows
         self.expected: Expected | None = None  # while it is in doubt whether this is a loop

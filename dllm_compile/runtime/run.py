@@ -27,6 +27,7 @@ from dllm_compile.core.layout import opened
 from dllm_compile.core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
 from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit, weights_key
+from dllm_compile.debug import note_step
 from dllm_compile.interface.plan import Measured
 from dllm_compile.passes.feature_cache import KEEP
 from dllm_compile.passes.saliency import thorough
@@ -65,7 +66,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
     stats.ran(step, call.tally, program.flops)
-    batch.selected.update(call.selected)
+    note_step(step.number, step.assignment.name, step.indices, call.selected)
     results = call.results
     if call.head is not None or program.ids is not None:
         if program.ids is not None and not step.repeat:
