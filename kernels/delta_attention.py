@@ -134,7 +134,8 @@ def salient_slots(at_queries: torch.Tensor, rows: int) -> torch.Tensor:
     batch, count = at_queries.shape
     number = torch.ones_like(at_queries).cumsum(1) - 1
     target = torch.where((at_queries >= 0) & (at_queries < rows), at_queries, rows)
-    return target.new_full((batch, rows + 1), count).scatter(1, target, number).narrow(1, 0, rows)
+    empty = target.new_full((batch, rows + 1), count, dtype=torch.int32)  # of int64 Inductor has no kernel on CUDA
+    return empty.scatter(1, target, number.int()).narrow(1, 0, rows).long()
 
 
 def reference(given: Arguments) -> Parts:

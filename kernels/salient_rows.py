@@ -28,6 +28,7 @@ def salient_rows(
     count = active.shape[1]
     salient = (drifted | (bound == torch.inf) | (stored >= tokens)) & (active < tokens)
     target = torch.where(salient, salient.cumsum(1) - 1, count)
-    places = torch.arange(count, device=active.device).expand_as(active)
-    listed = active.new_full((active.shape[0], count + 1), count).scatter(1, target, places)
-    return listed[:, :count], salient.sum(1)
+    places = torch.arange(count, device=active.device, dtype=torch.int32).expand_as(active)
+    empty = active.new_full((active.shape[0], count + 1), count, dtype=torch.int32)
+    listed = empty.scatter(1, target, places)  # of int64 Inductor has no kernel on CUDA
+    return listed[:, :count].long(), salient.sum(1)

@@ -268,6 +268,7 @@ SHAPES = (
     {"mask": "keys", "count": 0, "layout": "heads first"},
     {"mask": "lowest", "count": 9, "gone": 0, "share": 1},
     {"rows": 1, "count": 1, "gone": 0},
+    {"rows": 5, "keys": 200, "share": 7, "count": 3, "mask": "added", "batch": 1},
 )
 
 
@@ -291,25 +292,29 @@ def test_the_interpreted_kernel_equals_float64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "kind", "size", "width", "mask", "scale"),
+    ("capability", "kind", "size", "width", "mask", "scale", "part"),
     [
-        (80, "fp32", 4, 256, "i1", "fp32"),
-        (80, "bf16", 2, 64, None, "fp64"),
-        (90, "bf16", 2, 128, "i1", "fp64"),
-        (100, "fp16", 2, 256, "fp16", "fp32"),
+        (80, "fp32", 4, 256, "i1", "fp32", 0),
+        (80, "bf16", 2, 64, None, "fp64", 2),
+        (90, "bf16", 2, 128, "i1", "fp64", 1),
+        (100, "fp16", 2, 256, "fp16", "fp32", 0),
     ],
 )
-def test_the_kernel_compiles(capability: int, kind: str, size: int, width: int, mask: str | None, scale: str) -> None:
+def test_the_kernel_compiles(
+    capability: int, kind: str, size: int, width: int, mask: str | None, scale: str, part: int
+) -> None:
     """Called from Python its scale is a float32 number, called from Inductor's code a float64 one."""
     from dllm_compile.kernels.delta_attention_triton import delta_attention_kernel as kernel
     from dllm_compile.kernels.delta_attention_triton import tile_of
 
-    tile = tile_of(width, width, size)
+    tile = tile_of(width, width, size, 64)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
     contiguous = dict.fromkeys((f"{name}_stride" for name in ("query", "key", "value", "change", "context")), 1)
     constants = {**tile, **contiguous, "mask_step": 1, "BOOL": mask == "i1"} | ({} if mask else {"mask": None})
+    constants |= {"HEADS": 32, "GROUP": 4, "PASS": part} | ({} if part else {"acc": None, "parts": None})
     kinds = dict.fromkeys(("query", "key", "value", "change", "context", "new"), f"*{kind}")
-    kinds |= dict.fromkeys(("at_keys", "order", "counts"), "*i64") | {"mask": f"*{mask}", "sums": "*fp32"}
+    kinds |= dict.fromkeys(("at_keys", "counts"), "*i64") | {"mask": f"*{mask}", "order": "*i32"}
+    kinds |= dict.fromkeys(("sums", "acc", "parts"), "*fp32")
     kinds |= {"scale": scale}
     compiled = built(kernel, kinds, constants, capability, options)
     assert compiled.metadata.shared <= 160 * 1024  # what a block may have on sm_80, the least of the three
@@ -328,7 +333,19 @@ def test_cuda_tensors_take_the_kernel(dtype: torch.dtype) -> None:
         assert [(v.shape, v.dtype) for v in got] == [(v.shape, v.dtype) for v in want]
         assert all(v.is_cuda for v in got)
         graph = make_fx(launch, _allow_non_fake_inputs=True)(away).graph
-    assert grids(graph) == [[(2, 4, 2)]]
+    assert grids(graph) == [[(12, 1, 1)]]  # 70 rows of 2 heads in 3 tiles, for 2 key heads of 2 sequences; 13 keys
+
+
+def test_few_rows_and_many_keys_keep_every_multiprocessor_at_work() -> None:
+    """32 queries of LLaDA: 32 tiles, for 132 multiprocessors of an H100."""
+    from dllm_compile.kernels.delta_attention_triton import launch
+
+    sizes = {"batch": 1, "groups": 32, "share": 1, "rows": 32, "keys": 1024, "width": 128, "out": 128}
+    case = make(dtype=torch.bfloat16, **sizes)  # type: ignore[arg-type]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        away = tree_map_only(torch.Tensor, partial(torch.empty_like, device="cuda"), case)
+        graph = make_fx(launch, _allow_non_fake_inputs=True)(away).graph
+    assert grids(graph) == [[(32, 8, 1)], [(32, 1, 1)]]
 
 
 @pytest.mark.gpu

@@ -210,7 +210,9 @@ class Pretended(TorchDispatchMode):
                 elif not isinstance(each, OnDevice):
                     self._note("copy", each, True)
             given = [leaf for leaf in tree_leaves(args[2:]) if isinstance(leaf, torch.Tensor)]
-            if not isinstance(args[0], OnDevice) or any(not isinstance(each, OnDevice) and each.dim() for each in given):
+            if not isinstance(args[0], OnDevice) or any(
+                not isinstance(each, OnDevice) and each.dim() for each in given
+            ):
                 raise MixedDevices(f"{func} at {line()}")
         elif there and here:
             single = torch.Tag.pointwise in func.tags or name in ONE_NUMBER

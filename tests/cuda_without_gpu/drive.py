@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import dllm_compile
 from dllm_compile.backend import Backend
+from dllm_compile.core.sizes import Size, form
 from dllm_compile.options import Options
+from dllm_compile.runtime import lower as lower_module
 from dllm_compile.runtime import unit_code
 from dllm_compile.runtime.lower import Code, lower
 
@@ -201,7 +203,7 @@ def _recorder(driven: Driven, mode: Pretended, capability: int) -> Callable[...,
         key = _key(module, args, extents, writes, fixed, capability)
         if key not in _LOWERED:
             chosen = attention.Chosen()
-            with inductor.pretend(capability) as seen:
+            with mode.left(), _named_on_the_host(), inductor.pretend(capability) as seen:
                 code = lower(on_cuda(module, chosen), args, "inductor", extents, writes, fixed)
             (text,) = seen.codes
             part, step = _PLACE[-1]
@@ -218,11 +220,22 @@ def _recorder(driven: Driven, mode: Pretended, capability: int) -> Callable[...,
 _PLACE: list[tuple[str, str]] = []
 
 
-def _key(module: torch.fx.GraphModule, args: Any, *more: Any) -> str:
-    """Equal for graphs that are lowered to the same."""
-    shown = [(a.shape, a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
-    targets = [(str(n.target), str(n.args), str(n.kwargs)) for n in module.graph.nodes]
-    return hashlib.sha256(repr((targets, shown, more)).encode()).hexdigest()
+def _named_on_the_host() -> Any:
+    """PyTorch's cache of graphs is told of tensors by an empty one, which is made on the host here."""
+    real = lower_module._made_cacheable
+    return mock.patch.object(lower_module, "_made_cacheable", lambda module, _: real(module, torch.device("cpu")))
+
+
+def _key(module: torch.fx.GraphModule, args: Any, extents: Any, *more: Any) -> str:
+    """Equal for graphs that are lowered to the same code, which serves any sizes."""
+    sizes = [[*given] if given is not None else [] for given in extents or [None] * len(args)]
+    shown: list[Any] = []
+    for value, given in zip(args, sizes, strict=True):
+        found = [*value.shape] if isinstance(value, torch.Tensor) else [value]
+        named = [n if n < 2 or not isinstance(extent, Size) else extent for n, extent in zip(found, given or found)]
+        shown.append((named, (value.dtype, form(value)) if isinstance(value, torch.Tensor) else None))
+    nodes = [(str(node.target), str(node.args), str(node.kwargs)) for node in module.graph.nodes]
+    return hashlib.sha256(repr((nodes, shown, more)).encode()).hexdigest()
 
 
 def _compile(real: Callable[..., Any]) -> Callable[..., Any]:
