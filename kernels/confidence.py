@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from dllm_compile.kernels.operation import operation
+from dllm_compile.kernels.operation import on_cuda, operation
 
 RUN = 64
 
@@ -97,7 +97,7 @@ def _first(x: torch.Tensor, maximum: torch.Tensor, under: torch.Tensor) -> torch
 @operation("confidence", reference)
 def _confidence(logits: torch.Tensor, chosen: torch.Tensor | None) -> Parts:
     """``reference`` in Inductor's hands on a CPU, a Triton kernel on CUDA."""
-    if not logits.is_cuda:
+    if not on_cuda(logits):
         return reference(logits, chosen)
     from dllm_compile.kernels.confidence_triton import launch
 

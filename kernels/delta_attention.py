@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from dllm_compile.kernels.operation import operation
+from dllm_compile.kernels.operation import on_cuda, operation
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 Shape = tuple[int, ...]
@@ -198,7 +198,7 @@ def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) 
 def _delta_attention(*arguments: Any) -> Parts:
     """``reference`` in Inductor's hands on a CPU and in float64, a Triton kernel on CUDA."""
     given = Arguments(*arguments)
-    if not given.query.is_cuda or given.query.dtype == torch.float64:
+    if not on_cuda(given.query) or given.query.dtype == torch.float64:
         return reference(given)
     from dllm_compile.kernels.delta_attention_triton import launch
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
 
 from dllm_compile.compat import LOG_OF_OPERATIONS, likely
 
+log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -31,6 +33,22 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
         return function
 
     return register
+
+
+def on_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on a GPU of NVIDIA: the Triton kernels here are for those. On ROCm, whose tensors call
+    themselves CUDA's, and on XPU, Inductor compiles the reference.
+    """
+    if tensor.is_cuda and torch.version.hip is not None:
+        _say_once("ROCm")
+    elif tensor.device.type == "xpu":
+        _say_once("XPU")
+    return tensor.is_cuda and torch.version.hip is None
+
+
+@cache
+def _say_once(platform: str) -> None:
+    log.info("%s: Inductor compiles the references of the operations; their Triton kernels are for CUDA", platform)
 
 
 def expected(number: int | torch.SymInt) -> int:

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from dllm_compile.core.rows import mask_keys
-from dllm_compile.kernels.operation import operation
+from dllm_compile.kernels.operation import on_cuda, operation
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,7 +121,7 @@ def _sparse_attention(*arguments: Any) -> torch.Tensor:
     """``reference`` on a CPU, and for what the Triton kernels do not take; else those, on CUDA."""
     given = Arguments(*arguments)
     query, value = given.query, given.value
-    if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > 256:
+    if not on_cuda(query) or query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > 256:
         return reference(given)
     from dllm_compile.kernels.sparse_attention_triton import launch
 

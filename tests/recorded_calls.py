@@ -66,5 +66,5 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(recordings, "possible", lambda device: True)
     monkeypatch.setattr(recordings, "capture", capture)
-    monkeypatch.setattr(OutputBuffers, "copy", lambda self, value: value.clone())
+    monkeypatch.setattr(OutputBuffers, "copy", lambda self, value, rows=None: value.clone())
     monkeypatch.setattr(Graph, "played", 0)

@@ -105,6 +105,7 @@ def measure(setting: Setting, options: dict[str, Any] | None, first: Sequence[Si
 def held(sequences: int = 1000, setting: Setting = MANY, parts: int = 10) -> None:
     """Print what a process holds, behind each tenth of some sequences of random sizes."""
     torch.compiler.reset()
+    torch.set_num_threads(1)  # there is nothing to share
     player, draw, bound = Player(setting, {**BLOCKS, "max_state_bytes": 2**22}), random.Random(0), 2**22
     print(f"{sequences} sequences of random sizes, {setting.layers} layers of width {setting.width}, rows of layers")
     print(f"kept up to {bound:,} bytes:", flush=True)

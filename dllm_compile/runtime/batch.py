@@ -19,7 +19,7 @@ from . import recordings
 from .evidence import Evidence, Expected, begins_masked
 from .ids import positions, response_rows
 from .output_buffers import OutputBuffers
-from .positions import Places, unpacked
+from .positions import Places, span, unpacked
 from .unchanged import Inputs
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class Step:
         deeper_rows: a layer was followed by the decision that those behind it compute every row.
         memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
         places: of each of them there.
+        returned: positions ``[B, K]`` of the rows of logits that a sampler may read, computed now or before; ``None``
+            for all. They differ more often than what the layers read, so that no recording has them.
     """
 
     past: Past
@@ -107,6 +109,7 @@ class Step:
     deeper_rows: bool = False
     memory: torch.Tensor | None = None
     places: Places = ()
+    returned: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -114,9 +117,15 @@ class Step:
     ) -> Step:
         """A step whose positions, counts and bound lie in ``memory``; ``more`` are ``sizes`` and ``shape``."""
         found = unpacked(memory, places)
+        returned = found.pop("returned", None)
+        if returned is not None:  # it lies last
+            places = places[:-1]
+            memory = memory[: span(places)]
         counts, bound, visible = found.pop("counts"), found.pop("bound", None), found.pop("visible", None)
         sizes, shape = more
-        return cls(past, repeat, assignment, found, sizes, counts, bound, visible, shape, memory=memory, places=places)
+        step = cls(past, repeat, assignment, found, sizes, counts, bound, visible, shape)
+        step.memory, step.places, step.returned = memory, places, returned
+        return step
 
     def elsewhere(self, memory: torch.Tensor) -> Step:
         """The same step, before any of its layers ran, with its positions, counts and bound in other memory."""

@@ -56,6 +56,11 @@ def positions_of_call(
     return rows
 
 
+def positions_returned(call: Call, shift: bool | None) -> torch.Tensor:
+    """Positions ``[B, K]`` int64 of the rows that a sampler may read, whether the call computes them or not."""
+    return positions(readable_rows(call.masked, shift))
+
+
 Places = tuple[tuple[str, torch.dtype, torch.Size], ...]
 ALIGNED = 16
 """Bytes at whose multiples compiled code expects its inputs to begin."""
@@ -77,12 +82,17 @@ def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[t
 
 def unpacked(memory: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:
     """Views of the tensors that were :func:`packed`, by name."""
-    found, begin = {}, 0
-    for name, dtype, shape in places:
-        size = shape.numel() * dtype.itemsize
-        found[name] = memory[begin : begin + size].view(dtype).view(shape)
-        begin += size + -size % ALIGNED
+    found = {}
+    for i, (name, dtype, shape) in enumerate(places):
+        begin = span(places[:i])
+        found[name] = memory[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
     return found
+
+
+def span(places: Places) -> int:
+    """Bytes that some tensors take where they are :func:`packed`."""
+    sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in places]
+    return sum(size + -size % ALIGNED for size in sizes)
 
 
 def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:

@@ -50,10 +50,10 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     call, stats = GraphCall(program, args, batch, step), batch.session.stats
     if step.repeat and program in batch.outputs and program.decision is None:
         stats.ran(step, call.tally, program.flops)
-        return call.answer(batch.outputs[program])
+        return call.answer(batch.outputs[program], step)
     if step.repeat and (kept := call.kept_results()) is not None:
         stats.ran(step, call.tally, program.flops)
-        return call.answer(kept)
+        return call.answer(kept, step)
     layer, seen = step.layer, set(step.seen)
     if call.recordable():
         kind = step.assignment, tuple(step.sizes.items()), call.capacity
@@ -75,7 +75,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     elif not call.stored:
         results = {n: v.clone() if n in program.exports else v for n, v in results.items()}
         return torch.fx.map_arg(program.result, lambda n: results[n])
-    return call.answer(results)
+    return call.answer(results, step)
 
 
 def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> GraphCall:
@@ -144,11 +144,19 @@ class GraphCall:
             self.first = self.rest = self.full
         self.only_decides = step.repeat and program.decision is not None and self._kept_whole(self._read(), True)
 
-    def answer(self, results: dict[torch.fx.Node, Any]) -> Any:
-        """The graph's outputs, from the value of each, which a caller may write into without spoiling what is kept."""
-        live = self.program.axes.layout
+    def answer(self, results: dict[torch.fx.Node, Any], step: Step) -> Any:
+        """The graph's outputs, from the value of each, which a caller may write into without spoiling what is kept.
+
+        Args:
+            results: of this step, or of one like it that was recorded.
+            step: this one, which says the rows of logits that are read.
+        """
+        live, logits = self.program.axes.layout, self.program.logits(self.batch.session.vocabulary)
         copies = {
-            node: self._buffers_of(node).copy(value) if node in live else value for node, value in results.items()
+            node: self._buffers_of(node).copy(value, step.returned if node is logits else None)
+            if node in live
+            else value
+            for node, value in results.items()
         }
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
 

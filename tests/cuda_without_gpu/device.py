@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dllm_compile
+from dllm_compile.runtime import output_buffers
 
 from . import guard
 from .inductor import DEVICE
@@ -28,7 +29,7 @@ PACKAGE = Path(dllm_compile.__file__).parent
 READS = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_consecutive"}
 ONE_NUMBER = {"where", "fill_", "masked_fill", "masked_fill_", "add_", "mul_", "scatter", "full_like"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
-VIEWS = {"detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias"}
+HOST = torch.device("cpu")
 
 
 class OnDevice(torch.Tensor):
@@ -130,6 +131,10 @@ class Pretended(TorchDispatchMode):
                 return copy
 
             put = mock.patch.object
+            storage = output_buffers._storage
+            self.patches.enter_context(put(output_buffers, "_storage", lambda size, _: storage(size, HOST)))
+            over = output_buffers._over
+            self.patches.enter_context(put(output_buffers, "_over", lambda *of: OnDevice(over(*of))))
             self.patches.enter_context(put(FakeTensorMode, "from_tensor", from_tensor))
             self.patches.enter_context(put(torch.Tensor, "pin_memory", pin))
             self.patches.enter_context(put(torch.cuda, "_lazy_init", lambda: None))

@@ -16,7 +16,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 import dllm_compile
 from dllm_compile.backend import Backend
@@ -25,8 +26,8 @@ from dllm_compile.options import Options
 from dllm_compile.runtime import lower as lower_module
 from dllm_compile.runtime import unit_code
 from dllm_compile.runtime.lower import Code, lower
+from tests.test_properties import Model, Shape
 
-from ..test_properties import Model, Shape
 from . import attention, inductor
 from .counts import Counts, counted
 from .device import DEVICE, OnDevice, Pretended, held, on_device
@@ -48,9 +49,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def model(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> Model:
-    """Two layers, four query heads on two key heads of 16."""
-    return Model(Shape(layers=layers, heads=4, groups=2, head_dim=16, seed=0)).to(dtype).eval()  # type: ignore[no-any-return]
+def model(dtype: torch.dtype = torch.bfloat16, shared: bool = False) -> Model:
+    """Two layers of four query heads of 16; with ``shared``, on two key heads."""
+    made: Model = Model(Shape(layers=2, heads=4, groups=1 + shared, head_dim=16, seed=0)).to(dtype).eval()
+    return made
 
 
 @dataclass
@@ -93,6 +95,11 @@ def on_cuda(module: torch.fx.GraphModule, chosen: attention.Chosen | None = None
             for node in part.graph.nodes:
                 node.args = torch.fx.node.map_aggregate(node.args, away)
                 node.kwargs = torch.fx.node.map_aggregate(dict(node.kwargs), away)
+                shown = node.meta.get("example_value")
+                if isinstance(shown, FakeTensor) and shown.device.type == "cpu":
+                    with shown.fake_mode:
+                        size = {"size": shown.shape, "stride": shown.stride(), "dtype": shown.dtype}
+                        node.meta["example_value"] = torch.empty_strided(**size, device=DEVICE)
                 if chosen is not None and node.target is torch.nn.functional.scaled_dot_product_attention:
                     node.target = chosen
             part.recompile()
@@ -174,7 +181,9 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             mode, made, options = chosen
             if id(graph) not in made:
-                made[id(graph)] = Backend(graph, Options.of({"mask_id": MASK, **options}))
+                made[id(graph)] = Backend(module if mode is None else graph, Options.of({"mask_id": MASK, **options}))
+            if mode is None:
+                return made[id(graph)](*args)
             with mode.entered(), torch.no_grad():
                 return made[id(graph)](*map(there, args))
 
@@ -184,8 +193,9 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(made: dict[int, Backend], options: dict[str, Any], args: Any, more: Any) -> Any:
         mode = Pretended.active
-        assert mode is not None
         chosen[:] = mode, made, options
+        if mode is None:
+            return traced(*args, **more)
         given.clear()
         given.update({id(each.held): each for each in tree_leaves((args, more)) if isinstance(each, OnDevice)})
         with mode.left():
@@ -232,7 +242,8 @@ def _key(module: torch.fx.GraphModule, args: Any, extents: Any, *more: Any) -> s
     shown: list[Any] = []
     for value, given in zip(args, sizes, strict=True):
         found = [*value.shape] if isinstance(value, torch.Tensor) else [value]
-        named = [n if n < 2 or not isinstance(extent, Size) else extent for n, extent in zip(found, given or found)]
+        both = zip(found, given or found, strict=True)
+        named = [n if n < 2 or not isinstance(extent, Size) else extent for n, extent in both]
         shown.append((named, (value.dtype, form(value)) if isinstance(value, torch.Tensor) else None))
     nodes = [(str(node.target), str(node.args), str(node.kwargs)) for node in module.graph.nodes]
     return hashlib.sha256(repr((nodes, shown, more)).encode()).hexdigest()
@@ -259,6 +270,8 @@ def run(
     lowering: bool = False,
     capability: int = 90,
     padded: bool = False,
+    shared: bool = False,
+    host: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> Driven:
@@ -271,6 +284,8 @@ def run(
         lowering: lower for CUDA what is compiled.
         capability: of the GPU that it is lowered for.
         padded: hide the first tokens of each sequence but the first.
+        shared: two query heads share a key head.
+        host: do it on the host instead, to compare with.
         dtype: of the model.
         options: further ones of the backend.
     """
@@ -283,16 +298,18 @@ def run(
     driven, mode = Driven(), Pretended()
     how = {**METHODS[name], **options, **({} if lowering else {"lowering": "eager"})}
     with ExitStack() as stack:
-        stack.enter_context(mode)
+        if not host:
+            stack.enter_context(mode)
         if lowering:
             put = mock.patch.object
             stack.enter_context(put(unit_code, "lower", _recorder(driven, mode, capability)))
             stack.enter_context(put(unit_code.UnitCode, "_compile", _compile(unit_code.UnitCode._compile)))
-        call = compiled(model(dtype), how)
-        more = {"mask": on_device(shown)} if padded else {}
+        call = compiled(model(dtype, shared), how)
+        there = (lambda value: value) if host else on_device
+        more = {"mask": there(shown)} if padded else {}
         stack.enter_context(torch.no_grad())
         for _ in range(steps):
-            x = on_device(ids)
+            x = there(ids)
             mode.crossings.clear()
             mode.copied.clear()
             logits = held(call(x, **more)).float()

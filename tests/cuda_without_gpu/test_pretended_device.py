@@ -1,0 +1,110 @@
+"""The backend on tensors that say ``cuda:0``: what the host reads and copies at each step, line by line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import dllm_compile
+from dllm_compile.runtime import recordings, session
+from dllm_compile.sampler import stepper
+from tests.recorded_calls import Graph
+
+from . import drive, guard
+from .device import MixedDevices, Pretended, WhileRecording, held, on_device
+
+pytestmark = [
+    pytest.mark.shares_graphs,
+    pytest.mark.skipif(bool(guard.missing()), reason=guard.missing() or "none"),
+]
+READ = "runtime/session.py: host, at = packed.cpu(), ids.numel()"
+COUNT = "runtime/run.py: capacity = int(counts.max())"
+COPY = "runtime/positions.py: return memory.to(device, non_blocking=True), places"
+PARTIAL = {"block", "select", "response", "sparse", "salient"}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", drive.METHODS)
+def test_a_step_is_one_read_and_one_copy_that_nobody_waits_for(name: str, batch: int) -> None:
+    """Salient rows are counted on the host, layer by layer, unless steps are recorded. Results are those of a CPU."""
+    seen = drive.run(name, batch)
+    assert not seen.refused
+    assert {step.name for step in seen.steps} & PARTIAL
+    for step in seen.steps[1:]:
+        counted = [COUNT] * 2 if step.name == "salient" else []
+        assert step.lines("read") == [READ, *counted]
+        assert step.lines("copy") == [COPY]
+        assert all(each.pinned and not each.waits for each in step.crossings if each.kind == "copy")
+    whole = (batch, drive.PROMPT + drive.RESPONSE, drive.model().head.out_features)
+    made = [what for step in seen.steps[4:] for what, shape, _ in step.copied if shape == whole]
+    assert not made  # rows of logits are copied, not all of them
+    on_host = drive.run(name, batch, host=True)
+    for got, want in zip(seen.steps, on_host.steps, strict=True):
+        assert got.name == want.name
+        torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=0)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded may neither read nor copy; a replay does it once more."""
+
+    def capture(body: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Graph]:
+        mode = Pretended.active
+        assert mode is not None
+        mode.recording = True
+        try:
+            graph = Graph(body)
+        finally:
+            mode.recording = False
+        return graph.made, graph
+
+    monkeypatch.setattr(recordings, "capture", capture)
+    monkeypatch.setattr(session, "MULTIPLE", 4)
+    monkeypatch.setattr(Graph, "played", 0)
+
+
+@pytest.mark.usefixtures("captured")
+@pytest.mark.filterwarnings("error:dllm. steps run without a CUDA graph")
+@pytest.mark.parametrize("name", ["dual", "intervals", "eviction", "saliency", "eviction and saliency", "decoded"])
+def test_a_recorded_step_neither_reads_nor_copies(name: str) -> None:
+    seen = drive.run(name, 1, cuda_graphs=True)
+    assert Graph.played > 1
+    plain = drive.run(name, 1)
+    assert [step.name for step in seen.steps] == [step.name for step in plain.steps]
+    for got, want in zip(seen.steps, plain.steps, strict=True):
+        torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=0.1)  # bfloat16, another number of rows
+
+
+def test_mixed_devices_are_refused_and_a_recording_ends_with_a_read() -> None:
+    """The pretended device itself."""
+    with Pretended() as mode:
+        here, there = torch.ones(3), on_device(torch.ones(3))
+        with pytest.raises(MixedDevices):
+            here + there
+        assert (there + torch.tensor(2.0)).device.type == "cuda"
+        mode.recording = True
+        for read in (lambda: bool(there.any()), there.cpu, lambda: here.to("cuda")):
+            with pytest.raises(WhileRecording):
+                read()
+
+
+def test_generate_reads_the_ids_once_more_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it may write next depends on them; the backend reads them itself."""
+    monkeypatch.setattr(stepper, "compiled", lambda step, model, options: drive.compiled(step, options))
+    ids = torch.randint(3, drive.MASK, (1, 9), generator=torch.Generator().manual_seed(0))
+    model = drive.model()
+    with Pretended() as mode:
+        options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "threshold": 0.9}
+        made = dllm_compile.generate(
+            model, on_device(ids), gen_length=16, mask_id=drive.MASK, lowering="eager", return_dict=True, **options
+        )
+    assert not (held(made.sequences) == drive.MASK).any()
+    reads = Counter(each.line for each in mode.crossings if each.kind == "read")
+    copies = Counter(each.line for each in mode.crossings if each.kind == "copy")
+    print(reads, copies, made)
+    assert reads.pop(READ) == made.calls
+    assert copies.pop(COPY) == made.calls
