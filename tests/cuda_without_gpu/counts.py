@@ -28,10 +28,11 @@ class Counts:
         """At least: a call by name may launch several."""
         return self.triton + self.products + sum(self.extern.values())
 
-    def row(self) -> str:
-        """In one line of a table."""
-        named = ", ".join(f"{name} {n}" if n > 1 else name for name, n in sorted(self.extern.items()))
-        return f"{self.triton} + {self.products} mm" + (f" + {named}" if named else "")
+    @property
+    def beside(self) -> str:
+        """What is launched beside Triton's kernels."""
+        named = [f"{n} {name}" if n > 1 else name for name, n in sorted(self.extern.items())]
+        return " + ".join([f"{self.products} mm", *named])
 
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}

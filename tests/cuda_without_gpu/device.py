@@ -52,6 +52,10 @@ class OnDevice(torch.Tensor):
         assert Pretended.active is not None, f"{func} outside of the pretended device"
         return Pretended.active.handle(func, args, kwargs or {})
 
+    def tolist(self) -> Any:
+        """Read by the host."""
+        return self.cpu().tolist()
+
     def data_ptr(self) -> int:
         """Of the memory that it holds."""
         return self.held.data_ptr()

@@ -25,8 +25,10 @@ from dllm_compile.core.sizes import Size, form
 from dllm_compile.options import Options
 from dllm_compile.runtime import lower as lower_module
 from dllm_compile.runtime import unit_code
+from dllm_compile.runtime.batch import Step
 from dllm_compile.runtime.lower import Code, lower
-from tests.test_properties import Model, Shape
+from dllm_compile.runtime.stats import Stats
+from tests.test_properties import Layer, Model, Shape, turned
 
 from . import attention, inductor
 from .counts import Counts, counted
@@ -48,11 +50,27 @@ METHODS: dict[str, dict[str, Any]] = {
 """Every method, with settings whose first 14 calls run each kind of step of it."""
 
 
+class _Layer(Layer):
+    """Its attention reads a shared key head where it is, as that of transformers does."""
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        a = self.norm_a(x)
+        q, k = turned(self.heads(self.q(a)), cos, sin), turned(self.heads(self.k(a)), cos, sin)
+        more = {"enable_gqa": True} if self.shape.groups > 1 else {}
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, self.heads(self.v(a)), attn_mask=mask, **more)
+        x = x + self.o(out.transpose(1, 2).reshape(x.shape))
+        m = self.norm_m(x)
+        y: torch.Tensor = x + self.down(torch.nn.functional.silu(self.gate(m)) * self.up(m))
+        return y
+
+
 @cache
 def model(dtype: torch.dtype = torch.bfloat16, shared: bool = False) -> Model:
     """Two layers of four query heads of 16; with ``shared``, on two key heads."""
-    made: Model = Model(Shape(layers=2, heads=4, groups=1 + shared, head_dim=16, seed=0)).to(dtype).eval()
-    return made
+    made = Model(Shape(layers=2, heads=4, groups=1 + shared, head_dim=16, seed=0))
+    for layer in made.layers:
+        layer.__class__ = _Layer
+    return made.to(dtype).eval()  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -66,7 +84,7 @@ class Lowered:
         counts: of what was generated.
         kernels: Triton kernels, in order.
         code: Python that Inductor generated.
-        rows: tokens of each sequence that the graph was lowered for.
+        key: of the graph, equal for those that are lowered to the same.
     """
 
     part: str
@@ -135,13 +153,11 @@ class Driven:
         steps: its calls.
         lowered: graphs, where they were lowered.
         refused: why graphs ran as plain Inductor.
-        names: steps that the backend counted, by name.
     """
 
     steps: list[StepSeen] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    names: dict[str, int] = field(default_factory=dict)
 
 
 def compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -295,9 +311,10 @@ def run(
     shown = torch.ones_like(ids)
     for row in range(1, batch):
         shown[row, : 2 * row + 1] = 0
-    driven, mode = Driven(), Pretended()
+    driven, mode, ran = Driven(), Pretended(), list[Step]()
     how = {**METHODS[name], **options, **({} if lowering else {"lowering": "eager"})}
     with ExitStack() as stack:
+        stack.enter_context(_noted(ran))
         if not host:
             stack.enter_context(mode)
         if lowering:
@@ -312,19 +329,25 @@ def run(
             x = there(ids)
             mode.crossings.clear()
             mode.copied.clear()
-            logits = held(call(x, **more)).float()
+            logits = held(call(x, **more)).double()
             readable = logits[ids == MASK].clone()
-            named = dict(dllm_compile.stats()["steps"])
-            driven.steps.append(StepSeen(_latest(named, driven), [*mode.crossings], [*mode.copied], readable))
-            driven.names = named
+            driven.steps.append(
+                StepSeen(ran[-1].counted or ran[-1].assignment.name, [*mode.crossings], [*mode.copied], readable)
+            )
             ids = _filled(ids, logits)
         driven.refused = dllm_compile.stats()["refused"]
     return driven
 
 
-def _latest(now: dict[str, int], driven: Driven) -> str:
-    """The step that was counted last."""
-    return next((name for name, n in now.items() if n > driven.names.get(name, 0)), "none")
+def _noted(steps: list[Step]) -> Any:
+    """Notes each step."""
+    real = Stats.ran
+
+    def ran(self: Stats, step: Any, *more: Any) -> None:
+        real(self, step, *more)
+        steps.append(step)
+
+    return mock.patch.object(Stats, "ran", ran)
 
 
 def _filled(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""What each method launches on CUDA, layer by layer: lowered by the package's own path, each kernel to a cubin."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import drive, guard
+from .drive import Lowered
+
+pytestmark = [
+    pytest.mark.shares_graphs,
+    pytest.mark.skipif(bool(guard.missing()), reason=guard.missing() or "none"),
+]
+MOST: dict[tuple[str, str], int] = {
+    ("full", "7 mm + flash"): 6,
+    ("exact", "7 mm + flash"): 5,
+    ("block", "7 mm + flash"): 5,
+    ("select", "7 mm + flash + topk"): 11,
+    ("response", "7 mm + flash"): 7,
+    ("evict", "7 mm + flash + topk"): 12,
+    ("sparse", "7 mm"): 6,
+    # where the prompt's keys are evicted
+    ("select", "7 mm + topk"): 12,
+    ("response", "7 mm"): 9,
+    # with saliency a layer is cut behind its attention
+    ("full", "4 mm + flash"): 5,
+    ("exact", "4 mm + flash"): 3,
+    ("evict", "4 mm + flash + topk"): 11,
+    ("sparse", "4 mm"): 5,
+    ("salient", "4 mm"): 15,
+    ("full", "3 mm"): 3,
+    ("exact", "3 mm"): 3,
+    ("sparse", "3 mm"): 3,
+    ("salient", "3 mm"): 6,
+}
+"""Triton kernels of a layer, by step and what else is launched: a call that is not here is one too many."""
+
+
+@pytest.mark.parametrize("name", drive.METHODS)
+def test_each_step_of_a_method_compiles_and_launches_no_more_than_it_may(name: str) -> None:
+    seen = drive.run(name, lowering=True)
+    assert not seen.refused
+    assert len({each.step for each in seen.lowered if each.part == "layer"}) > 1
+    for each in seen.lowered:
+        if each.part == "layer":
+            assert each.counts.triton <= MOST[each.step, each.counts.beside]
+        assert all(kernel.compiled for kernel in each.kernels)
+        assert not copies_of_state(each)
+
+
+@pytest.mark.parametrize("name", ["intervals", "eviction and saliency"])
+def test_padded_sequences_and_shared_heads_compile(name: str) -> None:
+    seen = drive.run(name, 2, lowering=True, padded=True, shared=True)
+    assert not seen.refused
+    assert all(kernel.compiled for each in seen.lowered for kernel in each.kernels)
+    steps = {"intervals": {"select", "response"}, "eviction and saliency": {"evict", "sparse", "salient"}}
+    assert {each.step for each in seen.lowered} >= steps[name]
+    assert not any(map(copies_of_state, seen.lowered))
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_other_gpus_compile_a_sample(capability: int) -> None:
+    seen = drive.run("dual", lowering=True, capability=capability, steps=5)
+    assert {each.step for each in seen.lowered} >= {"full", "block"}
+    assert all(kernel.compiled for each in seen.lowered for kernel in each.kernels)
+
+
+def copies_of_state(each: Lowered) -> list[str]:
+    """Buffers as large as what is kept of a layer: as many rows as there are tokens, a spare one, and a width."""
+    return [shape for shape, _ in each.counts.buffers if "1 + s" in shape and shape.count(",") > 1]
