@@ -59,6 +59,21 @@ def test_shapes_and_strides_may_change() -> None:
     assert got.is_contiguous()
 
 
+def test_rows_that_nobody_reads_are_copied_once_a_memory_and_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the rows named are of this call, the others of an earlier one, never what a caller made of them."""
+    monkeypatch.setattr(OutputBuffers, "copies_rows", staticmethod(lambda device: True))
+    box, rows = OutputBuffers(), torch.tensor([[1, 3], [0, 4]])  # 4: no row, so that the last is current, too
+    value = lambda i: torch.full((2, 4, 3), float(i))  # noqa: E731
+    assert torch.equal(box.copy(value(1), rows), value(1))
+    got = box.copy(value(2), rows)
+    assert got[:, :, 0].tolist() == [[1, 2, 1, 2], [2, 1, 1, 2]]
+    got[0].div_(0)
+    del got
+    assert torch.equal(box.copy(value(3), rows), value(3))
+    got = box.copy(value(4).double(), rows)
+    assert torch.equal(got, value(4).double())
+
+
 def numbers(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0).set_(storage)
 

@@ -7,8 +7,9 @@ wrote, by whatever way, is gone. What holds a part counts either as an owner of 
 numpy, DLPack capsules, what autograd saved) or as a reference to its one Python object (``untyped_storage()``). A bare
 address (``data_ptr()``) is no holder.
 
-On a GPU the memory is cheap and the copy is not: 259 MB for 1,024 tokens of LLaDA, as long as a step of a large batch.
-There a storage that is used again gets the rows that a sampler may read, and in the others has what it had.
+On a GPU the copy of all logits takes as long as a step of a large batch (259 MB for 1,024 tokens of LLaDA). There only
+the rows that a sampler may read are copied into memory that is used again, and the others keep what an earlier copy put
+there; where PyTorch counted a write of the caller since, all rows are copied.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 
 import torch
 
-from dllm_compile.compat import storage_owners
+from dllm_compile.compat import storage_owners, version
 
 
 def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
@@ -29,51 +30,75 @@ def _storage(size: int, device: torch.device) -> torch.UntypedStorage:
     return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
 
 
-def _over(storage: torch.UntypedStorage, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    """A new tensor whose memory is that storage."""
-    made = torch.empty(0, dtype=dtype, device=storage.device)
-    return made.set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+class _Memory:
+    """A storage, and a tensor over all of it: the tensors that are handed out count their writes with it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.storage = _storage(size, device)
+        self.tensor = torch.empty(0, dtype=torch.uint8, device=device).set_(self.storage)
+        self.written = version(self.tensor)
+
+    def over(self, value: torch.Tensor) -> torch.Tensor:
+        """The tensor, in the form of ``value``."""
+        if (self.tensor.dtype, self.tensor.shape) != (value.dtype, value.shape):
+            empty = torch.empty(0, dtype=value.dtype, device=value.device)
+            self.tensor = empty.set_(self.storage, 0, value.shape)  # type: ignore[call-overload]
+            self.written = -1
+        return self.tensor
 
 
 class OutputBuffers:
-    """Storages handed out before, all of the same size.
+    """Memory handed out before, all of the same size.
 
     Attributes:
-        storages: no more than two, as a loop holds the last result while it asks for the next.
+        memory: no more than two, as a loop holds the last result while it asks for the next.
     """
 
     def __init__(self) -> None:
-        self.storages: list[torch.UntypedStorage] = []
-        self.kind: tuple[torch.device, torch.dtype, torch.Size] | None = None
+        self.memory: list[_Memory] = []
 
     def bytes(self) -> int:
         """Bytes of the storages."""
-        return sum(storage.nbytes() for storage in self.storages)
+        return sum(each.storage.nbytes() for each in self.memory)
+
+    @staticmethod
+    def copies_rows(device: torch.device) -> bool:
+        """Whether rows that no sampler reads are left as they are."""
+        return device.type != "cpu"
 
     def copy(self, value: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """A contiguous copy of ``value`` that shares no memory with anything the caller still holds.
 
         Args:
             value: ``[B, S, ...]`` where ``rows`` are given.
-            rows: positions ``[B, K]`` int64 of the rows that are read, ``S`` for no row. On a GPU the others may be
-                those of an earlier copy, with what its caller wrote there. ``None`` for all.
+            rows: positions ``[B, K]`` int64 of the rows that are read, ``S`` for no row; the others may be those of an
+                earlier copy. ``None`` for all.
         """
         if torch.is_inference_mode_enabled():
             return value.clone(memory_format=torch.contiguous_format)
-        kind, size = (value.device, value.dtype, value.shape), value.numel() * value.element_size()
-        on_host = value.device.type == "cpu"
-        if not on_host and kind != self.kind:  # another dtype's bits may be NaN
-            self.storages = []
-        self.kind = kind
-        self.storages = [each for each in self.storages if each.nbytes() == size and not (on_host and each.is_shared())]
-        unheld = [_storage(0, value.device)]  # in a list too
-        free = (i for i in range(len(self.storages)) if _holders(self.storages[i]) == _holders(unheld[0]))
+        size, device = value.numel() * value.element_size(), value.device
+        self.memory = [
+            each
+            for each in self.memory
+            if (each.storage.nbytes(), each.storage.device) == (size, device) and not self._is_shared(each.storage)
+        ]
+        unheld = [_Memory(0, device)]  # in a list too
+        free = (i for i in range(len(self.memory)) if _holders(self.memory[i].storage) == _holders(unheld[0].storage))
         place = next(free, None)
         if place is None:
-            place, rows, self.storages = 0, None, [_storage(size, value.device), *self.storages[:1]]
-        copy = _over(self.storages[place], value.dtype, value.shape)
-        if rows is None or on_host:
-            return copy.copy_(value)
-        batch = torch.arange(value.shape[0], device=value.device).unsqueeze(1)
-        at = rows.clamp(max=value.shape[1] - 1)  # the last row in place of none
-        return copy.index_put_((batch, at), value[batch, at])
+            place, self.memory = 0, [_Memory(size, device), *self.memory[:1]]
+        memory = self.memory[place]
+        copy = memory.over(value)
+        if rows is None or memory.written != version(copy) or not self.copies_rows(device):
+            copy.copy_(value)
+        else:
+            batch = torch.arange(value.shape[0], device=device).unsqueeze(1)
+            at = rows.clamp(max=value.shape[1] - 1)  # the last row in place of none
+            copy.index_put_((batch, at), value[batch, at])
+        memory.written = version(copy)
+        return copy.detach()
+
+    @staticmethod
+    def _is_shared(storage: torch.UntypedStorage) -> bool:
+        """Whether other processes have it; on a GPU that is asked of the tensor, which is kept out of sight."""
+        return storage.device.type == "cpu" and storage.is_shared()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.runtime import recordings, session
+from dllm_compile.runtime import recordings, steps
 from dllm_compile.sampler import stepper
 from tests.recorded_calls import Graph
 
@@ -63,7 +63,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
         return graph.made, graph
 
     monkeypatch.setattr(recordings, "capture", capture)
-    monkeypatch.setattr(session, "MULTIPLE", 4)
+    monkeypatch.setattr(steps, "MULTIPLE", 4)
     monkeypatch.setattr(Graph, "played", 0)
 
 
