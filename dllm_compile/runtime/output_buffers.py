@@ -15,6 +15,7 @@ there; where PyTorch counted a write of the caller since, all rows are copied.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -30,20 +31,24 @@ def _storage(size: int, device: torch.device) -> torch.UntypedStorage:
     return torch.UntypedStorage(size, device=device)  # type: ignore[no-untyped-call]
 
 
+def _over(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A new tensor whose memory is that storage."""
+    made = torch.empty(0, dtype=dtype, device=storage.device)
+    return made.set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
 class _Memory:
     """A storage, and a tensor over all of it: the tensors that are handed out count their writes with it."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.storage = _storage(size, device)
-        self.tensor = torch.empty(0, dtype=torch.uint8, device=device).set_(self.storage)
-        self.written = version(self.tensor)
+        self.tensor = _over(self.storage, torch.uint8, [size])
+        self.written = -1  # the count of writes behind the last copy
 
     def over(self, value: torch.Tensor) -> torch.Tensor:
         """The tensor, in the form of ``value``."""
         if (self.tensor.dtype, self.tensor.shape) != (value.dtype, value.shape):
-            empty = torch.empty(0, dtype=value.dtype, device=value.device)
-            self.tensor = empty.set_(self.storage, 0, value.shape)  # type: ignore[call-overload]
-            self.written = -1
+            self.tensor, self.written = _over(self.storage, value.dtype, value.shape), -1
         return self.tensor
 
 
@@ -80,7 +85,7 @@ class OutputBuffers:
         self.memory = [
             each
             for each in self.memory
-            if (each.storage.nbytes(), each.storage.device) == (size, device) and not self._is_shared(each.storage)
+            if (each.storage.nbytes(), each.tensor.device) == (size, device) and not self._is_shared(each.storage)
         ]
         unheld = [_Memory(0, device)]  # in a list too
         free = (i for i in range(len(self.memory)) if _holders(self.memory[i].storage) == _holders(unheld[0].storage))

@@ -106,7 +106,7 @@ def test_generate_reads_the_ids_once_more_each_call(monkeypatch: pytest.MonkeyPa
     reads = Counter(each.line for each in mode.crossings if each.kind == "read")
     copies = Counter(each.line for each in mode.crossings if each.kind == "copy")
     assert reads.pop(READ) == made.nfe
-    assert reads.pop("sampler/decode.py: host = x.cpu()") == made.nfe + 1
-    assert sum(reads.values()) == 3  # before the first call
+    assert sum(number for where, number in reads.items() if where.startswith("sampler/decode.py")) == made.nfe + 1
+    assert sum(reads.values()) == made.nfe + 1 + 3  # before the first call
     assert copies.pop(COPY) == made.nfe
     assert sum(number for where, number in copies.items() if where.startswith("sampler/progress.py")) == made.nfe
