@@ -244,13 +244,14 @@ class Backend:
         """The graph analyzed once for all sizes that Dynamo left open; ``None`` where that cannot be."""
         read = self._read(args)
         if read not in self.any_size:
-            self.any_size[read] = None
+            found = None
             try:
                 with refusing("analyzed"):
                     stand_ins = StandIns.of(self.module.graph)
-                self.any_size[read] = self._analyzed(args, stand_ins) if stand_ins is not None else None
+                found = self._analyzed(args, stand_ins) if stand_ins is not None else None
             except GraphRefused as refusal:  # each size is analyzed for itself, and refused if need be
                 log.info("not analyzed for all sizes at once: %s", refusal)
+            self.any_size = dict([*self.any_size.items()][1 - PROGRAMS :]) | {read: found}
         return self.any_size[read]
 
     def _analyzed(self, args: Sequence[Any], stand_ins: StandIns | None = None) -> Program:

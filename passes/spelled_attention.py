@@ -16,9 +16,14 @@ import torch
 import torch.fx
 
 from dllm_compile.core.arguments import argument, attention
+from dllm_compile.core.stand_ins import Computed
 
 _MATMUL = (torch.matmul, torch.bmm, operator.matmul)
 _SOFTMAX = (torch.softmax, torch.nn.functional.softmax)
+
+
+HIDES = -1e4
+"""A score that is filled in where a mask is hides the key if it is no larger: then adding it to the score does, too."""
 
 
 @dataclass
@@ -71,6 +76,11 @@ def _dropout_is_off(node: torch.fx.Node) -> bool:
     return not argument(node, 2, "training", True) or bool(argument(node, 1, "p", 0.5) == 0.0)
 
 
+def _is_fixed(value: Any) -> bool:
+    """Whether a value is a number, the same at all sizes."""
+    return isinstance(value, (int, float)) and not isinstance(value, Computed)
+
+
 def _last_dim(softmax: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> bool:
     dim = argument(softmax, 1, "dim")
     return isinstance(dim, int) and dim in (-1, fake[softmax].dim() - 1)
@@ -88,16 +98,16 @@ def _read_scores(node: Any, fake: dict[torch.fx.Node, Any]) -> _Scores | None:
             if key is None or not isinstance(left, torch.fx.Node):
                 return None
             return _Scores(left, key, scale, mask, masked)
-        if node.target in (operator.mul, torch.mul) and isinstance(right, (int, float)):
+        if node.target in (operator.mul, torch.mul) and _is_fixed(right):
             scale *= right
-        elif node.target in (operator.truediv, torch.div) and isinstance(right, (int, float)):
+        elif node.target in (operator.truediv, torch.div) and _is_fixed(right):
             scale /= right
         elif node.target in (operator.add, torch.add) and isinstance(right, torch.fx.Node) and mask is None:
             if scale != 1.0 or masked is not None:
                 return None
             mask = right
         elif node.op == "call_method" and node.target == "masked_fill" and masked is None and scale == 1.0:
-            if not isinstance(node.args[2], (int, float)) or mask is not None:
+            if not _is_fixed(node.args[2]) or node.args[2] > HIDES or mask is not None:
                 return None
             masked = (right, float(node.args[2]))
         else:

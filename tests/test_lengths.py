@@ -152,18 +152,27 @@ def test_ids_may_be_a_part_of_a_larger_tensor() -> None:
 class Spelled(torch.nn.Module):
     """A model that writes a size in one of several ways."""
 
+    table: torch.Tensor
+
     def __init__(self, how: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.how, self.embed, self.head = how, torch.nn.Embedding(models.VOCABULARY, 32), torch.nn.Linear(32, 61)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 96) for _ in range(2))
+        self.register_buffer("table", torch.randn(64, 32))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         batch, tokens = ids.shape
         for layer in self.layers:
-            parts = [part.view(batch, tokens, 4, 8).transpose(1, 2) for part in layer(x).chunk(3, -1)]
-            y = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+            query, key, value = (part.view(batch, tokens, 4, 8).transpose(1, 2) for part in layer(x).chunk(3, -1))
+            if self.how in ("scores", "filled"):
+                scores = query @ key.transpose(-1, -2) * (tokens // 8 if self.how == "scores" else 0.3)
+                if self.how == "filled":
+                    scores = scores.masked_fill(torch.eye(tokens, dtype=torch.bool), -2.0)
+                y = (scores.softmax(-1) @ value).transpose(1, 2)
+            else:
+                y = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
             if self.how == "dtype":
                 y = y.reshape(batch, tokens, 32).view(torch.int32).view(torch.float32)
             elif self.how == "negative":
@@ -172,12 +181,19 @@ class Spelled(torch.nn.Module):
                 y = torch.reshape(y, shape=(batch, tokens, 32))
             elif self.how == "scale":
                 y = y.reshape(batch, tokens, 32) / tokens
+            elif self.how == "half":
+                y = y.reshape(batch, tokens, 1, 32).expand(batch, tokens, tokens // 2, 32).sum(2)
+            elif self.how == "wider":
+                seen = y.reshape(batch, tokens, 32) @ self.table[: tokens + 5].t()
+                y = seen.view(batch, tokens, 1, -1).mean(-1)
+            else:
+                y = y.reshape(batch, tokens, 32)
             x = x + y
         logits: torch.Tensor = self.head(x)
         return logits
 
 
-@pytest.mark.parametrize("how", ["dtype", "negative", "keyword", "scale"])
+@pytest.mark.parametrize("how", ["dtype", "negative", "keyword", "scale", "half", "wider", "scores", "filled"])
 def test_a_size_however_it_is_written(how: str) -> None:
     model = Spelled(how).eval()
     call = models.compiled_loop(model, method="exact")

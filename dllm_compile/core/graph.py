@@ -30,7 +30,7 @@ from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
 from .once import Once
 from .sizes import form, of_constant, of_layout
-from .stand_ins import StandIns, Values, at_values, expressions, is_apart, whole_numbers
+from .stand_ins import StandIns, Values, at_values, expr_of, expressions, is_apart, whole_numbers
 
 
 def placeholders(graph: torch.fx.Graph) -> list[torch.fx.Node]:
@@ -229,23 +229,37 @@ def fingerprint(
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def refuse_unfollowed(nodes: Iterable[torch.fx.Node], axes: Axes, sizes: Iterable[int]) -> None:
-    """See that no number in a graph came from stand-ins for sizes unnoticed, by arithmetic of ours.
+def refuse_unfollowed(nodes: Iterable[torch.fx.Node], axes: Axes, seed: torch.fx.Node, sizes: Iterable[int]) -> None:
+    """See that a graph that was analyzed at stand-ins for its sizes is so at any.
+
+    Each value that depends on the tokens must be as large as its layout says, in Dynamo's symbols too, and no number
+    may have come from the stand-ins unnoticed, by arithmetic of ours.
 
     Args:
         nodes: of the graph, all that run.
         axes: of the graph.
+        seed: the input that the tokens enter by.
         sizes: the stand-ins.
 
     Raises:
-        GraphRefused: a number may have.
+        GraphRefused: an extent or a number may be another at another size.
     """
+    batch, tokens = seed.meta["example_value"].shape[:2]
     for node in nodes:
-        layout = axes.layout.get(node)
+        layout, shown = axes.layout.get(node), node.meta.get("example_value")
+        if layout is not None and isinstance(shown, torch.Tensor):
+            wanted = [expr_of(extent_of(dim, batch, tokens)) for dim in layout]
+            if wanted != [expr_of(size) for size in shown.shape]:
+                raise GraphRefused("an extent here is computed from the sizes of the inputs", node)
         args = node.args if layout is None else open_sizes(node, node.args, opened(layout), str)
         found = whole_numbers((args, node.kwargs))
         if not all(is_apart(size, found) for size in sizes):
             raise GraphRefused("a number here may have been computed from the sizes of the inputs", node)
+
+
+def extent_of(dim: Dim, batch: Any, tokens: Any) -> Any:
+    """The extent of a dimension, for these numbers of sequences and of tokens."""
+    return prod({"B": batch, "T": tokens}.get(factor.kind, factor.size) for factor in dim)
 
 
 def _rows(layout: Layout | None) -> object:

@@ -32,7 +32,7 @@ class Outline:
     numbers: tuple[int, ...] = ()
 
     def at(self, sizes: Values) -> Outline:
-        """The same, for these sizes."""
+        """The same with ``numbers``, at these sizes."""
         return replace(self, numbers=tuple(value_of(expr, sizes) for expr in self.exprs))
 
     def __call__(self, given: Mapping[torch.fx.Node, Any]) -> tuple[Any, ...]:

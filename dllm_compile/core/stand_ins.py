@@ -40,6 +40,11 @@ class Computed(int):
         return number
 
 
+def expr_of(size: int | torch.SymInt) -> sympy.Expr:
+    """A size in Dynamo's symbols."""
+    return sympy.expand(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
 def value_of(expr: sympy.Expr, values: Values) -> int:
     """An expression at sizes."""
     return int(expr.xreplace(values))
@@ -144,7 +149,7 @@ def whole_numbers(value: Any) -> set[int]:
 
 
 def is_apart(prime: int, numbers: set[int]) -> bool:
-    """Whether none of some numbers can have come from a size, ``prime``: no multiple of it, and none beside one."""
+    """Whether none of some numbers can have come from a size, ``prime``: none is a multiple of it, plus or minus 1."""
     return not any(n >= prime - 1 and n % prime in (0, 1, prime - 1) for n in map(abs, numbers))
 
 
@@ -177,6 +182,6 @@ def _numbers(graph: torch.fx.Graph) -> set[int]:
 
 
 def _primes_near(size: int) -> Iterator[int]:
-    """Primes, the nearest below ``size`` first: tables of positions end somewhere; then those above."""
+    """Primes, the nearest below ``size`` first, since a larger one may index past a table of positions; then larger."""
     yield from (n for n in range(size, LEAST - 1, -1) if sympy.isprime(n))
     yield from (n for n in range(max(size + 1, LEAST), size + TRIED) if sympy.isprime(n))

@@ -76,8 +76,8 @@ class OutputBuffers:
 
         Args:
             value: ``[B, S, ...]`` where ``rows`` are given.
-            rows: positions ``[B, K]`` int64 of the rows that are read, ``S`` for no row; the others may be those of an
-                earlier copy. ``None`` for all.
+            rows: positions ``[B, K]`` int64 of the rows that are read, ``S`` for no row, in whose place the last one is
+                copied; the others may be those of an earlier copy. ``None`` for all.
         """
         if torch.is_inference_mode_enabled():
             return value.clone(memory_format=torch.contiguous_format)

@@ -129,7 +129,7 @@ class Program:
         self.made = constants, [n for n in names if any(u in constants for u in n.users)], self.constants
         if stand_ins is not None:
             run = [*constants, *(node for unit in self.units for node in unit.nodes)]
-            refuse_unfollowed(run, self.axes, stand_ins.values.values())
+            refuse_unfollowed(run, self.axes, self.seed, stand_ins.values.values())
         self.signature = Signature(
             tuple(unit.key for unit in self.units if unit is not self.decision),
             fingerprint(*self.made, self.axes, stand_ins.values if stand_ins is not None else {}),
@@ -186,7 +186,8 @@ class Program:
         head = self.head(self.vocabulary)
         if self.decision is None or head is None:
             return False
-        return all(len(self.axes.layout[node]) == 2 for node in head.outputs[: head.leaving])
+        outputs = head.outputs[: head.leaving]
+        return all(len(self.axes.layout[node]) == 2 and self._width(node) == 1 for node in outputs)
 
     @cached_property
     def fills(self) -> bool:

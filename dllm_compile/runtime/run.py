@@ -152,8 +152,9 @@ class GraphCall:
             step: this one, which says the rows of logits that are read.
         """
         live, logits = self.program.axes.layout, self.program.logits(self.batch.session.vocabulary)
+        by_row = logits is not None and [[f.kind for f in dim] for dim in live[logits]] == [["B"], ["T"], [""]]
         copies = {
-            node: self._buffers_of(node).copy(value, step.returned if node is logits else None)
+            node: self._buffers_of(node).copy(value, step.returned if node is logits and by_row else None)
             if node in live
             else value
             for node, value in results.items()

@@ -143,7 +143,7 @@ def pretend(capability: int = 90, every: bool = False) -> Iterator[Seen]:
 
     guard.load()
     joint_graph.lazy_init(torch.device("cpu"))  # traces patterns on real tensors
-    post_grad.lazy_init(torch.device("cpu"))
+    post_grad.lazy_init()  # by the very arguments that Inductor gives, or it would happen twice
     seen = Seen()
 
     def triton(_: Any, name: str, source: str, device_str: str = "cuda") -> Any:
