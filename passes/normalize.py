@@ -64,6 +64,10 @@ def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any], written: se
             node.target, node.args = "to", (node.args[0],)
             node.kwargs = {"dtype": other.dtype, "device": other.device}
             changed += 1
+        elif name == "narrow" and fake[node].shape == fake[node.args[0]].shape:
+            node.replace_all_uses_with(node.args[0])  # it cuts nothing, and would of fewer rows
+            graph.erase_node(node)
+            changed += 1
         elif node in written or node.target in _IN_PLACE or node.target is operator.setitem:
             _make_functional(node, fake)
             changed += 1
