@@ -57,7 +57,7 @@ def test_nothing_is_compiled_behind_it(batch: int) -> None:
 def test_six_graphs_make_a_whole_generation() -> None:
     """Of a model of any number of layers: stem, full layer, head, decision, partial layer, and the head behind it."""
     dllm_compile.reset()
-    told = dllm_compile.warm(small_model.build(), 9, 8, threshold=0.9, **SETTINGS)
+    told = dllm_compile.warm(models.build("llama", num_hidden_layers=2), 9, 8, threshold=0.9, **SETTINGS)
     assert sum(told.compiled.values()) == 6, told
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -229,14 +229,21 @@ def fingerprint(
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def refuse_unfollowed(nodes: Iterable[torch.fx.Node], axes: Axes, seed: torch.fx.Node, sizes: Iterable[int]) -> None:
+def refuse_unfollowed(
+    nodes: Iterable[torch.fx.Node],
+    handed: Collection[torch.fx.Node],
+    axes: Axes,
+    seed: torch.fx.Node,
+    sizes: Iterable[int],
+) -> None:
     """See that a graph that was analyzed at stand-ins for its sizes is so at any.
 
-    Each value that depends on the tokens must be as large as its layout says, in Dynamo's symbols too, and no number
-    may have come from the stand-ins unnoticed, by arithmetic of ours.
+    Where code is written by the layout of a value, the value must be as large as that says, in Dynamo's symbols too,
+    and no number may have come from the stand-ins unnoticed, by arithmetic of ours.
 
     Args:
         nodes: of the graph, all that run.
+        handed: those that are kept, or handed from a part of the graph to another.
         axes: of the graph.
         seed: the input that the tokens enter by.
         sizes: the stand-ins.
@@ -247,7 +254,8 @@ def refuse_unfollowed(nodes: Iterable[torch.fx.Node], axes: Axes, seed: torch.fx
     batch, tokens = seed.meta["example_value"].shape[:2]
     for node in nodes:
         layout, shown = axes.layout.get(node), node.meta.get("example_value")
-        if layout is not None and isinstance(shown, torch.Tensor):
+        written = node in handed or called(node) in _SIZED_METHODS
+        if layout is not None and written and isinstance(shown, torch.Tensor):
             wanted = [expr_of(extent_of(dim, batch, tokens)) for dim in layout]
             if wanted != [expr_of(size) for size in shown.shape]:
                 raise GraphRefused("an extent here is computed from the sizes of the inputs", node)
@@ -310,6 +318,11 @@ def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[An
     node.kwargs = kwargs or {}
 
 
+def called(node: torch.fx.Node) -> str:
+    """The name of what a node calls, without its module."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
 _SIZED_METHODS = {"view", "reshape", "expand", "broadcast_to", "unflatten"}
 
 
@@ -326,7 +339,7 @@ def open_sizes(
         layout: of its result, with the sizes that may be any open.
         batch: gives the number of sequences times a number.
     """
-    name = getattr(node.target, "__name__", str(node.target))
+    name = called(node)
     if name not in _SIZED_METHODS:
         return args
     first = 2 if name == "unflatten" else 1

@@ -129,7 +129,8 @@ class Program:
         self.made = constants, [n for n in names if any(u in constants for u in n.users)], self.constants
         if stand_ins is not None:
             run = [*constants, *(node for unit in self.units for node in unit.nodes)]
-            refuse_unfollowed(run, self.axes, self.seed, stand_ins.values.values())
+            handed = {n for unit in self.units for n in (*unit.inputs, *unit.anchors(), unit.stream) if n is not None}
+            refuse_unfollowed(run, handed, self.axes, self.seed, stand_ins.values.values())
         self.signature = Signature(
             tuple(unit.key for unit in self.units if unit is not self.decision),
             fingerprint(*self.made, self.axes, stand_ins.values if stand_ins is not None else {}),
