@@ -82,10 +82,11 @@ def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[t
 
 def unpacked(memory: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:
     """Views of the tensors that were :func:`packed`, by name."""
-    found = {}
-    for i, (name, dtype, shape) in enumerate(places):
-        begin = span(places[:i])
+    found, begin = {}, 0
+    for place in places:
+        name, dtype, shape = place
         found[name] = memory[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        begin += span((place,))
     return found
 
 

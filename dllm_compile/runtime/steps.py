@@ -15,6 +15,7 @@ from dllm_compile.interface.plan import Call, Exact, Plan, copied
 from . import recordings
 from .batch import HISTORY, Batch, Past, Step
 from .evidence import Evidence
+from .output_buffers import OutputBuffers
 from .positions import packed, positions_of_call, positions_returned
 from .program import Program
 
@@ -137,8 +138,8 @@ def _planned(
     sizes["kept"] = plan.kept
     masks = {} if plan.bound is None else {"bound": plan.bound.unsqueeze(1)}
     masks |= {} if plan.visible is None else {"visible": plan.visible}
-    on_host = device.type == "cpu"
-    read = {} if every or on_host else {"returned": positions_returned(call, session.options.shift)}
+    some = not every and OutputBuffers.copies_rows(device)
+    read = {"returned": positions_returned(call, session.options.shift)} if some else {}
     memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices, **read}, device)
     repeat = call.repeat and plan.same
     step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
