@@ -365,6 +365,7 @@ class Backend:
             before = batch.part_inputs.get(place)
             if before is None or not before.fit(new) or any(before.differ(new)):
                 batch.part_inputs[place] = Inputs(new)
+                batch.masked.pop(place, None)
                 known = False
         if not known and step.number > 0:
             step.anew = batch.stale = True

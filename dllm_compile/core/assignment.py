@@ -39,6 +39,7 @@ class Assignment:
         keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the rows computed since.
         gaps: whether some of those may be no rows.
         hides: whether attention reads only those of them that the step says are visible.
+        masked: whether attention reads the model's own masks. Not where these hide nothing: no mask is cheaper.
         pick: the operation that chooses ``SELECTED`` from the values, now and before; ``None`` where none are chosen.
             See :func:`dllm_compile.kernels.row_change.pick_rows`.
         attend: the operation that attends in place of the model's own call: over ``KEYED``, see
@@ -64,6 +65,7 @@ class Assignment:
     keys: RowSet = ALL
     gaps: bool = False
     hides: bool = False
+    masked: bool = True
     pick: Operation | None = None
     attend: Operation | None = None
     choose_salient: Operation | None = None

@@ -202,6 +202,8 @@ class _Writer:
 
     def _attention(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
         """An attention call: as it was, over the kept entries, or from the change of the salient values."""
+        if not self.assignment.masked:
+            kwargs = {name: value for name, value in kwargs.items() if name != "attn_mask"}
         given = attention_arguments(args, kwargs)
         mask, entries = given.attn_mask, None
         if self.assignment.keys == KEYED:
@@ -271,7 +273,7 @@ class _Writer:
         call = self.unit.attentions[0].node
         given = attention_arguments(call.args, call.kwargs)
         query, key = self._on(given.query, ALL), self._on(given.key, ALL)
-        mask = given.attn_mask
+        mask = given.attn_mask if self.assignment.masked else None
         mask = self._plain(mask) if isinstance(mask, torch.fx.Node) else None
         mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"])) if self.assignment.hides else mask
         block, outside, fresh = (self.slot[f"index:{name}"] for name in ("block", "outside", "fresh"))

@@ -191,6 +191,7 @@ class Batch:
         self.outputs: dict[Any, Any] = {}
         self.kept: dict[Any, torch.Tensor] = {}
         self.output_buffers: dict[Any, OutputBuffers] = {}
+        self.masked: dict[Any, bool] = {}  # of graphs and layers, whether an attention mask hides something
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.recordings = recordings.Recordings()  # they hold addresses of rows
         self.expected: Expected | None = None  # while it is in doubt whether this is a loop

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from dllm_compile.compat import storage_owners, version
+from dllm_compile.core.rows import put_rows, words
 
 
 def _holders(storage: torch.UntypedStorage) -> tuple[int, int]:
@@ -97,9 +98,8 @@ class OutputBuffers:
         if rows is None or memory.written != version(copy) or not self.copies_rows(device):
             copy.copy_(value)
         else:
-            batch = torch.arange(value.shape[0], device=device).unsqueeze(1)
-            at = rows.clamp(max=value.shape[1] - 1)  # the last row in place of none
-            copy.index_put_((batch, at), value[batch, at])
+            at, given = rows.clamp(max=value.shape[1] - 1), words(value)  # the last row in place of none
+            put_rows(copy, at, given.gather(1, at.unsqueeze(2).expand(-1, -1, given.shape[2])).view(value.dtype))
         memory.written = version(copy)
         return copy.detach()
 

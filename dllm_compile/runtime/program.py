@@ -5,7 +5,7 @@ A graph with open sizes is analyzed once; another size is a copy that differs in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from dllm_compile.core.units import Unit, closure
 from dllm_compile.debug import asked, keep, part
 from dllm_compile.options import Options
 from dllm_compile.passes import analyzed
-from dllm_compile.passes.causal import masks_of, refuse_causal_masks
+from dllm_compile.passes.causal import hide, masks_of, refuse_causal_masks
 
 from .cost import whole
 from .unit_code import shared
@@ -75,6 +75,8 @@ class Program:
     Attributes:
         size: sequences and tokens, 0 where there is none.
         units: stem, layers and head, whichever the graph has.
+        masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
+        knows_masks: whether there are no others.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
         side_inputs: tensors that stem and layers read, but the ids and parameters.
@@ -119,7 +121,7 @@ class Program:
         }
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude = outline(graph, self.constants) if self.constants else None
-        self.masks = masks_of(graph, self.axes)
+        self.masks, self.knows_masks = masks_of(graph, self.axes)
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
@@ -153,6 +155,14 @@ class Program:
         other.result = at_values(self.result, sizes)
         other.signature = replace(self.signature, constants=fingerprint(*self.made, self.axes, sizes))
         return other
+
+    def masked(self, args: Mapping[torch.fx.Node, Any]) -> bool:
+        """Whether an attention mask hides a key, or may: one that depends on tokens is not looked at.
+
+        Args:
+            args: the value of each placeholder.
+        """
+        return not self.knows_masks or hide(self.masks, args)
 
     def check(self, args: Sequence[Any]) -> None:
         """Look at the values that the first call has.

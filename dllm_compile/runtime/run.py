@@ -24,7 +24,7 @@ from dllm_compile.core.assignment import (
 )
 from dllm_compile.core.errors import naming
 from dllm_compile.core.layout import opened
-from dllm_compile.core.rows import ALL, NONE, RowSet, merge_rows, read_all, store_rows
+from dllm_compile.core.rows import ALL, NONE, RowSet, put_rows, read_all, rows_first, store_rows
 from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit, weights_key
 from dllm_compile.debug import note_step
@@ -91,6 +91,12 @@ def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
 
 
 @cache
+def _unmasked(assignment: Assignment) -> Assignment:
+    """The assignment where attention masks hide nothing."""
+    return replace(assignment, masked=False)
+
+
+@cache
 def _exact(wanted: Assignment) -> Assignment:
     """Every row, nothing kept: of the keys that ``wanted`` reads, where some are hidden."""
     return replace(EXACT, name="visible", hides=True) if wanted.hides else EXACT
@@ -110,6 +116,7 @@ class GraphCall:
         most_salient: salient rows of any layer, where they are counted on the host.
         selected: rows that each layer chose, by its number.
         rest, first: what layers run, and what the first one does.
+        masked: whether an attention mask hides something.
     """
 
     def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
@@ -131,6 +138,7 @@ class GraphCall:
         self.most_salient = 0
         self.measured: tuple[int, Assignment, Any] | None = None  # of the layer that has just run
         self.after_layer = None if step.repeat else step.past.schedule.after_layer
+        self.masked = not program.masks or self._masked()
         self.narrows = batch.narrows(step.past.schedule)
         self.costs: dict[Variant, float] = {}  # FLOPs of a variant in this step
         self.full = step.past.schedule.variants[0]
@@ -160,6 +168,13 @@ class GraphCall:
             for node, value in results.items()
         }
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])
+
+    def _masked(self) -> bool:
+        """Whether a mask hides something from attention, which the host reads once for the inputs of a sequence."""
+        known, place = self.batch.masked, (self.program.signature, self.step.layer)
+        if place not in known:
+            known[place] = self.program.masked(self.env)
+        return known[place]
 
     def _slot(self, node: torch.fx.Node) -> torch.Tensor | None:
         return self.batch.kept.get(self._slot_key(node))
@@ -191,7 +206,7 @@ class GraphCall:
         if node not in self.stored and rows == ALL:
             store_rows(kept, value, layout)
         elif node not in self.stored and rows != NONE:
-            merge_rows(kept, self.step.indices[rows.name], value, layout)
+            put_rows(kept, self.step.indices[rows.name], rows_first(value, layout, kept.shape[0]).to(kept.dtype))
         self.stored.add(node)
         return read_all(kept, layout)
 
@@ -292,7 +307,7 @@ class GraphCall:
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
         values.flat += self._state(unit, assignment)
-        variant = code.variant(assignment, step, values)
+        variant = code.variant(assignment if self.masked else _unmasked(assignment), step, values)
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
         self._count(code, variant, assignment)

@@ -1,0 +1,104 @@
+"""An attention mask that hides nothing is none, for as long as it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dllm_compile
+from dllm_compile.runtime import unit_code
+
+from .test_properties import MASK, Model, Shape
+
+FAST_DLLM = {"method": "fast-dllm", "cache": "dual", "block_length": 4, "shift": False}
+SPARSE = {"method": "sparse-dllm", "keep_ratio": 0.5, "block_length": 4, "shift": False}
+
+
+def masked() -> set[bool]:
+    """Whether layers were written with their masks, without, or both."""
+    return {a.masked for code in unit_code._SHARED.values() if code.unit.is_layer for a in code.variants}
+
+
+class Masked(Model):
+    """Makes its mask ``[B, 1, S, S]`` in one of several ways."""
+
+    kind = "keys"
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[B, S, V]``."""
+        angles = torch.arange(ids.shape[1], device=ids.device)[:, None] * self.get_buffer("rates")
+        tokens, x = ids.shape[1], self.embed(ids)
+        if self.kind == "sizes":  # as transformers 5.17 makes it where it is traced
+            seen = (torch.arange(tokens)[None, None, :, None] >= 0).expand(1, 1, tokens, tokens)
+        else:
+            assert mask is not None
+            seen = mask.bool()[:, None, None, :].expand(-1, 1, tokens, tokens)
+        if self.kind == "added":
+            seen = torch.where(seen, 0.0, -1e9).to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, angles.cos(), angles.sin(), seen)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+def built(kind: str | None) -> Model:
+    """A random model; without ``kind`` it has no mask."""
+    model = Model(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=0))
+    if kind is not None:
+        model.__class__ = Masked
+        model.kind = kind  # type: ignore[assignment]
+    return model
+
+
+def generated(call: Any, *mask: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of the masked rows of the block at each of eight steps, which fill one token from the left each."""
+    ids = torch.arange(3, 13).repeat(2, 1) % 9 + 3
+    ids[1, 0], ids = 30, torch.cat([ids, torch.full((2, 8), MASK)], 1)
+    rows, loop = [], dllm_compile.loop()
+    with torch.no_grad():
+        for at in range(10, 18):
+            with loop:
+                logits = call(ids, *mask)
+            rows.append(logits[:, at : at + 4 - (at - 10) % 4].clone())
+            ids = ids.clone()
+            ids[:, at] = 2 + at % 3
+    return rows
+
+
+@pytest.mark.parametrize("options", [FAST_DLLM, SPARSE], ids=["fast-dllm", "sparse-dllm"])
+@pytest.mark.parametrize("kind", ["sizes", "keys", "added"])
+def test_a_mask_that_hides_nothing_is_left_out(kind: str, options: dict[str, Any]) -> None:
+    more = {**options, "mask_id": MASK, "lowering": "eager"}
+    plain = torch.compile(built(None), backend="dllm", options=more)
+    call = torch.compile(built(kind), backend="dllm", options=more)
+    ones = () if kind == "sizes" else (torch.ones(2, 18, dtype=torch.int64),)
+    want = generated(plain)
+    torch.compiler.reset()
+    got = generated(call, *ones)
+    assert masked() == {False}
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", [FAST_DLLM, SPARSE], ids=["fast-dllm", "sparse-dllm"])
+@pytest.mark.parametrize("kind", ["keys", "added"])
+def test_one_that_hides_a_key_is_read_whatever_the_one_before_hid(kind: str, options: dict[str, Any]) -> None:
+    more = {**options, "mask_id": MASK, "lowering": "eager"}
+    ones = torch.ones(2, 18, dtype=torch.int64)
+    hides = ones.clone()
+    hides[0, :2] = 0
+    model = built(kind)
+    call = torch.compile(model, backend="dllm", options=more)
+    first = generated(call, ones)
+    assert masked() == {False}
+    got = generated(call, hides)
+    assert masked() == {False, True}
+    again = generated(call, ones)
+    torch.compiler.reset()
+    want = generated(torch.compile(model, backend="dllm", options=more), hides)
+    for a, b, c, d in zip(got, want, first, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(c, d)
+        assert (a - c)[0].abs().max() > 1e-6
