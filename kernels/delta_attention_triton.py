@@ -65,54 +65,6 @@ def scores_of(
 
 
 @triton.jit
-def over_keys(
-    q: tl.tensor,  # [ROWS, WIDTH]
-    key: tl.tensor,  # of one sequence and head
-    value: tl.tensor,
-    mask: tl.tensor,  # [ROWS] where the mask of each row begins, or None
-    held: tl.tensor,  # [ROWS] bool
-    begin: tl.tensor,  # keys
-    end: tl.tensor,
-    scale: tl.tensor,
-    width: tl.tensor,
-    out: tl.tensor,
-    m: tl.tensor,  # [ROWS] float32, largest scores
-    total: tl.tensor,  # [ROWS] float32, sums of exp(scores - m)
-    exact: tl.tensor,  # [ROWS, OUT] float32, their products with the values
-    key_step: tl.tensor,
-    key_stride: tl.tensor,
-    value_step: tl.tensor,
-    value_stride: tl.tensor,
-    mask_step: tl.tensor,
-    EXACT: tl.constexpr,  # whether values are multiplied: without, ``exact`` comes back as it is
-    BOOL: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Online softmax from key ``begin`` to ``end``. No branch is in the loop: Triton could not load ahead then."""
-    to = tl.arange(0, OUT)
-    for start in range(begin, end, KEYS):
-        column = start + tl.arange(0, KEYS).to(tl.int64)
-        there = column < end
-        s = scores_of(q, key, mask, held, column, there, scale, width, key_step, key_stride, mask_step, BOOL, WIDTH)
-        larger = tl.maximum(m, tl.max(s, 1))
-        shift = tl.where(larger == -float("inf"), 0.0, larger)
-        p = tl.exp(s - shift[:, None])
-        fade = tl.exp(m - shift)
-        total = total * fade + tl.sum(p, 1)
-        if EXACT:
-            v = tl.load(
-                value + column[:, None] * value_step + to[None, :] * value_stride,
-                mask=there[:, None] & (to[None, :] < out),
-                other=0.0,
-            )
-            exact = tl.dot(p.to(v.dtype), v, exact * fade[:, None], input_precision="ieee")
-        m = larger
-    return m, total, exact
-
-
-@triton.jit
 def delta_attention_kernel(
     query: tl.tensor,  # [B, H, Q, width]; like all but the next nine of the given strides
     key: tl.tensor,  # [B, H / GROUP, keys, width]
@@ -205,16 +157,25 @@ def delta_attention_kernel(
     if PASS < 2:
         begin = tl.program_id(1) * per_split
         end = tl.minimum(begin + per_split, keys)
-        if some:
-            m, total, exact = over_keys(
-                q, key, value, mask_at, held, begin, end, scale, width, out, m, total, exact, key_step, key_stride,
-                value_step, value_stride, mask_step, True, BOOL, KEYS, WIDTH, OUT,
-            )  # fmt: skip
-        else:
-            m, total, exact = over_keys(
-                q, key, value, mask_at, held, begin, end, scale, width, out, m, total, exact, key_step, key_stride,
-                value_step, value_stride, mask_step, False, BOOL, KEYS, WIDTH, OUT,
-            )  # fmt: skip
+        for start in range(begin, end, KEYS):
+            column = start + tl.arange(0, KEYS).to(tl.int64)
+            there = column < end
+            s = scores_of(
+                q, key, mask_at, held, column, there, scale, width, key_step, key_stride, mask_step, BOOL, WIDTH
+            )
+            larger = tl.maximum(m, tl.max(s, 1))
+            shift = tl.where(larger == -float("inf"), 0.0, larger)
+            p = tl.exp(s - shift[:, None])
+            fade = tl.exp(m - shift)
+            total = total * fade + tl.sum(p, 1)
+            if some:
+                v = tl.load(
+                    value + column[:, None] * value_step + to[None, :] * value_stride,
+                    mask=there[:, None] & (to[None, :] < out),
+                    other=0.0,
+                )
+                exact = tl.dot(p.to(v.dtype), v, exact * fade[:, None], input_precision="ieee")
+            m = larger
     if PASS == 1:
         split_line += tl.program_id(1) * lines
         tl.store(parts + split_line, m, mask=held)
@@ -282,7 +243,7 @@ def tile_of(width: int, out: int, size: int, lines: int) -> dict[str, int]:
 def splits_of(programs: int, keys: int, tile: int) -> int:
     """Splits of the keys for ``programs`` tiles of rows, none of them empty."""
     tiles = -(-keys // tile)
-    splits = min(tiles, SPLITS, -(-PROGRAMS // programs))
+    splits = max(1, min(tiles, SPLITS, PROGRAMS // programs))  # one more, and what they hand on costs more
     return -(-tiles // -(-tiles // splits))
 
 

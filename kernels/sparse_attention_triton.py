@@ -212,7 +212,7 @@ def tile_of(head: int, width: int, rows: int, itemsize: int) -> tuple[Tile, int,
 def splits_of(programs: int, entries: int, tile: Tile) -> int:
     """Splits of the entries, for ``programs`` tiles of rows."""
     tiles = -(-entries // tile.entries)
-    splits = min(tiles, SPLITS, -(-PROGRAMS // programs))
+    splits = max(1, min(tiles, SPLITS, PROGRAMS // programs))  # one more, and what they hand on costs more
     return -(-tiles // -(-tiles // splits))  # none is empty
 
 

@@ -312,7 +312,7 @@ def test_cuda_tensors_take_the_kernels(dtype: torch.dtype) -> None:
         return
     given = Arguments(query, key, key, at, 2000, mask)
     graph = make_fx(launch, _allow_non_fake_inputs=True)(given).graph
-    assert grids(graph) == [[(56, 5, 1) if dtype == torch.float32 else (32, 8, 1)], [(2 * 32 * 28, 1, 1)]]
+    assert grids(graph) == [[(56, 4, 1) if dtype == torch.float32 else (32, 8, 1)], [(2 * 32 * 28, 1, 1)]]
 
 
 def test_one_code_serves_any_number_of_rows_and_entries() -> None:

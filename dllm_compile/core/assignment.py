@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,14 @@ class Assignment:
     choose_salient: Operation | None = None
     evict: tuple[Any, ...] | None = None
     measure: Operation | None = None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Of all fields, which do not change: asked for at every layer of every step."""
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
 
     @cached_property
     def salient(self) -> bool:

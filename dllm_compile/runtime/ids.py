@@ -51,11 +51,16 @@ def positions(rows: torch.Tensor, least: int = 0, empty: bool = True, multiple: 
         multiple: ``K`` is rounded up to a multiple of this, but is at most ``S``.
     """
     tokens = rows.shape[1]
-    most = min(-int(-rows.sum(1).max() // multiple) * multiple, tokens)
-    where = torch.where(rows, torch.arange(tokens), tokens)
-    where = where.sort(1).values[:, :most]
-    if most < least and (most or not empty):
-        where = torch.cat([where, torch.full((rows.shape[0], least - most), tokens)], 1)
+    if len(rows) == 1:
+        where = rows.nonzero()[:, 1].unsqueeze(0)
+        most = where.shape[1]
+    else:
+        most = int(rows.sum(1).max())
+        where = torch.where(rows, torch.arange(tokens), tokens).sort(1).values[:, :most]
+    wanted = min(-(-most // multiple) * multiple, tokens)
+    wanted = max(wanted, least) if wanted or not empty else 0
+    if wanted > most:
+        where = torch.cat([where, torch.full((len(rows), wanted - most), tokens)], 1)
     return where.contiguous()
 
 

@@ -64,16 +64,21 @@ def positions_returned(call: Call, shift: bool | None) -> torch.Tensor:
 Places = tuple[tuple[str, torch.dtype, torch.Size], ...]
 ALIGNED = 16
 """Bytes at whose multiples compiled code expects its inputs to begin."""
+_SPARE = torch.zeros(ALIGNED, dtype=torch.uint8)
 
 
 def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Places]:
-    """Tensors of the host in one piece of memory ``[N]`` uint8 on a device: one transfer, not waited for.
+    """Tensors ``[B, K]`` of the host in one piece of memory ``[N]`` uint8 on a device: one transfer, not waited for.
 
     Returns:
         The memory, and what lies where in it, for :func:`unpacked`.
     """
-    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
-    memory = torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGNED)) for part in parts])
+    parts = []
+    for tensor in tensors.values():
+        parts.append(tensor.reshape(-1).view(torch.uint8))
+        rest = -tensor.nbytes % ALIGNED
+        parts += [_SPARE[:rest]] if rest else []
+    memory = torch.cat(parts)
     if device.type == "cuda":
         memory = memory.pin_memory()
     places = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
@@ -82,18 +87,23 @@ def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[t
 
 def unpacked(memory: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:
     """Views of the tensors that were :func:`packed`, by name."""
-    found, begin = {}, 0
-    for place in places:
-        name, dtype, shape = place
-        found[name] = memory[begin : begin + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        begin += span((place,))
+    found, begin, typed = {}, 0, {torch.uint8: memory}
+    for name, dtype, shape in places:
+        if dtype not in typed:
+            typed[dtype] = memory.view(dtype)
+        found[name] = typed[dtype].as_strided(shape, (shape[1], 1), begin // dtype.itemsize)
+        begin += _room(shape.numel() * dtype.itemsize)
     return found
 
 
 def span(places: Places) -> int:
     """Bytes that some tensors take where they are :func:`packed`."""
-    sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in places]
-    return sum(size + -size % ALIGNED for size in sizes)
+    return sum(_room(shape.numel() * dtype.itemsize) for _, dtype, shape in places)
+
+
+def _room(size: int) -> int:
+    """Bytes with those that are left empty behind them."""
+    return size + -size % ALIGNED
 
 
 def _at(values: torch.Tensor, index: torch.Tensor, none: int | bool) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Session:
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
-        return len(weights) == len(self.owners) and all(map(is_, [ref() for ref in self.owners], weights))
+        return len(weights) == len(self.owners) and all(map(is_, map(weakref.ref.__call__, self.owners), weights))
 
     def lives(self) -> bool:
         """Whether all weights that it was made for are alive."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from copy import copy as copy_object
+from itertools import compress
 from typing import Any
 
 import torch
@@ -29,12 +30,15 @@ SAMPLE = 64
 SMALL = 1 << 16
 """Numbers of an input up to which it is compared as a whole."""
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_owner = weakref.ref.__call__
 _PERIOD = 65521  # a prime, so that two rows that change places are not summed into the same columns
 
 
 def leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The plain tensors that tensors are made of: quantized weights and shards wrap several."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return [*tensors]
     out: list[torch.Tensor] = []
     for tensor in tensors:
         if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
@@ -60,10 +64,10 @@ class Weights:
 
     def include(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Watch these too; whether all of them were watched already."""
-        new = [tensor for tensor in tensors if id(tensor) not in self.known]  # one that dies takes its number along
-        if new:
-            self._add(new)
-        return not new
+        if self.known.issuperset(map(id, tensors)):  # one that dies takes its number along
+            return True
+        self._add([tensor for tensor in tensors if id(tensor) not in self.known])
+        return False
 
     def _add(self, tensors: Sequence[torch.Tensor]) -> None:
         lost, sums = self.lost, self.whole
@@ -73,7 +77,7 @@ class Weights:
 
     def alive(self) -> list[torch.Tensor] | None:
         """The tensors; ``None`` if one has died."""
-        found = [each for ref in self.refs if (each := ref()) is not None]
+        found = [each for each in map(_owner, self.refs) if each is not None]
         return found if len(found) == len(self.refs) else None
 
     def look(self) -> None:
@@ -211,9 +215,7 @@ def _mark(tensor: torch.Tensor) -> list[int]:
 
 def _marks(tensors: Sequence[torch.Tensor], counted: Sequence[bool]) -> list[int]:
     """Addresses of tensors, and how often each was written to where PyTorch counts it. Called at every step."""
-    return [tensor.data_ptr() for tensor in tensors] + [
-        version(t) for t, counts in zip(tensors, counted, strict=True) if counts
-    ]
+    return [*map(torch.Tensor.data_ptr, tensors), *map(version, compress(tensors, counted))]
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
