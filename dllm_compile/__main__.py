@@ -8,38 +8,65 @@ from typing import Any
 
 from .bench.command import Parser, dispatch, leave, require, whole
 
+OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response"), ("device", "length", "batch")
+"""Flags of ``explain`` without ``--shape``, and with it."""
+
 
 def explain_main(argv: list[str]) -> None:
-    """``explain``: of the embedded model, or of a local checkpoint that transformers can load."""
+    """``explain``: of the embedded model, of a local checkpoint that transformers can load, or of a published size."""
     import torch
 
     from . import tiny
+    from .bench import floors
+    from .bench.model import SHAPES
     from .explain import explain
     from .options import Options
 
-    parser = Parser(prog="dllm_compile explain", description="What the compiler finds in a model.")
-    parser.add_argument("--model", help="folder or name of a checkpoint; the embedded model by default")
-    parser.add_argument("--mask-id", type=whole(0), help="mask token; by default what the configuration says")
-    parser.add_argument("--method", default="dllm-cache")
-    parser.add_argument("--prompt", type=whole(), default=tiny.PROMPT_LENGTH)
-    parser.add_argument("--response", type=whole(), default=tiny.RESPONSE_LENGTH)
+    parser = _explain_parser([*floors.LAUNCHES], [*floors.GPUS])
     given = parser.parse_args(argv)
+    for name in OF_A_MODEL if given.shape else OF_A_SIZE:
+        if getattr(given, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} goes {'without' if given.shape else 'with'} --shape")
     require(parser, "demo", "transformers", "safetensors")
     try:
-        Options(method=given.method)
+        Options(method=given.method or "dllm-cache")
     except ValueError as error:
         parser.error(f"argument --method: {error}")
+    if given.shape:
+        lengths, response = given.length or floors.LENGTHS, SHAPES[given.shape].response
+        if min(lengths) <= response:
+            parser.error(f"argument --length: {min(lengths)} tokens hold no prompt beside a response of {response}")
+        floors.main(given.shape, given.device or "h100", lengths, given.batch or floors.BATCHES, given.method)
+        return
     model = tiny.load()[0] if given.model is None else _checkpoint(parser, given.model)
     mask_id = given.mask_id if given.mask_id is not None else getattr(model.config, "mask_token_id", None)
     if mask_id is None:
         parser.error(f"{given.model} does not say its mask token; give --mask-id")
-    ids = torch.full((1, given.prompt + given.response), int(mask_id))
-    ids[:, : given.prompt] = 0 if mask_id == 1 else 1
+    prompt, response = given.prompt or tiny.PROMPT_LENGTH, given.response or tiny.RESPONSE_LENGTH
+    ids = torch.full((1, prompt + response), int(mask_id))
+    ids[:, :prompt] = 0 if mask_id == 1 else 1
     try:
-        found = explain(model, ids, method=given.method, mask_id=int(mask_id))
+        found = explain(model, ids, method=given.method or "dllm-cache", mask_id=int(mask_id))
     except ValueError as error:
         parser.error(str(error))
     print(found)
+
+
+def _explain_parser(shapes: list[str], devices: list[str]) -> Parser:
+    parser = Parser(
+        prog="dllm_compile explain", description="What the compiler finds in a model, or what a step costs."
+    )
+    parser.add_argument("--method", help="dllm-cache by default, with --shape all of them")
+    parser.add_argument("--model", help="folder or name of a checkpoint; the embedded model by default")
+    parser.add_argument("--mask-id", type=whole(0), help="mask token; by default what the configuration says")
+    parser.add_argument("--prompt", type=whole(), help="tokens")
+    parser.add_argument("--response", type=whole(), help="tokens")
+    sizes = parser.add_argument_group("a model of a published size, without weights: the least time of a step on a GPU")
+    sizes.add_argument("--shape", choices=shapes)
+    sizes.add_argument("--device", choices=devices, help="h100 by default")
+    sizes.add_argument("--length", nargs="+", type=whole(), help="tokens of prompt and response: 1024 4096 16384")
+    sizes.add_argument("--batch", nargs="+", type=whole(), help="sequences run together: 1 8")
+    return parser
 
 
 def _checkpoint(parser: Parser, name: str) -> Any:

@@ -200,11 +200,11 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     kept = int(out.state_bytes.subs(numbers))
     for name, assignment in out.variants.items():
         out.relative[name] = float(out.flops[name].subs(numbers) / whole)
-        runs = [(u, p, _assigned(p, u, assignment, method.first or assignment)) for p in programs for u in p.units]
+        runs = [(u, p, assigned(p, u, assignment, method.first or assignment)) for p in programs for u in p.units]
         out.peak_bytes[name] = kept + max(cost.live_bytes(u, p.axes, chosen, numbers) for u, p, chosen in runs)
 
 
-def _assigned(program: Program, unit: Unit, assignment: Assignment, first: Assignment) -> Assignment:
+def assigned(program: Program, unit: Unit, assignment: Assignment, first: Assignment) -> Assignment:
     """What a unit runs in a step: the layers as assigned, the head on readable rows."""
     if unit.is_layer:
         return first if program.is_first(unit) else assignment
@@ -216,7 +216,7 @@ def _step(program: Program, assignment: Assignment, first: Assignment) -> sympy.
     total = sympy.Integer(0)
     memo: dict[tuple[str, Assignment], sympy.Expr] = {}
     for unit in program.units:
-        chosen = _assigned(program, unit, assignment, first)
+        chosen = assigned(program, unit, assignment, first)
         key = (unit.key, chosen)
         if key not in memo:
             memo[key] = cost.flops(unit, program.axes, chosen)

@@ -20,9 +20,11 @@ import torch.fx
 from torch.utils.flop_counter import flop_registry
 
 from dllm_compile.compat import TorchDispatchMode, compile_lock
+from dllm_compile.core import rows as row_ops
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.assignment import EXACT, KEYS, Assignment
 from dllm_compile.core.axes import Axes, linear, run_node
+from dllm_compile.core.demand import at_hand
 from dllm_compile.core.emit import emit
 from dllm_compile.core.rows import ALL, RowSet
 from dllm_compile.core.state import shape
@@ -136,6 +138,57 @@ def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy
         rows = E + F if compact and node in keys else S
         total += B * (rows + 1) * prod(rest) * axes.fake[node].element_size()
     return total
+
+
+def state_traffic(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
+    """Bytes of the rows kept between steps that a unit reads or writes at least.
+
+    Each row counts once for each operation, and a row that is written is not read again from memory: attention over
+    keys of which some are new costs as many rows as there are keys.
+    """
+    emitted, kept = emit(unit, axes, assignment), unit.anchors(assignment.keep)
+    names = dict(zip(emitted.module.graph.find_nodes(op="placeholder"), emitted.takes, strict=True))
+    total = sympy.Integer(0)
+    for state, name in names.items():
+        kind, _, which = name.partition(":")
+        if kind != "state" or int(which) == len(kept):
+            continue
+        node = kept[int(which)]
+        _, _, *rest = shape(axes.layout[node], 1, 1)
+        every = ROWS[at_hand(unit, assignment, node).name]
+        rows = sum((_moved(user, every, names) for user in state.users), sympy.Integer(0))
+        total += B * rows * prod(rest) * axes.fake[node].element_size()
+    return sympy.expand(total)
+
+
+def _moved(call: torch.fx.Node, every: sympy.Expr, names: dict[torch.fx.Node, str]) -> sympy.Expr:
+    """Rows of its state that an operation of :mod:`dllm_compile.core.rows` reads or writes.
+
+    Args:
+        call: of the operation, whose first argument is the state.
+        every: rows that the state holds.
+        names: of the arguments of the written unit.
+    """
+    if call.target is row_ops.spare:
+        return sympy.Integer(0)
+    if call.target is row_ops.keep_rows:
+        return E + F
+    if call.target in (row_ops.read_all, row_ops.store_rows):
+        return every
+    if call.target is row_ops.merge_rows:
+        return every if call.users else _indexed(call.args[1], names)
+    if call.target is row_ops.replace_rows:
+        return _indexed(call.args[1], names) - _indexed(call.args[2], names)
+    assert call.target in (row_ops.read_rows, row_ops.former_rows, row_ops.changed_rows), call.target
+    return _indexed(call.args[1], names)
+
+
+def _indexed(index: Any, names: dict[torch.fx.Node, str]) -> sympy.Expr:
+    """How many rows of a sequence an index names."""
+    if index.target is row_ops.pick_index:
+        return _indexed(index.args[1], names)
+    name = names[index].removeprefix("index:").partition("@")[0]
+    return ROWS["active" if name in ("written", "stored") else name]
 
 
 def live_bytes(unit: Unit, axes: Axes, assignment: Assignment, lengths: dict[sympy.Symbol, int]) -> int:

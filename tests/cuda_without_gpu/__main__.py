@@ -1,14 +1,26 @@
-"""Launches of a layer on CUDA for each step of each method: ``python -m tests.cuda_without_gpu``."""
+"""Launches on CUDA for each step of each method: ``python -m tests.cuda_without_gpu``, of one layer of a small model.
+
+``python -m tests.cuda_without_gpu llada-8b dream-7b`` counts those of each part of these, as ``explain --shape`` does.
+"""
 
 from __future__ import annotations
 
-from . import drive, guard
+import sys
+
+from . import drive, guard, published
 
 
 def main() -> None:
     """Print one line for each kind of layer that a method lowers; each of several methods is lowered once."""
     if guard.missing():
         raise SystemExit(f"nothing can be lowered for CUDA here: {guard.missing()}")
+    for shape in sys.argv[1:]:
+        print("| shape | part | step | Triton kernels | beside them |\n| --- | --- | --- | ---: | --- |")
+        for (part, step), every in published.launches(shape).items():
+            for counts in every:
+                print(f"| {shape} | {part} | {step} | {counts.triton} | {counts.beside} |", flush=True)
+    if sys.argv[1:]:
+        return
     print("| method | step | Triton kernels | beside them |\n| --- | --- | ---: | --- |")
     for name in drive.METHODS:
         found = {

@@ -229,7 +229,7 @@ def _recorder(driven: Driven, mode: Pretended, capability: int) -> Callable[...,
         key = _key(module, args, extents, writes, fixed, capability)
         if key not in _LOWERED:
             chosen = attention.Chosen()
-            with mode.left(), _named_on_the_host(), inductor.pretend(capability) as seen:
+            with mode.left(), named_on_the_host(), inductor.pretend(capability) as seen:
                 code = lower(on_cuda(module, chosen), args, "inductor", extents, writes, fixed)
             (text,) = seen.codes
             part, step = _PLACE[-1]
@@ -246,7 +246,7 @@ def _recorder(driven: Driven, mode: Pretended, capability: int) -> Callable[...,
 _PLACE: list[tuple[str, str]] = []
 
 
-def _named_on_the_host() -> Any:
+def named_on_the_host() -> Any:
     """PyTorch's cache of graphs is told of tensors by an empty one, which is made on the host here."""
     real = lower_module._made_cacheable
     return mock.patch.object(lower_module, "_made_cacheable", lambda module, _: real(module, torch.device("cpu")))

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from . import drive, guard
+from dllm_compile.bench.floors import LAUNCHES
+
+from . import drive, guard, published
 from .drive import Lowered
 
 pytestmark = [
@@ -65,6 +67,15 @@ def test_other_gpus_compile_a_sample(capability: int) -> None:
     seen = drive.run("dual", lowering=True, capability=capability, steps=5)
     assert {each.step for each in seen.lowered} >= {"full", "block"}
     assert all(kernel.compiled for each in seen.lowered for kernel in each.kernels)
+
+
+@pytest.mark.parametrize("shape", LAUNCHES)
+def test_published_sizes_launch_what_explain_says(shape: str) -> None:
+    """With the same number for each graph that goes by one name, and each kernel compiled at these sizes."""
+    found = published.launches(shape)
+    assert {name: {each.launches for each in counts} for name, counts in found.items()} == {
+        name: {count} for name, count in LAUNCHES[shape].items()
+    }
 
 
 def copies_of_state(each: Lowered) -> list[str]:
