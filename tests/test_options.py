@@ -50,7 +50,7 @@ OFF: dict[str, Any] = {
     "readable": "masked",
     "max_state_bytes": 2**31,
     "verify": 0,
-    "cuda_graphs": False,
+    "cuda_graphs": True,
     "lowering": "inductor",
     "more": (),
 }

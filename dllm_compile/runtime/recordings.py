@@ -9,7 +9,9 @@ ids and positions there and replays it. Recordings hold the addresses of the sta
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,8 +22,23 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 Record = Callable[[Sequence[Any], "Step"], Made]
-UNFIT = object()
-"""In place of a recording, for calls of a kind that cannot be recorded."""
+REPLAYED, FIRST, COUNTED = "replayed", "the first of its kind", "its salient rows are counted on the host"
+PARTS, DECIDED = "the model is more than one graph", "a rule decides behind each layer"
+UNLIKE = "an argument overlaps itself in memory, or is on another device"
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """In place of a recording, for calls of a kind that cannot be recorded."""
+
+    why: str
+
+
+def note(counts: Counter[str], how: str) -> None:
+    """Count a partial step by how it was launched, and say once what keeps every one from being recorded."""
+    if how not in (REPLAYED, FIRST, COUNTED) and not counts[how]:
+        warnings.warn(f"dllm: steps run without a CUDA graph, as {how}", stacklevel=2)
+    counts[how] += 1
 
 
 def possible(device: torch.device) -> bool:
@@ -82,7 +99,7 @@ class Recordings:
     """All recordings of one sequence."""
 
     def __init__(self) -> None:
-        self.kinds: dict[Any, Recording | object | None] = {}  # None: one call was made, record the next
+        self.kinds: dict[Any, Recording | Unfit | None] = {}  # None: one call was made, record the next
         self.memory: dict[Any, dict[int, torch.Tensor]] = {}  # of a program's arguments, by place
 
     def clear(self) -> None:
@@ -90,7 +107,9 @@ class Recordings:
         self.kinds.clear()
         self.memory.clear()
 
-    def run(self, program: Any, kind: Any, record: Record[Made], args: Sequence[Any], step: Step) -> Made:
+    def run(
+        self, program: Any, kind: Any, record: Record[Made], args: Sequence[Any], step: Step, counts: Counter[str]
+    ) -> Made:
         """Make a call, or play it.
 
         Args:
@@ -98,30 +117,31 @@ class Recordings:
             kind: equal for calls of it that launch the same.
             record: makes the call.
             args, step: of this call.
+            counts: calls by how they were launched; this one is added.
         """
-        key = program, kind
+        key, made = (program, kind), None
         if key not in self.kinds:
             made = record(args, step)
-            self.kinds[key] = None if recordable(args, step.counts.device) else UNFIT
-            return made
+            self.kinds[key] = None if recordable(args, step.counts.device) else Unfit(UNLIKE)
+        elif not isinstance(self.kinds[key], Unfit):
+            owned = self._owned(program, args)
+            if self.kinds[key] is None:
+                self.kinds[key] = self._recorded(record, [owned.get(i, arg) for i, arg in enumerate(args)], step)
         found = self.kinds[key]
-        if found is UNFIT:
-            return record(args, step)
-        owned = self._owned(program, args)
-        if found is None:
-            found = self._recorded(record, [owned.get(i, arg) for i, arg in enumerate(args)], step)
-            self.kinds[key] = found
-        return found.replay(step) if isinstance(found, Recording) else record(args, step)
+        note(counts, found.why if isinstance(found, Unfit) else REPLAYED if made is None else FIRST)
+        if made is not None:
+            return made
+        played: Made = found.replay(step) if isinstance(found, Recording) else record(args, step)
+        return played
 
-    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Recording | object:
+    def _recorded(self, record: Record[Any], args: Sequence[Any], step: Step) -> Recording | Unfit:
         pool = next(
             (recording.graph.pool() for recording in self.kinds.values() if isinstance(recording, Recording)), None
         )
         try:
             return Recording(record, args, step, pool)
         except RuntimeError as error:
-            warnings.warn(f"dllm: steps run without a CUDA graph, as one cannot be recorded: {error}", stacklevel=2)
-            return UNFIT
+            return Unfit(f"one cannot be recorded: {error}")
 
     def _owned(self, program: Any, args: Sequence[Any]) -> dict[int, torch.Tensor]:
         """Memory of a program's arguments that may differ from call to call, brought up to date; not parameters."""

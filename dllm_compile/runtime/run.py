@@ -36,6 +36,7 @@ from .batch import Batch, Step
 from .cost import terms
 from .output_buffers import OutputBuffers
 from .program import Program
+from .recordings import COUNTED, DECIDED, PARTS, note
 from .stats import Tally
 from .unit_code import UnitCode, Values, Variant
 
@@ -55,12 +56,15 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         stats.ran(step, call.tally, program.flops)
         return call.answer(kept, step)
     layer, seen = step.layer, set(step.seen)
-    if call.recordable():
+    if not (batch.session.records and call.is_partial()):
+        call.compute()
+    elif (why := call.unrecordable()) is not None:
+        note(stats.cuda_graphs, why)
+        call.compute()
+    else:
         kind = step.assignment, tuple(step.sizes.items()), call.capacity
         record = partial(_made, program, batch)
-        call = batch.recordings.run(program, kind, record, args, step)
-    else:
-        call.compute()
+        call = batch.recordings.run(program, kind, record, args, step, stats.cuda_graphs)
     if call.overflowed():  # what it wrote is among the active rows, which now are all written anew
         step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
         first, call = call, _made(program, batch, args, step)
@@ -241,13 +245,18 @@ class GraphCall:
         self.step.layer += len(self.keys)
         return {n: read_all(kept, self.program.axes.layout[n]) for n, kept in slots.items() if kept is not None}
 
-    def recordable(self) -> bool:
-        """Whether the call may be recorded: a partial step of a whole model."""
-        step, whole = self.step, self.program.ids is not None and self.head is not None
-        if not (self.batch.session.records and whole) or step.repeat or step.assignment.evict is not None:
-            return False
-        counted = self.capacity is None and step.assignment.salient
-        return self.full not in (step.assignment, self.rest) and not counted and self.after_layer is None
+    def is_partial(self) -> bool:
+        """Whether the layers compute fewer rows than all."""
+        step = self.step
+        return not step.repeat and step.assignment.evict is None and self.full not in (step.assignment, self.rest)
+
+    def unrecordable(self) -> str | None:
+        """Why the launches of a partial step cannot be recorded; ``None`` where they can."""
+        if self.program.ids is None or self.head is None:
+            return PARTS
+        if self.after_layer is not None:
+            return DECIDED
+        return COUNTED if self.capacity is None and self.step.assignment.salient else None
 
     def compute(self) -> None:
         """Run all units; a value is dropped behind its last reader."""

@@ -50,6 +50,8 @@ class Stats:
             that run on plain Inductor, what precedes the first layer and what a sampler computes are in neither.
         salient: rows that layers of saliency steps found salient, the most of a batch, all told; only on a CPU.
         salient_layers: how many layers that were.
+        cuda_graphs: calls of graphs in partial steps, where they may be recorded, by how they were launched:
+            ``"replayed"``, or kernel by kernel, and why. The first of a kind is never recorded.
         overflows: saliency steps that ran again with every row, as a layer had more salient ones than its capacity.
         checked: steps that ``verify`` compared.
         max_logit_error: largest absolute difference of a readable logit, over all checks.
@@ -68,6 +70,7 @@ class Stats:
     flops: float = 0.0
     salient: int = 0
     salient_layers: int = 0
+    cuda_graphs: Counter[str] = field(default_factory=Counter)
     overflows: int = 0
     checked: int = 0
     max_logit_error: float = 0.0
@@ -120,7 +123,7 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Fold another session's counters in."""
-        for name in ("steps", "rows", "logits", "refreshes", "layers"):
+        for name in ("steps", "rows", "logits", "refreshes", "layers", "cuda_graphs"):
             getattr(self, name).update(getattr(other, name))
         for name in ("sequences", "graphs", "flops_whole", "flops", "salient", "salient_layers"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
