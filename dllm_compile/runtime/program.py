@@ -157,12 +157,17 @@ class Program:
         return other
 
     def masked(self, args: Mapping[torch.fx.Node, Any]) -> bool:
-        """Whether an attention mask hides a key, or may: one that depends on tokens is not looked at.
+        """Whether one of :attr:`masks` hides a key.
 
         Args:
             args: the value of each placeholder.
         """
-        return not self.knows_masks or hide(self.masks, args)
+        return hide(self.masks, args)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether an attention call has a mask."""
+        return bool(self.masks) or not self.knows_masks
 
     def check(self, args: Sequence[Any]) -> None:
         """Look at the values that the first call has.
