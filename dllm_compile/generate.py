@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import cache
 from types import SimpleNamespace
@@ -19,11 +18,13 @@ from .options import Options, check_vocabulary
 from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
+from .sampler.handed import taken
 from .sampler.progress import Progress
 from .sampler.rules import Allowed, Rule
-from .sampler.settings import SETTINGS, SYNONYMS, Settings, names, option_names, settings_of
+from .sampler.settings import SETTINGS, SYNONYMS, Settings, merged, option_names, settings_of
 from .sampler.step import Model
 from .sampler.stepper import stepper
+from .sampler.stops import Stopping, Stops, stopping_of
 
 
 def generate(
@@ -32,6 +33,10 @@ def generate(
     *,
     attention_mask: torch.Tensor | None = None,
     method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    stopping_criteria: Iterable[Any] | None = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: Any = None,
     streamer: Any = None,
     return_dict: bool = False,
     output_history: bool = False,
@@ -41,8 +46,7 @@ def generate(
 ) -> torch.Tensor | Generated:
     """Generate responses by a masked-diffusion language model.
 
-    Also a ``custom_generate`` of transformers: ``model.generate(ids, custom_generate=dllm_compile.generate, ...)``,
-    which hands no streamer on (5.23).
+    Also a ``custom_generate`` of transformers: ``model.generate(ids, custom_generate=dllm_compile.generate, ...)``.
 
     Args:
         model: maps ids ``[B, S]`` to logits ``[B, S, V]``, bare or as ``.logits``; compiled or not.
@@ -50,14 +54,16 @@ def generate(
             first block.
         attention_mask: ``[B, P]`` of 0 and 1 in any dtype, 0 at padding, which is on the left. It has no columns for
             the response, and is not given to the model where nothing is padding.
-        method: a method of the backend to compile the model by; ``None`` runs it as it is, unless an option of the
-            backend is given, such as ``preset``.
+        method: of the backend; ``None`` runs the model as it is, unless an option is given, such as ``preset``.
+        options: more of ``settings``: a place for names that transformers takes for itself, such as ``cache``.
+        stopping_criteria: as in transformers. A response ends with the first tokens that one of them is true of; they
+            are asked as soon as no mask is before these. What is behind becomes ``pad_token_id``, or else ``eos_id``.
+        stop_strings, tokenizer: texts that end a response, and what looks for them.
         streamer: ``put`` gets the prompt, then tokens in order as soon as no mask is before them; then ``end``. For one
             sequence, as in transformers.
-        return_dict: return :class:`Generated`.
-        output_history: keep the ids after each call; implies ``return_dict``.
+        return_dict, output_history: return :class:`Generated`; with the ids after each call.
         generator: source of random numbers; ``None`` for PyTorch's own.
-        generation_config: of transformers, which gives it; fills in what is not said otherwise.
+        generation_config: of transformers; fills in what is not said otherwise.
         settings: fields of :class:`dllm_compile.sampler.settings.Settings`, their synonyms, and options of the backend.
 
     Returns:
@@ -65,27 +71,47 @@ def generate(
 
     Raises:
         TypeError: an argument is of another kind, or the model returns no logits.
-        ValueError: an unknown name, a value out of range, a mask token that nobody knows, or ids that the model does
-            not embed.
+        ValueError: an unknown name, a value out of range, something that no loop does, a mask token that nobody knows,
+            or ids that the model does not embed.
     """
     if generation_config is not None:
-        settings, return_dict = _of_transformers(settings, generation_config, return_dict)
-    others = {"return_dict": return_dict, "output_history": output_history, "streamer": streamer}
-    check_call(model, input_ids, attention_mask, {**others, "generator": generator})
-    how, options = settings_of(settings, generation_config, input_ids.shape[1])
+        settings, streamer = taken(settings, generation_config, input_ids, attention_mask, streamer)
+        return_dict = return_dict or bool(generation_config.return_dict_in_generate)
+    settings = merged(settings if method is None else {**settings, "method": method}, options)
+    others = {"output_history": output_history, "streamer": streamer, "generator": generator}
+    check_call(model, input_ids, attention_mask, {**others, "return_dict": return_dict})
+    stopping = stopping_of(stopping_criteria, stop_strings, tokenizer, generation_config)
+    how, more = settings_of(settings, generation_config, input_ids.shape[1])
+    result = _run(model, input_ids, attention_mask, how, more, stopping, **others)
+    return result if return_dict or output_history else result.sequences
+
+
+def _run(
+    model: Model,
+    prompt: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    how: Settings,
+    options: dict[str, Any],
+    stopping: Stopping | None,
+    *,
+    output_history: bool,
+    streamer: Any,
+    generator: torch.Generator | None,
+) -> Generated:
+    """:func:`generate`, of arguments that are read: settings, options of the backend, and stopping criteria."""
     kind = family(model, how.mask_id, how.shift)
     _check_tokens(model, kind.mask_id, how.eos)
     cached = False
-    if method is not None or options:
-        how, options, cached = _for_backend(how, options, method, kind)
-        _refuse_masks(input_ids, kind.mask_id, cached)
-    x = torch.nn.functional.pad(input_ids.long(), (0, how.gen_length), value=kind.mask_id)
+    if options:
+        how, options, cached = _for_backend(how, options, kind)
+        _refuse_masks(prompt, kind.mask_id, cached)
+    x = torch.nn.functional.pad(prompt.long(), (0, how.gen_length), value=kind.mask_id)
+    stops = None if stopping is None else Stops(stopping, how.eos, x, prompt.shape[1])
     progress, how = _progress(how, x == kind.mask_id, kind.shift, cached, bool(options))
     inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
     step = stepper(model, x, kind, how, options, inputs, generator)
     with loop():
-        result = decode(x, input_ids.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history)
-    return result if return_dict or output_history else result.sequences
+        return decode(x, prompt.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history, stops)
 
 
 def _progress(
@@ -100,20 +126,6 @@ def _progress(
     if progress.leads and cached and not settings.parallel:
         settings = replace(settings, remasking="entropy")
     return progress, settings
-
-
-def _of_transformers(settings: dict[str, Any], config: Any, return_dict: bool) -> tuple[dict[str, Any], bool]:
-    """Settings that are ours among what transformers hands over, and whether it or the caller wants a dict.
-
-    transformers has checked the names, and added inputs of its own loops.
-    """
-    if not hasattr(config, "return_dict_in_generate"):
-        of = type(config).__name__
-        raise TypeError(f"generation_config is a {of}; give a GenerationConfig of transformers, or settings by name")
-    _warn_of_processors(settings.get("logits_processor") or ())
-    known = names()
-    own = {name: value for name, value in settings.items() if name in known}
-    return own, return_dict or bool(config.return_dict_in_generate)
 
 
 def _check_tokens(model: Model, mask_id: int, eos: tuple[int, ...]) -> None:
@@ -132,13 +144,9 @@ def _refuse_masks(prompt: torch.Tensor, mask_id: int, cached: bool) -> None:
         )
 
 
-def _for_backend(
-    settings: Settings, options: dict[str, Any], method: str | None, kind: Family
-) -> tuple[Settings, dict[str, Any], bool]:
+def _for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> tuple[Settings, dict[str, Any], bool]:
     """Settings and options of the backend with the same blocks, and whether a block has a cache of its own."""
     options = {**options, "mask_id": kind.mask_id, "shift": kind.shift}
-    if method is not None:
-        options["method"] = method
     backend = Options.of(options)
     if backend.reads("block_length"):
         if settings.block_length is not None:
@@ -186,14 +194,6 @@ def _allowed(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
         return candidates
 
     return Allowed(tuple(each.name for each in mechanisms), rule)
-
-
-def _warn_of_processors(processors: Iterable[Any]) -> None:
-    """Say which of transformers' logits processors play no part here."""
-    names = [type(each).__name__ for each in processors]
-    lost = [name for name in names if name not in ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")]
-    if lost:
-        warnings.warn(f"dllm: generate runs no logits processors, so these are left out: {lost}", stacklevel=3)
 
 
 PLAIN = inspect.signature(generate)

@@ -19,6 +19,7 @@ from .runtime import unit_code
 from .runtime.session import sessions
 from .sampler.check import embedded, kind_of
 from .sampler.family import family
+from .sampler.settings import merged
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def warm(model: torch.nn.Module, prompt_length: int, gen_length: int = 128, batc
     tokens = embedded(model)
     if tokens is None or tokens < 2:
         raise ValueError("the model does not say how many tokens it embeds; call generate on a prompt of yours instead")
-    mask_id = family(model, settings.get("mask_id"), settings.get("shift")).mask_id
+    known = merged(settings, settings.get("options"))
+    mask_id = family(model, known.get("mask_id"), known.get("shift")).mask_id
     before, begun = Counter(stats(model)["steps"]), time.perf_counter()
     device = next(model.parameters()).device
     with _counted() as compiled:

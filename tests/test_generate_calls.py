@@ -57,44 +57,6 @@ def test_results_are_read_by_attribute_and_by_key() -> None:
         got["history"]
 
 
-def causal_lm(**more: Any) -> Any:
-    model = models.build("llama", **more)
-    model.config.mask_token_id = models.MASK
-    return model
-
-
-def test_transformers_calls_it_as_its_custom_generate() -> None:
-    model: Any = causal_lm()
-    prompts = ids(2, 6)
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    want = generate(model, prompts, attention_mask=mask, gen_length=8, block_length=4, threshold=0.3)
-    call = {"custom_generate": generate, "attention_mask": mask, "max_new_tokens": 8, "threshold": 0.3}
-    assert torch.equal(model.generate(prompts, block_length=4, **call), want)
-    assert torch.equal(model.generate(prompts, block_size=4, **call), want)
-    rich = model.generate(prompts, block_length=4, return_dict_in_generate=True, **call)
-    assert torch.equal(rich["sequences"], want)
-    exact = model.generate(prompts, block_length=4, method="exact", lowering="eager", **call)
-    assert torch.equal(exact, want)
-
-
-def test_transformers_settings_fill_gaps() -> None:
-    model: Any = causal_lm()
-    prompt = ids(1, 6)
-    free = generate(model, prompt, gen_length=12)
-    assert isinstance(free, torch.Tensor)
-    end = int(free[0, 9])
-    got = model.generate(prompt, custom_generate=generate, max_length=18, eos_token_id=end)
-    assert torch.equal(got, generate(model, prompt, gen_length=12, eos_id=end))
-    torch.manual_seed(3)
-    drawn = model.generate(
-        prompt, custom_generate=generate, max_new_tokens=8, do_sample=True, top_p=0.9, top_k=None, temperature=0.7
-    )
-    want = generate(model, prompt, gen_length=8, temperature=0.7, top_p=0.9, top_k=50, generator=seeded(3))
-    assert torch.equal(drawn, want)
-    with pytest.warns(UserWarning, match="RepetitionPenalty"):
-        model.generate(prompt, custom_generate=generate, max_new_tokens=4, repetition_penalty=1.5)
-
-
 @pytest.mark.parametrize(
     ("given_by_user", "said"),
     [
@@ -119,6 +81,11 @@ def test_transformers_settings_fill_gaps() -> None:
         ({"threshold": 0.9, "factor": 1.0}, "threshold and factor are two rules for one thing; give one of them"),
         ({"threshold": 0.9, "alg": "origin"}, "remasking='origin' has no confidence to hold against a threshold"),
         ({"factor": 1.0, "alg_temp": 0.5}, "alg_temp draws a fixed number of positions, factor takes all"),
+        ({"gen_length": 8, "options": {"gen_length": 8}}, "'gen_length' is given twice, once in options; give it once"),
+        ({"method": "exact", "options": {"method": "exact"}}, "'method' is given twice, once in options"),
+        ({"logits_processor": []}, "there is no argument 'logits_processor'"),
+        ({"stop_strings": "."}, "stop_strings are '.', and there is no tokenizer"),
+        ({"stopping_criteria": [len]}, "no token is known for what is behind; give eos_id"),
         ({"gen_length": 8, "max_new_tokens": 8}, "'gen_length' is given twice, once as 'max_new_tokens'; give it once"),
         ({"as_published": True, "temperature": 1.0}, "as_published repeats traces at temperature 0"),
         ({"method": "fast-dlm"}, "method is 'fast-dlm'; did you mean 'fast-dllm'?"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .progress import Progress, StepFunction
+from .stops import Stops
 
 
 @dataclass
@@ -51,11 +52,13 @@ def decode(
     progress: Progress,
     streamer: Any = None,
     output_history: bool = False,
+    stops: Stops | None = None,
 ) -> Generated:
     """Fill the masks of ``x``.
 
     A sequence whose masks all lie behind an end that is written is done. Its masks stay until all sequences are done
-    and are then filled with that end: a cache that follows the ids would take so many new tokens for a new block.
+    and are then filled with that end: a cache that follows the ids would take so many new tokens for a new block. So it
+    is with stopping criteria, but for the tokens behind their end: all are replaced.
 
     Args:
         x: ``[B, S]`` int64, prompts and masks.
@@ -66,6 +69,7 @@ def decode(
         progress: says what a step may write.
         streamer: see :func:`dllm_compile.generate`.
         output_history: keep the ids after each call.
+        stops: stopping criteria.
 
     Raises:
         RuntimeError: mechanisms restrict the candidates, and nothing was written in :data:`IDLE` calls in a row.
@@ -74,30 +78,38 @@ def decode(
     history = [x]
     host = x.cpu()
     masked = start = host == mask_id
+    cut = torch.zeros_like(masked)
     calls = idle = 0
-    while (writable := progress.writable(masked & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
+    while (writable := progress.writable(masked & ~cut & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
         x = step(x, writable.to(x.device))
         calls += 1
         host, before = x.cpu(), masked
         masked = host == mask_id
         idle = idle + 1 if torch.equal(masked, before) else 0
         if progress.settings.allowed is not None and idle == IDLE:
-            names = " and ".join(map(repr, progress.settings.allowed.names))
-            raise RuntimeError(
-                f"nothing was written in {IDLE} calls in a row: the candidates of the mechanism {names} hold none of "
-                "the masked tokens, or the model proposes the mask for them; leave at least one in time"
-            )
-        stream.put(host, masked)
+            raise _stuck(progress.settings.allowed.names)
+        if stops is not None:
+            cut = stops.behind(x, masked)
+            host = host.masked_fill(cut, stops.fill)
+        stream.put(host, masked & ~cut)
         if output_history:
             history.append(x)
     filled = int(start.sum()) - int(masked.sum())
     behind, end = _ends_before(host, masked, prompt, eos)
-    host = torch.where(behind & masked, end, host)
+    host = torch.where(behind & masked & ~cut, end, host)
     history[-1] = x = host.to(x.device)
     stream.put(host, host == mask_id)
     stream.end()
     rate = filled / max(calls * x.shape[0], 1)
     return Generated(x, calls, rate, torch.stack(history) if output_history else None)
+
+
+def _stuck(mechanisms: tuple[str, ...]) -> RuntimeError:
+    names = " and ".join(map(repr, mechanisms))
+    return RuntimeError(
+        f"nothing was written in {IDLE} calls in a row: the candidates of the mechanism {names} hold none of "
+        "the masked tokens, or the model proposes the mask for them; leave at least one in time"
+    )
 
 
 def _ends_before(

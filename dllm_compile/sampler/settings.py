@@ -162,6 +162,20 @@ class Settings:
         return self.temperature > 0 and (shift or self.remasking not in ("low_confidence", "random"))
 
 
+def merged(given: Mapping[str, Any], options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Names and values, and more of them in a mapping.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: a name is in both.
+    """
+    if not isinstance(options, (Mapping, type(None))):
+        raise TypeError(f"options are {options!r}; give a mapping of names to values")
+    for name in given.keys() & (options or {}).keys():
+        raise ValueError(f"{name!r} is given twice, once in options; give it once")
+    return {**given, **(options or {})}
+
+
 def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -> tuple[Settings, dict[str, Any]]:
     """Read arguments as a user wrote them.
 
@@ -192,6 +206,7 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
     if "factor" not in own:
         own = {**PRESET_SETTINGS.get(str(options.get("preset")), {}), **own}
     if config is not None:
+        _check_sampling(own.get("temperature"), config.do_sample)
         own = {**_from_config(config, prompt), **own}
     if own.get("remasking") == "confidence_threshold":
         own.setdefault("threshold", 0.9)
@@ -200,6 +215,14 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
     if isinstance(own.get("eos_id"), list):
         own["eos_id"] = tuple(own["eos_id"])
     return Settings(**own), options
+
+
+def _check_sampling(temperature: Any, do_sample: bool | None) -> None:
+    """Refuse a temperature beside a configuration that says otherwise whether tokens are drawn."""
+    if is_number(temperature) and do_sample is not None and bool(do_sample) != (temperature > 0):
+        raise ValueError(
+            f"temperature is {temperature!r}, and do_sample is {do_sample}; give do_sample={temperature > 0} too"
+        )
 
 
 def _from_config(config: Any, prompt: int) -> dict[str, Any]:
