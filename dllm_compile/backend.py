@@ -12,17 +12,10 @@ import torch.compiler.config
 import torch.fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import compat
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
-from .compat import (
-    CompileContext,
-    FakeTensor,
-    cached_backends,
-    compile_fx,
-    compile_lock,
-    is_traceable_wrapper_subclass,
-    tree_leaves,
-)
+from .compat import CompileContext, FakeTensor, is_traceable_wrapper_subclass, tree_leaves
 from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
@@ -88,13 +81,13 @@ def of_generate(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | Options
 ) -> Compiled:
     """The backend where :func:`dllm_compile.generate` compiles: its step asks mechanisms for tokens."""
-    cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
+    compat.cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     chosen = Options.of(options)
     _warn_of_last_graph(module, example_inputs)
     made = Backend(module, chosen)
     if not made.refuses(example_inputs):
         return made
-    return module if chosen.lowering == "eager" else compile_fx(module, list(example_inputs))  # type: ignore[return-value]
+    return module if chosen.lowering == "eager" else compat.compile_fx(module, list(example_inputs))
 
 
 def _tell_of_tokens(options: Options) -> None:
@@ -223,7 +216,7 @@ class Backend:
     def _program(self, key: Key, args: Sequence[Any]) -> Program | None:
         """The program for sizes that were never called before."""
         try:
-            with compile_lock:
+            with compat.compile_lock:
                 program = self.ready.pop(key, None) or self._at(args) or self._analyzed(args)
             with refusing("analyzed"):
                 program.check(args)

@@ -10,7 +10,7 @@ from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
 
-from .compat import get_compilation_metrics, graph_break_reasons
+from . import compat
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 _TOLD: set[str] = set()
@@ -23,8 +23,8 @@ def last_break() -> str | None:
     what Dynamo made of the rest of it, is then still running. Dynamo notes the stack of each break, from that function
     on, and of a function that it could not cut, and so runs in eager, the line that it failed at.
     """
-    failed = {(each.co_filename, each.co_firstlineno): each for each in get_compilation_metrics()}
-    broken = [each for each in reversed(graph_break_reasons) if each.graph_break and each.user_stack]
+    failed = {(each.co_filename, each.co_firstlineno): each for each in compat.get_compilation_metrics()}
+    broken = [each for each in reversed(compat.graph_break_reasons) if each.graph_break and each.user_stack]
     frame = sys._getframe().f_back
     while frame is not None:
         code = frame.f_code

@@ -6,27 +6,18 @@ package allows; where the two differ, a function here hides it. Nothing of the p
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 from torch._C import _autograd, _functorch
 from torch._C._autograd import DeviceType as DeviceType  # where an event of the profiler happened
 from torch._C._functorch import get_unwrapped as get_unwrapped  # the tensor that one of a ``vmap`` stands for
 from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrapped_tensor  # whether there is one
-from torch._dynamo.convert_frame import compile_lock as compile_lock  # Dynamo's, as one thread at a time compiles
-from torch._dynamo.eval_frame import cached_backends as cached_backends  # whose ``reset`` Dynamo's reset calls, by id
-from torch._dynamo.source import ConstantSource as ConstantSource  # where a size comes from that is no input's
-from torch._dynamo.utils import counters as counters  # what Dynamo counts, its graphs among it
-from torch._dynamo.utils import get_compilation_metrics as get_compilation_metrics  # one a function, with its failure
-from torch._dynamo.utils import graph_break_reasons as graph_break_reasons  # of all breaks so far, with their stacks
 from torch._guards import CompileContext as CompileContext  # which graph of which function Dynamo makes now
-from torch._inductor.compile_fx import compile_fx as compile_fx  # Inductor: a graph and examples to a function
-from torch._inductor.utils import clear_caches as clear_caches  # Inductor forgets what it compiled in this process
-from torch._inductor.utils import fresh_cache as fresh_cache  # and has an empty folder, as a context
 from torch._logging._internal import LazyTraceHandler, trace_log
 from torch._logging._internal import trace_structured as trace_structured  # a record for TORCH_TRACE and tlparse
 from torch._ops import OpOverloadPacket as OpOverloadPacket  # all forms of an operation
@@ -51,10 +42,44 @@ vmap_depth: Callable[[], int] = _functorch.get_dynamic_layer_stack_depth
 """How many transformations of functions, such as ``vmap``, are under way."""
 leave_vmaps: Callable[[int], object] = _functorch.pop_dynamic_layer_stack_and_undo_to_depth
 """End those above a depth, which an error left under way."""
-dynamo_config: Any = torch._dynamo.config
+compile_lock: AbstractContextManager[object]
+"""Dynamo's, as one thread at a time compiles."""
+cached_backends: dict[int, Callable[..., Any]]
+"""Whose ``reset`` Dynamo's reset calls, by id."""
+ConstantSource: Callable[..., Any]
+"""Where a size comes from that is no input's."""
+counters: dict[str, Any]
+"""What Dynamo counts, its graphs among it."""
+get_compilation_metrics: Callable[[], list[Any]]
+"""What Dynamo notes of each function, with its failure."""
+graph_break_reasons: list[Any]
+"""All breaks so far, with their stacks."""
+compile_fx: Callable[..., Callable[..., Any]]
+"""Inductor: a graph and examples to a function."""
+clear_caches: Callable[[], None]
+"""Inductor forgets what it compiled in this process."""
+fresh_cache: Callable[[], AbstractContextManager[object]]
+"""And has an empty folder."""
+dynamo_config: Any
 """Read and written: ``ignore_logging_functions``."""
-inductor_config: Any = torch._inductor.config
+inductor_config: Any
 """Read: ``pre_grad_fusion_options``; patched: ``unsafe_marked_cacheable_functions``."""
+LATE = {
+    "compile_lock": "torch._dynamo.convert_frame",
+    "cached_backends": "torch._dynamo.eval_frame",
+    "ConstantSource": "torch._dynamo.source",
+    "counters": "torch._dynamo.utils",
+    "get_compilation_metrics": "torch._dynamo.utils",
+    "graph_break_reasons": "torch._dynamo.utils",
+    "dynamo_config": "torch._dynamo.config",
+    "compile_fx": "torch._inductor.compile_fx",
+    "clear_caches": "torch._inductor.utils",
+    "fresh_cache": "torch._inductor.utils",
+    "inductor_config": "torch._inductor.config",
+}
+"""Modules of names that are read as ``compat.NAME``: Dynamo and Inductor take 1.5 seconds to import, and are imported
+where the first of these is read. A configuration is the module itself.
+"""
 LOG_OF_OPERATIONS = "torch._library.triton"
 """The logger of ``torch.library.triton_op``."""
 ENTER_AUTOCAST, EXIT_AUTOCAST = "_enter_autocast", "_exit_autocast"
@@ -63,6 +88,16 @@ NO_EFFECT = {"_log_api_usage_once", "_set_grad_enabled", ENTER_AUTOCAST, EXIT_AU
 """Names of functions in Dynamo's graphs that compute nothing."""
 version: Callable[[torch.Tensor], int] = attrgetter("_version")
 """How often a tensor was written to where autograd sees it; not of inference tensors."""
+
+
+if not TYPE_CHECKING:  # or every other name would be taken for one of these
+
+    def __getattr__(name: str) -> Any:
+        """A name of :data:`LATE`, from its module."""
+        if name not in LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(LATE[name])
+        return module if name.endswith("_config") else getattr(module, name)
 
 
 def storage_id(tensor: torch.Tensor) -> int:

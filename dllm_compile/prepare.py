@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .compat import dynamo_config
+from . import compat
 
 Anything = TypeVar("Anything")
 Functions = frozenset[Callable[..., Any]]
@@ -22,12 +22,12 @@ METHODS = ("debug", "info", "warning", "warn", "log", "info_once", "warning_once
 @contextmanager
 def without_logs() -> Iterator[None]:
     """Dynamo traces as if nothing called a logger, or ``warnings.warn``; in this thread, until the block ends."""
-    before = dynamo_config.ignore_logging_functions
-    dynamo_config.ignore_logging_functions = before | _methods(logging.Logger) | {warnings.warn}
+    before = compat.dynamo_config.ignore_logging_functions
+    compat.dynamo_config.ignore_logging_functions = before | _methods(logging.Logger) | {warnings.warn}
     try:
         yield
     finally:
-        dynamo_config.ignore_logging_functions = before
+        compat.dynamo_config.ignore_logging_functions = before
 
 
 def prepare(model: Anything) -> Anything:
@@ -50,7 +50,7 @@ def prepare(model: Anything) -> Anything:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"prepare takes a torch.nn.Module, not a {type(model).__name__}")
     functions = frozenset().union(*map(_methods, _loggers(model)))
-    dynamo_config.ignore_logging_functions = dynamo_config.ignore_logging_functions | functions
+    compat.dynamo_config.ignore_logging_functions = compat.dynamo_config.ignore_logging_functions | functions
     return model
 
 

@@ -26,10 +26,12 @@ def operation(name: str, annotated: Callable[..., object]) -> Callable[[Function
         function.__signature__ = inspect.signature(annotated)  # type: ignore[attr-defined]
         log = logging.getLogger(LOG_OF_OPERATIONS)
         before, log.disabled = log.disabled, True  # it warns of no kernels; they are imported when one is launched
+        function.__wrapped__ = repr  # type: ignore[attr-defined]  # has no source; torch imports Inductor to search one
         try:
             torch.library.triton_op(f"dllm::{name}", function, mutates_args=())
         finally:
             log.disabled = before
+            del function.__wrapped__  # type: ignore[attr-defined]
         return function
 
     return register

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dllm_compile import compat
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dllm_compile"
 COMPAT = PACKAGE / "compat.py"
@@ -276,6 +278,26 @@ with torch.no_grad():
     print(torch.equal(call(ids), model(ids)), "dllm_compile.backend" in sys.modules)
 """
     assert run(code).split() == ["True", "True"]
+
+
+def test_dynamo_and_inductor_are_imported_by_what_is_compiled() -> None:
+    code = """
+import sys, torch
+before = {*sys.modules}
+import dllm_compile
+print(*({"torch._dynamo", "torch._inductor"} & {*sys.modules} - before))
+model = torch.compile(torch.nn.Embedding(9, 4), backend="dllm", options={"lowering": "eager", "mask_id": 8})
+with torch.no_grad():
+    print(tuple(model(torch.tensor([[1, 2, 8, 8]])).shape))
+"""
+    assert run(code).split("\n") == ["", "(1, 4, 4)", ""]
+
+
+def test_what_is_imported_late_is_there() -> None:
+    assert {name for name in compat.LATE if not hasattr(compat, name)} == set()
+    assert compat.LATE.keys() <= compat.__annotations__.keys()
+    with pytest.raises(AttributeError, match="no attribute 'compile'"):
+        compat.compile()
 
 
 PAGES = [page for folder in (".", "docs", "records") for page in sorted((ROOT / folder).glob("*.md"))]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from dllm_compile import compat
 from dllm_compile.backend import dllm, stats
-from dllm_compile.compat import counters
 from dllm_compile.declared import loop
 
 from .contest import Job
@@ -49,8 +49,8 @@ class Found:
 
 
 def _made() -> tuple[int, int]:
-    graphs = sum(counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss", "bypass"))
-    return counters["stats"]["unique_graphs"], graphs
+    graphs = sum(compat.counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss", "bypass"))
+    return compat.counters["stats"]["unique_graphs"], graphs
 
 
 class Player:

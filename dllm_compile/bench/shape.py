@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.compat import clear_caches, fresh_cache
+from dllm_compile import compat
 from dllm_compile.mechanisms import PRESETS
 from dllm_compile.options import Options
 
@@ -112,7 +112,7 @@ def measured(model: Any, setting: Setting, grid: Grid) -> Iterator[dict[str, Any
         job = job_of(replace(setting, prompt=prompt, response=response), batch, grid.device)
         speed: dict[str, float] = {}
         for contender in chosen:
-            with fresh_cache():
+            with compat.fresh_cache():
                 for count in grid.per_call if contender.options is not None else (1,):
                     mine = replace(contender, settings={"steps": response // count}) if count > 1 else contender
                     limit = grid.steps if contender.options is not None else setting.baseline_steps
@@ -137,7 +137,7 @@ def _figures(contender: Contender, model: Any, job: Job, limit: int | None, twic
         compiles = contender.plain or contender.options is not None
         if compiles and twice and contender.settings is None:
             torch.compiler.reset()
-            clear_caches()
+            compat.clear_caches()
             found["warm_compile_seconds"] = play(contender, model, [job], contender.warm)[0].compile_seconds
     except torch.OutOfMemoryError as error:
         found = {"out_of_memory": str(error)}
@@ -261,7 +261,7 @@ def depth() -> None:
     for layers in (2, 8, 32, 8, 32):  # the first pays for what happens once a process
         setting = replace(SHAPES["tiny"], layers=layers)
         method = entrants(setting)["dllm-cache"]
-        with fresh_cache():
+        with compat.fresh_cache():
             row, _ = play(method, random_model(setting), [job_of(setting)], method.warm)
         spent[layers] = min(row.compile_seconds, spent.get(layers, row.compile_seconds))
     print(

@@ -19,7 +19,8 @@ import torch
 import torch.fx
 from torch.utils.flop_counter import flop_registry
 
-from dllm_compile.compat import TorchDispatchMode, compile_lock
+from dllm_compile import compat
+from dllm_compile.compat import TorchDispatchMode
 from dllm_compile.core import rows as row_ops
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.assignment import EXACT, KEYS, Assignment
@@ -102,7 +103,7 @@ def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
     else:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
         counter = _Counter()  # type: ignore[no-untyped-call]
-        with compile_lock, axes.mode, counter, torch.no_grad():  # fake tensors are of one thread at a time
+        with compat.compile_lock, axes.mode, counter, torch.no_grad():  # fake tensors are of one thread at a time
             run_node(node, args, kwargs)
         count = counter.flops
     node.meta["flops"] = found = Fraction(count, _extent(axes, "T") * _extent(axes, "B"))

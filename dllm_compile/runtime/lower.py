@@ -12,15 +12,8 @@ import sympy
 import torch
 import torch.fx
 
-from dllm_compile.compat import (
-    ConstantSource,
-    DimDynamic,
-    FakeTensorMode,
-    ShapeEnv,
-    compile_fx,
-    inductor_config,
-    is_traceable_wrapper_subclass,
-)
+from dllm_compile import compat
+from dllm_compile.compat import DimDynamic, FakeTensorMode, ShapeEnv, is_traceable_wrapper_subclass
 from dllm_compile.core.sizes import BROADCAST, PACKED, SPARE, Extent, Size, form
 
 Compiled = Callable[..., Any]
@@ -141,8 +134,8 @@ def lower(
 
 def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) -> Compiled:
     ours = _made_cacheable(module, next((each.device for each in example if isinstance(each, torch.Tensor)), None))
-    with torch.no_grad(), inductor_config.patch(unsafe_marked_cacheable_functions=ours):
-        return compile_fx(module, example, config_patches=IN_ORDER if writes else None)  # type: ignore[return-value]
+    with torch.no_grad(), compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours):
+        return compat.compile_fx(module, example, config_patches=IN_ORDER if writes else None)
 
 
 def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -> dict[str, str]:
@@ -154,9 +147,9 @@ def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -
     Returns:
         The functions of this package in ``module``, with a hash of its source files: other sources, other keys.
     """
-    known, found = dict(inductor_config.unsafe_marked_cacheable_functions), {}
+    known, found = dict(compat.inductor_config.unsafe_marked_cacheable_functions), {}
     for node in module.graph.nodes:
-        if node.op == "call_method" and not inductor_config.pre_grad_fusion_options:
+        if node.op == "call_method" and not compat.inductor_config.pre_grad_fusion_options:
             node.args[0].meta.setdefault("example_value", torch.empty(0, device=device))
         elif (
             node.op == "call_function"
@@ -220,7 +213,7 @@ class _Symbols:
         if value < 2 or name in fixed:
             self.numbers[name] = value
             return
-        source = ConstantSource(f"number_of_{''.join(c if c.isalnum() else '_' for c in name)}")
+        source = compat.ConstantSource(f"number_of_{''.join(c if c.isalnum() else '_' for c in name)}")
         symbol = self.shapes.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         self.numbers[name] = self.shapes.create_symintnode(symbol, hint=value, source=source)
         self.symbols[name] = symbol

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.compat import compile_lock
+from dllm_compile import compat
 from dllm_compile.core.assignment import KEYS, Assignment
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.emit import Emitted, emit
@@ -124,7 +124,7 @@ class UnitCode:
             return known[-1]
         found = self._found(assignment, values)
         if found is None:
-            with compile_lock, refusing(f"compiled for the step {assignment.name!r}"):  # as Dynamo
+            with compat.compile_lock, refusing(f"compiled for the step {assignment.name!r}"):  # as Dynamo
                 found = self._found(assignment, values) or self._compile(assignment, step, values)
         return found
 
