@@ -8,6 +8,7 @@ from typing import Any
 
 from .bench.command import Parser, dispatch, leave, require, whole
 
+ABOUT = "what the compiler finds in a model, or the least time of a step of a published size on a GPU"
 OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response"), ("device", "length", "batch")
 """Flags of ``explain`` without ``--shape``, and with it."""
 
@@ -53,16 +54,14 @@ def explain_main(argv: list[str]) -> None:
 
 
 def _explain_parser(shapes: list[str], devices: list[str]) -> Parser:
-    parser = Parser(
-        prog="dllm_compile explain", description="What the compiler finds in a model, or what a step costs."
-    )
-    parser.add_argument("--method", help="dllm-cache by default, with --shape all of them")
+    parser = Parser(prog="dllm_compile explain", description=ABOUT)
+    parser.add_argument("--method", help="a method of the backend; dllm-cache by default, with --shape all of them")
     parser.add_argument("--model", help="folder or name of a checkpoint; the embedded model by default")
     parser.add_argument("--mask-id", type=whole(0), help="mask token; by default what the configuration says")
-    parser.add_argument("--prompt", type=whole(), help="tokens")
-    parser.add_argument("--response", type=whole(), help="tokens")
+    parser.add_argument("--prompt", type=whole(), help="tokens of the prompt; by default as the embedded model's")
+    parser.add_argument("--response", type=whole(), help="tokens of the response; likewise")
     sizes = parser.add_argument_group("a model of a published size, without weights: the least time of a step on a GPU")
-    sizes.add_argument("--shape", choices=shapes)
+    sizes.add_argument("--shape", choices=shapes, help="whose size")
     sizes.add_argument("--device", choices=devices, help="h100 by default")
     sizes.add_argument("--length", nargs="+", type=whole(), help="tokens of prompt and response: 1024 4096 16384")
     sizes.add_argument("--batch", nargs="+", type=whole(), help="sequences run together: 1 8")
@@ -91,7 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from .bench import bench, demo
 
-        commands = {"demo": demo.main, "bench": bench.main, "explain": explain_main}
+        commands = {
+            "demo": (demo.main, demo.ABOUT),
+            "bench": (bench.main, bench.ABOUT),
+            "explain": (explain_main, ABOUT),
+        }
         dispatch(commands, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         leave(130, "dllm_compile: interrupted")

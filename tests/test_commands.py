@@ -22,6 +22,7 @@ from dllm_compile.bench import kernels as kernel_bench
 from dllm_compile.bench import lengths as length_bench
 from dllm_compile.bench import model as bench_model
 from dllm_compile.bench import shape as shape_bench
+from dllm_compile.bench.command import Parser
 from dllm_compile.bench.contest import Contender, Row, play
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,28 @@ def test_commands_say_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["demos"])
     assert left.value.code not in (0, None)
     assert "demo, bench, explain" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands() -> None:
+    text = run("-m", "dllm_compile", "--help")
+    for name, about in {"demo": demo.ABOUT, "bench": bench.ABOUT, "explain": command.ABOUT}.items():
+        assert f"  {name:<8} {about}\n" in text
+
+
+@pytest.mark.parametrize("name", ["demo", "bench", "explain"])
+def test_each_flag_says_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Parser] = []
+
+    def parse(self: Parser, *_: Any) -> None:
+        asked.append(self)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Parser, "parse_known_args", parse)
+    with pytest.raises(SystemExit):
+        command.main([name])
+    assert [flag.option_strings for flag in asked[0]._actions if not flag.help] == []
+    assert len(asked[0]._actions) > 4
+    assert asked[0].format_help()
 
 
 EXAMPLES = {

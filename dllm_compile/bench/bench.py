@@ -23,6 +23,25 @@ from .contest import Row, finish, play, relative_flops
 from .model import KINDS, SHAPES, Setting, check_lengths, check_model, contenders, job_of, random_model
 from .table import print_rows
 
+ABOUT = "the methods on a model with random weights, or one part of them: time, memory, FLOPs, each against a baseline"
+FLAGS = {
+    "kind": "architecture of the model",
+    "layers": "its layers",
+    "width": "size of its hidden state",
+    "mlp": "inner size of its MLPs",
+    "heads": "attention heads",
+    "kv_heads": "heads of keys and values, 0 for as many as of queries",
+    "vocabulary": "tokens that it embeds",
+    "theta": "base of its rotary positions",
+    "prompt": "tokens of the prompt",
+    "response": "tokens of the response",
+    "block": "block length of the loop",
+    "baseline_steps": "forwards timed for eager and Inductor",
+    "prompt_interval": "steps from one refresh of the prompt to the next, in dLLM-Cache",
+    "response_interval": "the same, of the response",
+    "cache_block": "block length of Fast-dLLM's caches, and of their loop",
+}
+"""What the fields of :class:`Setting` are, as flags."""
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
@@ -79,13 +98,14 @@ def _shape(name: str, setting: Setting, grid: shape_bench.Grid, write: Callable[
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dllm_compile bench", description=__doc__)
+    parser = Parser(prog="dllm_compile bench", description=ABOUT)
     kinds: dict[str, Any] = {"kind": str, "kv_heads": whole(0), "vocabulary": whole(2)}
     kinds |= dict.fromkeys(("prompt_interval", "response_interval"), interval)
     for name, value in asdict(Setting()).items():
         choices = KINDS if name == "kind" else None
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=kinds.get(name, whole()), default=value, choices=choices)
+        about = f"{FLAGS[name]}; %(default)s by default"
+        parser.add_argument(flag, type=kinds.get(name, whole()), default=value, choices=choices, help=about)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--json", type=target, help="also write the rows to this file")
     parser.add_argument(

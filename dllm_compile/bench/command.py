@@ -75,18 +75,24 @@ def require(parser: Parser, extra: str, *packages: str) -> None:
             parser.error(f"this needs {package}, which is not installed: pip install 'dllm-compile[{extra}]'")
 
 
-def dispatch(commands: Mapping[str, Callable[[list[str]], None]], argv: list[str]) -> None:
-    """Run a command by name."""
-    usage = f"usage: python -m dllm_compile COMMAND [OPTIONS]\ncommands: {', '.join(commands)}; each has --help"
+def dispatch(commands: Mapping[str, tuple[Callable[[list[str]], None], str]], argv: list[str]) -> None:
+    """Run a command by name.
+
+    Args:
+        commands: functions of the words behind the name, and what each is for.
+        argv: the name and those words.
+    """
+    usage = "usage: python -m dllm_compile COMMAND [OPTIONS]"
     if argv and argv[0] in ("-h", "--help"):
-        print(usage)
+        about = "\n".join(f"  {name:<8} {what}" for name, (_, what) in commands.items())
+        print(f"{usage}\n\ncommands, each with --help:\n{about}")
         return
     if not argv:
-        leave(2, usage)
+        leave(2, f"{usage}\ncommands: {', '.join(commands)}; each has --help")
     if argv[0] not in commands:
         near = nearest(argv[0], commands)
         leave(2, f"there is no command {argv[0]!r}; did you mean {near!r}? Commands: {', '.join(commands)}")
-    commands[argv[0]](argv[1:])
+    commands[argv[0]][0](argv[1:])
 
 
 def leave(status: int, sentence: str) -> NoReturn:

@@ -18,6 +18,7 @@ from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, Show, finish, play, relative_flops
 from .table import print_rows
 
+ABOUT = "the embedded model solves problems: in eager mode, by Inductor, and by each method of this backend"
 HELD_OUT_SEED = 1
 THRESHOLD = 0.9
 
@@ -118,10 +119,13 @@ def _live(name: str, tokenizer: Any) -> Iterator[Show]:
 
 def main(argv: list[str]) -> None:
     """Command line."""
-    parser = Parser(prog="dllm_compile demo", description=__doc__)
-    parser.add_argument("--problems", type=whole(), default=16, help="held-out problems, a multiple of the batch")
-    parser.add_argument("--batch", type=whole(), default=8, help="problems solved together")
-    parser.add_argument("--block", type=whole(), default=32, help="block length, a divisor of 96")
+    parser = Parser(prog="dllm_compile demo", description=ABOUT)
+    for name, value, about in (
+        ("--problems", 16, "held-out problems, a multiple of the batch"),
+        ("--batch", 8, "problems solved together"),
+        ("--block", 32, "block length, a divisor of 96"),
+    ):
+        parser.add_argument(name, type=whole(), default=value, help=f"{about}; {value} by default")
     parser.add_argument("--json", type=target, help="also write the rows to this file")
     given = parser.parse_args(argv)
     if given.problems % given.batch:
