@@ -1,5 +1,10 @@
 """``torch.compile(model, backend="dllm")``: training-free speed for masked-diffusion language models."""
 
+import os
+
+if not os.path.isdir(os.path.join(__path__[0], "passes")):  # a link that is no link: on Windows, or in an sdist
+    __path__.append(os.path.dirname(__path__[0]))
+
 from .backend import dllm, reset, stats
 from .declared import exact_calls, loop
 from .explain import Explanation, explain

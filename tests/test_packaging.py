@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import email
 import os
 import re
 import shutil
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 from dllm_compile import compat
+from dllm_compile.runtime import lower
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dllm_compile"
@@ -203,47 +206,109 @@ def test_functions_are_short(path: Path) -> None:
 # -- what is shipped ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: an sdist holds no links")
 @pytest.mark.parametrize("name", ["passes", "kernels"])
 def test_the_folders_in_front_are_linked_into_the_package(name: str) -> None:
-    link = PACKAGE / name
-    assert link.is_symlink()
-    assert os.readlink(link) == f"../{name}"
-    if (ROOT / ".git").exists():
-        shown = ["git", "-C", str(ROOT), "ls-files", "-s", f"dllm_compile/{name}"]
-        assert subprocess.run(shown, capture_output=True, text=True, check=True).stdout.startswith("120000 ")
+    assert os.readlink(PACKAGE / name) == f"../{name}"
+    shown = ["git", "-C", str(ROOT), "ls-files", "-s", f"dllm_compile/{name}"]
+    assert subprocess.run(shown, capture_output=True, text=True, check=True).stdout.startswith("120000 ")
+
+
+SHIPPED = "dllm_compile", "passes", "kernels", "tests", "docs", "examples", "records"
+PAPERS = "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "MANIFEST.in"
+
+
+def shipped() -> Iterator[Path]:
+    """Every file that an sdist should hold, by its path here; folders that are links are not followed."""
+    yield from (ROOT / name for name in PAPERS)
+    for folder, inner, names in (each for name in SHIPPED for each in os.walk(ROOT / name)):
+        inner[:] = [name for name in inner if not name.startswith((".", "__pycache__"))]
+        yield from (Path(folder, name) for name in names)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel, built outside of this checkout."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    junk = shutil.ignore_patterns("__pycache__")
-    for name in ("dllm_compile", "passes", "kernels"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=junk)
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source / name)
-    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(source)]
-    done = subprocess.run([sys.executable, *build], capture_output=True, text=True, check=False)
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist, built outside of this checkout from what it should hold, and unpacked."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for path in shipped():
+        to = source / path.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    (built,) = build("sdist", source, out)
+    shutil.unpack_archive(built, out)
+    return built.with_name(built.name.removesuffix(".tar.gz"))
+
+
+def build(kind: str, source: Path, out: Path) -> list[Path]:
+    """What setuptools makes of a folder, if it warns of nothing."""
+    code = f"import setuptools.build_meta as b; b.build_{kind}({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (built,) = out.glob("*.whl")
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "warning" in line.lower()]
+    assert [line for line in said if "byte-compiling is disabled" not in line] == []  # by who runs the tests
+    return [*out.glob("*.whl" if kind == "wheel" else "*.tar.gz")]
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Names and contents of a wheel, built from the sdist."""
+    (built,) = build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
     with zipfile.ZipFile(built) as file:
-        return set(file.namelist())
+        return {name: file.read(name) for name in file.namelist()}
 
 
-def test_the_wheel_holds_every_product_file_once(wheel: set[str]) -> None:
+def test_the_sdist_holds_the_tests_with_all_they_read(unpacked: Path) -> None:
+    wanted = {path.relative_to(ROOT) for path in shipped()}
+    assert {path.name for path in wanted} >= {"sampling_loops.py", "guard.cpp", "pyproject.toml"}
+    assert sum(path.suffix == ".safetensors" for path in wanted) > 50
+    assert wanted - {path.relative_to(unpacked) for path in unpacked.rglob("*")} == set()
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["sdist", "windows"])
+def test_the_package_runs_where_there_are_no_links(unpacked: Path, text: bool, tmp_path: Path) -> None:
+    """On Windows git writes a file in place of a link, with where it leads to."""
+    for name in ("dllm_compile", "passes", "kernels"):
+        shutil.copytree(unpacked / name, tmp_path / name)
+    for name in ("passes", "kernels") if text else ():
+        (tmp_path / "dllm_compile" / name).write_text(f"../{name}")
+    code = """
+import dllm_compile.passes, dllm_compile.kernels, dllm_compile.runtime.lower, dllm_compile.__main__
+print(dllm_compile.passes.__file__, dllm_compile.kernels.__file__, dllm_compile.runtime.lower._SOURCE)
+dllm_compile.__main__.main(["--help"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *found, source = done.stdout.splitlines()[0].split()
+    assert found == [str(tmp_path / name / "__init__.py") for name in ("passes", "kernels")]
+    assert source == lower._SOURCE
+
+
+def test_the_wheel_says_whose_and_what_it_is(wheel: dict[str, bytes]) -> None:
+    (text,) = (content for name, content in wheel.items() if name.endswith(".dist-info/METADATA"))
+    said = email.message_from_bytes(text)
+    assert all(said[name] for name in ("Author", "Keywords", "Summary", "Project-URL", "License-Expression"))
+    versions = [each.rpartition(" ")[2] for each in said.get_all("Classifier") if ":: Python :: 3." in each]
+    allowed = SpecifierSet(said["Requires-Python"])
+    assert versions == [f"3.{minor}" for minor in range(30) if f"3.{minor}" in allowed]
+
+
+def test_the_wheel_holds_every_product_file_once(wheel: dict[str, bytes]) -> None:
     wanted = {module_of(path) for path in files()}
     held = [n.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for n in wheel if n.endswith(".py")]
     assert sorted(held) == sorted(wanted)
 
 
-def test_the_wheel_holds_types_and_weights(wheel: set[str]) -> None:
+def test_the_wheel_holds_types_and_weights(wheel: dict[str, bytes]) -> None:
     assert "dllm_compile/py.typed" in wheel
     weights = {f"dllm_compile/tiny/weights/{path.name}" for path in (PACKAGE / "tiny" / "weights").iterdir()}
     assert any(name.endswith(".safetensors") for name in weights)
-    assert weights <= wheel
+    assert weights <= wheel.keys()
 
 
-def test_the_wheel_names_the_backend_and_the_license(wheel: set[str]) -> None:
+def test_the_wheel_names_the_backend_and_the_license(wheel: dict[str, bytes]) -> None:
     assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
     assert any(name.endswith("/LICENSE") for name in wheel)
 

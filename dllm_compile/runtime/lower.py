@@ -12,6 +12,7 @@ import sympy
 import torch
 import torch.fx
 
+import dllm_compile
 from dllm_compile import compat
 from dllm_compile.compat import DimDynamic, FakeTensorMode, ShapeEnv, is_traceable_wrapper_subclass
 from dllm_compile.core.sizes import BROADCAST, PACKED, SPARE, Extent, Size, form
@@ -162,9 +163,10 @@ def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -
 
 def _hash_of_sources() -> str:
     """A hash of all source files of the package; empty where there are none to read."""
-    here = Path(__file__).parents[1]
-    files = [*here.rglob("*.py"), *(path for part in ("passes", "kernels") for path in (here / part).glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest() if files else ""
+    folders = [Path(root, part) for root in dllm_compile.__path__ for part in ("passes", "kernels")]
+    files = {*Path(__file__).parents[1].rglob("*.py"), *(path for folder in folders for path in folder.glob("*.py"))}
+    ordered = sorted(files, key=lambda path: path.parts[-2:])  # the same wherever the folders are
+    return hashlib.sha256(b"".join(path.read_bytes() for path in ordered)).hexdigest() if files else ""
 
 
 _SOURCE = _hash_of_sources()  # at import: of the code that runs
