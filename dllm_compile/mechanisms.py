@@ -9,9 +9,9 @@ from typing import Any
 
 from .general_options import GENERAL
 from .interface.mechanism import Mechanism, Option, RowRule
-from .passes import block_cache, decoded_rows, eviction, feature_cache, saliency
+from .passes import block_cache, decoded_rows, eviction, feature_cache, frechet, saliency
 
-OWN = tuple(each.MECHANISM for each in (feature_cache, block_cache, decoded_rows, eviction, saliency))
+OWN = tuple(each.MECHANISM for each in (feature_cache, block_cache, decoded_rows, eviction, saliency, frechet))
 """Those of the package."""
 
 

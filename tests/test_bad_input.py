@@ -63,6 +63,7 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
     ({"shift": "no"}, "shift is 'no'; give True for samplers that read row i - 1"),
     ({"readable": "some"}, "readable is 'some'; did you mean"),
     ({"max_state_bytes": -1}, "max_state_bytes is -1; give a whole number of at least 0"),
+    ({"frechet_delta": 1}, "frechet_delta is 1; give a probability, such as 0.25, from 0 and below 1"),
     ({"whole_interval": 0, "saliency_threshold": 0.9}, "whole_interval is 0; give a whole number of at least 1"),
     ({"verify": -1}, "verify is -1; give a number of steps between checks"),
     ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; give True or False"),

@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import dllm_compile
 from dllm_compile import Confidences, Mechanism, Option
 from dllm_compile.interface.mechanism import is_number
 from dllm_compile.mechanisms import register, tables, unregister
-from dllm_compile.sampler.rules import by_rule, chosen
 
 from .callers import build, start
 from .models import MASK
@@ -44,17 +41,6 @@ def _registered() -> Iterator[None]:
     yield
     for name in tables().registered:
         unregister(name)
-
-
-@settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 9), level=st.integers(1, 999), bound=st.integers(1, 99))
-def test_equal_confidences_give_the_rule_of_factors(count: int, level: int, bound: int) -> None:
-    """Of equal confidences ``c`` it takes ``n`` while ``(n + 1)(1 - c) < 1 - joint``: Fast-dLLM's factor 1 - joint."""
-    sure = torch.full((1, count), level / 1000 + 1e-7, dtype=torch.float64)
-    candidates = torch.ones(1, count, dtype=torch.bool)
-    told = dllm_compile.Options(joint=bound / 100)
-    got = by_rule(lambda s, c, m: surest_together(Confidences(s, c, m, told)), sure, candidates, candidates)
-    assert got.sum() == chosen(sure, candidates, factor=1 - bound / 100).sum()  # which of equal ones does not matter
 
 
 @pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"method": "dllm-cache"}], ids=str)

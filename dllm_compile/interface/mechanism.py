@@ -173,7 +173,7 @@ class Mechanism:
         options: names that it adds to ``options={...}``.
         switches: those of them that turn it on, whose default is off.
         neutral: options at which every readable row equals eager's; ``None`` if no options guarantee that for every
-            number of steps.
+            number of steps, or if it computes nothing and only decides what ``generate`` writes.
         rules: values that it adds to the option ``cache``.
         narrows: where one of ``switches`` is on, the rows, ``[B, S]`` bool, that steps between two refreshes compute of
             those that the rule of ``cache`` chooses; several mechanisms intersect.
