@@ -42,10 +42,9 @@ class Assignment:
         masked: whether attention reads the model's own masks. Not where these hide nothing: no mask is cheaper.
         pick: the operation that chooses ``SELECTED`` from the values, now and before; ``None`` where none are chosen.
             See :func:`dllm_compile.kernels.row_change.pick_rows`.
-        attend: the operation that attends in place of the model's own call: over ``KEYED``, or over all keys where a
-            call has a mask, see :func:`dllm_compile.kernels.sparse_attention.sparse_attention`; where rows are
-            ``SALIENT``, from the change of their values, see
-            :func:`dllm_compile.kernels.delta_attention.delta_attention`.
+        attend: the operation that attends in place of the model's own call: over ``KEYED``, see
+            :func:`dllm_compile.kernels.sparse_attention.sparse_attention`; where rows are ``SALIENT``, from the change
+            of their values, see :func:`dllm_compile.kernels.delta_attention.delta_attention`.
         choose_salient: the operation that chooses the salient rows of what follows. It gets their contexts, now and
             before, what else ``attend`` returned, the bound, and where the active rows are; see
             :func:`dllm_compile.kernels.salient_rows.salient_rows`.

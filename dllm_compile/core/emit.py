@@ -217,16 +217,10 @@ class _Writer:
         if self.assignment.salient:
             mask = mask if entries is None else self._call(row_ops.mask_keys, (mask, entries, self._tokens()))
             return self._delta(node, args, mask, given.scale)
-        if self.assignment.keys != KEYED and (self.assignment.attend is None or not self._takes(node, mask)):
+        if self.assignment.keys != KEYED:
             return self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         assert self.assignment.attend is not None
         return self._call(self.assignment.attend, (*given[:3], entries, self._tokens(), mask, given.scale))
-
-    def _takes(self, node: torch.fx.Node, mask: Any) -> bool:
-        """Whether a call with this mask may attend by an operation of ours; not with one of another dtype."""
-        given = attention_arguments(node.args, node.kwargs)
-        own = self.axes.fake[given.attn_mask] if isinstance(given.attn_mask, torch.fx.Node) else None
-        return mask is not None and (own is None or own.dtype in (torch.bool, self.axes.fake[given.query].dtype))
 
     def _visible_entries(self) -> torch.fx.Node | None:
         """Positions of the kept entries; no row for those that are hidden."""

@@ -157,17 +157,12 @@ class Program:
         return other
 
     def masked(self, args: Mapping[torch.fx.Node, Any]) -> bool:
-        """Whether one of :attr:`masks` hides a key.
+        """Whether an attention mask hides a key, or may: one that depends on tokens is not looked at.
 
         Args:
             args: the value of each placeholder.
         """
-        return hide(self.masks, args)
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether an attention call has a mask."""
-        return bool(self.masks) or not self.knows_masks
+        return not self.knows_masks or hide(self.masks, args)
 
     def check(self, args: Sequence[Any]) -> None:
         """Look at the values that the first call has.

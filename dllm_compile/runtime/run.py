@@ -29,8 +29,6 @@ from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit, weights_key
 from dllm_compile.debug import note_step
 from dllm_compile.interface.plan import Measured
-from dllm_compile.kernels.operation import on_cuda
-from dllm_compile.kernels.sparse_attention import sparse_attention
 from dllm_compile.passes.feature_cache import KEEP
 from dllm_compile.passes.saliency import thorough
 
@@ -103,12 +101,6 @@ def _unmasked(assignment: Assignment) -> Assignment:
 
 
 @cache
-def _attending(assignment: Assignment) -> Assignment:
-    """The assignment where rows attend by an operation of ours to keys that a mask hides some of."""
-    return replace(assignment, attend=sparse_attention)
-
-
-@cache
 def _exact(wanted: Assignment) -> Assignment:
     """Every row, nothing kept: of the keys that ``wanted`` reads, where some are hidden."""
     return replace(EXACT, name="visible", hides=True) if wanted.hides else EXACT
@@ -150,7 +142,7 @@ class GraphCall:
         self.most_salient = 0
         self.measured: tuple[int, Assignment, Any] | None = None  # of the layer that has just run
         self.after_layer = None if step.repeat else step.past.schedule.after_layer
-        self.masked = not (program.masks and program.knows_masks) or self._masked()
+        self.masked = not program.masks or self._masked()
         self.narrows = batch.narrows(step.past.schedule)
         self.costs: dict[Variant, float] = {}  # FLOPs of a variant in this step
         self.full = step.past.schedule.variants[0]
@@ -324,7 +316,7 @@ class GraphCall:
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
         values.flat += self._state(unit, assignment)
-        variant = code.variant(self._as_written(assignment), step, values)
+        variant = code.variant(assignment if self.masked else _unmasked(assignment), step, values)
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
         self._count(code, variant, assignment)
@@ -356,15 +348,6 @@ class GraphCall:
         if not wanted.keep:
             return _exact(wanted)
         return wanted if wanted.enter == ALL else _entering(wanted, self._at_hand(unit))
-
-    def _as_written(self, assignment: Assignment) -> Assignment:
-        """What the code of a layer is written for: no masks where they hide nothing, and for fewer rows on a GPU an
-        attention of ours where they do, since torch's fastest one takes none.
-        """
-        if not self.masked:
-            return _unmasked(assignment)
-        own = self.program.has_masks and assignment.query != ALL and assignment.attend is None
-        return _attending(assignment) if own and on_cuda(self.step.counts) else assignment
 
     def _check(self, code: UnitCode, values: Values) -> None:
         """See that the layer can run for fewer rows, and else compute all from the next call on."""

@@ -33,7 +33,6 @@ MOST: dict[tuple[str, str], int] = {
     ("sparse", "4 mm"): 5,
     ("salient", "4 mm"): 15,
     ("full", "3 mm"): 3,
-    ("evict", "3 mm"): 3,
     ("exact", "3 mm"): 3,
     ("sparse", "3 mm"): 3,
     ("salient", "3 mm"): 6,
@@ -60,8 +59,6 @@ def test_padded_sequences_and_shared_heads_compile(name: str) -> None:
     assert all(kernel.compiled for each in seen.lowered for kernel in each.kernels)
     steps = {"intervals": {"select", "response"}, "eviction and saliency": {"evict", "sparse", "salient"}}
     assert {each.step for each in seen.lowered} >= steps[name]
-    attend = {each.step for each in seen.lowered if {"flash", "efficient"} & each.counts.extern.keys()}
-    assert attend <= {"full", "exact", "evict"}  # fewer rows attend by our kernel, as torch's fastest takes no mask
     assert not any(map(copies_of_state, seen.lowered))
 
 
