@@ -104,6 +104,25 @@ def test_calls_with_arguments_that_overlap_themselves_are_not_recorded() -> None
 
 
 @pytest.mark.usefixtures("recording")
+def test_numbers_that_dynamo_hands_over_as_tensors_are_none_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are on the CPU wherever the model is, and the graph is analyzed for their values."""
+    given: list[torch.Tensor] = []
+    fits = recordings.recordable
+    monkeypatch.setattr(recordings, "recordable", lambda args, device: bool(given.extend(args)) or fits(args, device))
+    model = models.build("llama", num_hidden_layers=1)
+    options = {"lowering": "eager", "mask_id": models.MASK, "shift": False, **METHODS["dual"]}
+    call, x = torch.compile(model, backend="dllm", dynamic=True, options=options), models.start(PROMPT, BLOCK)
+    with torch.no_grad(), dllm_compile.loop():
+        for at in range(PROMPT, PROMPT + BLOCK):
+            call(input_ids=x)
+            x = x.clone()
+            x[:, at] = 1 + at % 2
+    assert Graph.played > 2
+    assert given
+    assert all(each.dim() for each in given)
+
+
+@pytest.mark.usefixtures("recording")
 def test_parts_of_a_model_are_not_recorded() -> None:
     model = test_layers_alone.Model().double().eval()
     options = {**test_layers_alone.CACHED, "cuda_graphs": True}

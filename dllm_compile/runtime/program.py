@@ -75,6 +75,7 @@ class Program:
     Attributes:
         size: sequences and tokens, 0 where there is none.
         units: stem, layers and head, whichever the graph has.
+        reads: places of the arguments that are read, not those whose number the graph was analyzed for.
         masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
         knows_masks: whether there are no others.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
@@ -103,6 +104,7 @@ class Program:
         self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)
         self.index = {node: i for i, node in enumerate(names)}
+        self.reads = [i for node, i in self.index.items() if node.users]
         self.decision = self.units[-1] if len(self.units) > 1 and self.units[-1].stream is None else None
         read = closure([n for unit in self.units if unit is not self.decision for n in unit.nodes], set())
         tensors = [i for n, i in self.index.items() if isinstance(args[i], torch.Tensor) and n is not self.seed]

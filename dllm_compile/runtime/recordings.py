@@ -122,7 +122,8 @@ class Recordings:
         key, made = (program, kind), None
         if key not in self.kinds:
             made = record(args, step)
-            self.kinds[key] = None if recordable(args, step.counts.device) else Unfit(UNLIKE)
+            fits = recordable([args[i] for i in program.reads], step.counts.device)
+            self.kinds[key] = None if fits else Unfit(UNLIKE)
         elif not isinstance(self.kinds[key], Unfit):
             owned = self._owned(program, args)
             if self.kinds[key] is None:
@@ -147,7 +148,7 @@ class Recordings:
         """Memory of a program's arguments that may differ from call to call, brought up to date; not parameters."""
         if program not in self.memory:
             with torch.inference_mode(False):
-                self.memory[program] = {i: torch.empty_like(args[i]) for i in _inputs(args)}
+                self.memory[program] = {i: torch.empty_like(args[i]) for i in program.reads if _varies(args[i])}
         for i, owned in self.memory[program].items():
             owned.copy_(args[i])
         return self.memory[program]
@@ -155,13 +156,11 @@ class Recordings:
 
 def recordable(args: Sequence[Any], device: torch.device) -> bool:
     """Whether arguments can be copied to memory of the same strides on the device, which code is compiled for."""
-    given = [args[i] for i in _inputs(args)]
+    given = [arg for arg in args if _varies(arg)]
     dense = all(arg.is_contiguous() or torch.empty_like(arg, device="meta").stride() == arg.stride() for arg in given)
     return dense and all(arg.device == device for arg in args if isinstance(arg, torch.Tensor))
 
 
-def _inputs(args: Sequence[Any]) -> list[int]:
-    """The tensors among arguments that are no parameters, by place."""
-    return [
-        i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)
-    ]
+def _varies(arg: Any) -> bool:
+    """Whether an argument may be another at another call: a tensor that is no parameter."""
+    return isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)

@@ -33,6 +33,7 @@ MOST: dict[tuple[str, str], int] = {
     ("sparse", "4 mm"): 5,
     ("salient", "4 mm"): 15,
     ("full", "3 mm"): 3,
+    ("evict", "3 mm"): 3,
     ("exact", "3 mm"): 3,
     ("sparse", "3 mm"): 3,
     ("salient", "3 mm"): 6,

@@ -48,6 +48,19 @@ def test_a_step_is_one_read_and_one_copy_that_nobody_waits_for(name: str, batch:
         torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", drive.METHODS)
+def test_a_mask_is_looked_at_once(name: str) -> None:
+    seen = drive.run(name, 2, padded=True, dtype=torch.float64)
+    assert not seen.refused
+    for step in seen.steps[1:]:
+        counted = [COUNT] * 2 if step.name == "salient" else []
+        assert step.lines("read") == [READ, *counted]
+    on_host = drive.run(name, 2, padded=True, host=True, dtype=torch.float64)
+    for got, want in zip(seen.steps, on_host.steps, strict=True):
+        assert got.name == want.name
+        torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-9)
+
+
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded may neither read nor copy; a replay does it once more."""
