@@ -47,10 +47,10 @@ GENERAL = (
     ),
     Option(
         "cuda_graphs",
-        True,
+        False,
         **flag(),
-        meaning="whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on CUDA. "
-        "Rows that differ in number are then padded to multiples of 32",
+        meaning="whether partial steps of a model that is one graph are recorded as CUDA graphs, where it is on CUDA; "
+        '``mode="reduce-overhead"`` sets it. Rows that differ in number are then padded to multiples of 32',
     ),
     Option(
         "lowering",

@@ -51,7 +51,7 @@ OFF: dict[str, Any] = {
     "readable": "masked",
     "max_state_bytes": 2**31,
     "verify": 0,
-    "cuda_graphs": True,
+    "cuda_graphs": False,
     "lowering": "inductor",
     "more": (),
 }

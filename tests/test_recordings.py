@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def denoised(model: torch.nn.Module, batch: int, extra: dict[str, Any] | None = None, **options: Any) -> Logits:
     """Logits of the masked rows of each call of two generations."""
-    call, out = models.compiled_loop(model, **{"cuda_graphs": False, **options}), []
+    call, out = models.compiled_loop(model, **options), []
     for seed in (1, 2):
         x = models.start(PROMPT, RESPONSE, batch, seed).to(next(model.parameters()).device)
 
@@ -110,7 +110,7 @@ def test_numbers_that_dynamo_hands_over_as_tensors_are_none_of_its_arguments(mon
     fits = recordings.recordable
     monkeypatch.setattr(recordings, "recordable", lambda args, device: bool(given.extend(args)) or fits(args, device))
     model = models.build("llama", num_hidden_layers=1)
-    options = {"lowering": "eager", "mask_id": models.MASK, "shift": False, **METHODS["dual"]}
+    options = {"lowering": "eager", "mask_id": models.MASK, "shift": False, "cuda_graphs": True, **METHODS["dual"]}
     call, x = torch.compile(model, backend="dllm", dynamic=True, options=options), models.start(PROMPT, BLOCK)
     with torch.no_grad(), dllm_compile.loop():
         for at in range(PROMPT, PROMPT + BLOCK):
@@ -130,7 +130,7 @@ def test_parts_of_a_model_are_not_recorded() -> None:
     with torch.no_grad():
         with pytest.warns(UserWarning, match="without a CUDA graph, as the model is more than one graph"):
             got = test_layers_alone.run(call, "mask-test")
-        want = test_layers_alone.run(models.compiled_loop(model, **{**options, "cuda_graphs": False}), "mask-test")
+        want = test_layers_alone.run(models.compiled_loop(model, **test_layers_alone.CACHED), "mask-test")
     assert same(got, want)
     assert Graph.played == 0
 
@@ -139,7 +139,7 @@ def test_parts_of_a_model_are_not_recorded() -> None:
 def test_recorded_calls_of_generate_equal_those_that_are_made() -> None:
     model, x = small_model.build(), models.start(PROMPT, 0)
     settings: dict[str, Any] = {"gen_length": RESPONSE, "block_length": BLOCK, "mask_id": models.MASK, "cache": "dual"}
-    want = dllm_compile.generate(model, x, lowering="eager", cuda_graphs=False, **settings)
+    want = dllm_compile.generate(model, x, lowering="eager", **settings)
     assert Graph.played == 0
     got = dllm_compile.generate(model, x, lowering="eager", cuda_graphs=True, **settings)
     assert Graph.played > RESPONSE // 2

@@ -312,7 +312,7 @@ def run(
     for row in range(1, batch):
         shown[row, : 2 * row + 1] = 0
     driven, mode, ran = Driven(), Pretended(), list[Step]()
-    how = {"cuda_graphs": False, **METHODS[name], **options, **({} if lowering else {"lowering": "eager"})}
+    how = {**METHODS[name], **options, **({} if lowering else {"lowering": "eager"})}
     with ExitStack() as stack:
         stack.enter_context(_noted(ran))
         if not host:

@@ -111,7 +111,7 @@ def test_generate_reads_the_ids_once_more_each_call(monkeypatch: pytest.MonkeyPa
     ids = torch.randint(3, drive.MASK, (1, 9), generator=torch.Generator().manual_seed(0))
     model = drive.model()
     with Pretended() as mode:
-        options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "threshold": 0.9, "cuda_graphs": False}
+        options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "threshold": 0.9}
         made = dllm_compile.generate(
             model, on_device(ids), gen_length=16, mask_id=drive.MASK, lowering="eager", return_dict=True, **options
         )
