@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -28,6 +28,7 @@ from dllm_compile.runtime import unit_code
 from dllm_compile.runtime.batch import Step
 from dllm_compile.runtime.lower import Code, lower
 from dllm_compile.runtime.stats import Stats
+from dllm_compile.sampler import stepper
 from tests.test_properties import Layer, Model, Shape, turned
 
 from . import attention, inductor
@@ -220,7 +221,10 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _recorder(driven: Driven, mode: Pretended, capability: int) -> Callable[..., Code]:
+Watch = Callable[[Lowered, torch.fx.GraphModule], Callable[..., Any]]
+
+
+def _recorder(driven: Driven, mode: Pretended, capability: int, watch: Watch | None) -> Callable[..., Code]:
     """In place of :func:`dllm_compile.runtime.lower.lower`: lowers for CUDA, and returns code that runs in eager."""
 
     def lowered(
@@ -237,10 +241,23 @@ def _recorder(driven: Driven, mode: Pretended, capability: int) -> Callable[...,
         code, found = _LOWERED[key]
         driven.lowered.append(found)
         mine = copy.copy(code)
-        mine.run, mine.served = module, {}
+        mine.run, mine.served = watch(found, module) if watch else module, {}
         return mine
 
     return lowered
+
+
+@contextmanager
+def lowered_for_cuda(
+    driven: Driven, mode: Pretended, capability: int = 90, watch: Watch | None = None
+) -> Iterator[None]:
+    """What is compiled inside is lowered for CUDA and noted, and runs in eager; see :func:`run`."""
+    put = mock.patch.object
+    with (
+        put(unit_code, "lower", _recorder(driven, mode, capability, watch)),
+        put(unit_code.UnitCode, "_compile", _compile(unit_code.UnitCode._compile)),
+    ):
+        yield
 
 
 _PLACE: list[tuple[str, str]] = []
@@ -289,6 +306,7 @@ def run(
     shared: bool = False,
     host: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    watch: Watch | None = None,
     **options: Any,
 ) -> Driven:
     """A loop that fills the surest token of each sequence, block by block.
@@ -303,6 +321,7 @@ def run(
         shared: two query heads share a key head.
         host: do it on the host instead, to compare with.
         dtype: of the model.
+        watch: makes what is called in place of a graph that was lowered.
         options: further ones of the backend.
     """
     dllm_compile.reset()
@@ -318,9 +337,7 @@ def run(
         if not host:
             stack.enter_context(mode)
         if lowering:
-            put = mock.patch.object
-            stack.enter_context(put(unit_code, "lower", _recorder(driven, mode, capability)))
-            stack.enter_context(put(unit_code.UnitCode, "_compile", _compile(unit_code.UnitCode._compile)))
+            stack.enter_context(lowered_for_cuda(driven, mode, capability, watch))
         call = compiled(model(dtype, shared), how)
         there = (lambda value: value) if host else on_device
         more = {"mask": there(shown)} if padded else {}
@@ -336,6 +353,25 @@ def run(
             )
             ids = _filled(ids, logits)
         driven.refused = dllm_compile.stats()["refused"]
+    return driven
+
+
+def generate(dtype: torch.dtype = torch.bfloat16, watch: Watch | None = None) -> Driven:
+    """``dllm_compile.generate`` lowered for CUDA: two blocks, each call of which writes the surest tokens.
+
+    Args:
+        dtype: of the model.
+        watch: as for :func:`run`.
+    """
+    ids = torch.randint(3, MASK, (1, 9), generator=torch.Generator().manual_seed(0))
+    how: dict[str, Any] = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "threshold": 0.9}
+    driven = Driven()
+    with (
+        mock.patch.object(stepper, "compiled", lambda step, model, options: compiled(step, options)),
+        Pretended() as mode,
+        lowered_for_cuda(driven, mode, watch=watch),
+    ):
+        dllm_compile.generate(model(dtype), on_device(ids), gen_length=16, mask_id=MASK, **how)
     return driven
 
 
