@@ -40,6 +40,15 @@ MOST: dict[tuple[str, str], int] = {
 }
 """Triton kernels of a layer, by step and what else is launched: a call that is not here is one too many."""
 
+PADDED = {
+    "prefix": {"full", "block"},
+    "intervals": {"select", "response"},
+    "eviction and saliency": {"evict", "sparse", "salient"},
+    "decoded": {"full", "block"},
+    "greedy": {"full", "block"},
+}
+"""Methods that are lowered with padding too, and steps of each."""
+
 
 @pytest.mark.parametrize("name", drive.METHODS)
 def test_each_step_of_a_method_compiles_and_launches_no_more_than_it_may(name: str) -> None:
@@ -53,14 +62,27 @@ def test_each_step_of_a_method_compiles_and_launches_no_more_than_it_may(name: s
         assert not copies_of_state(each)
 
 
-@pytest.mark.parametrize("name", ["intervals", "eviction and saliency"])
+@pytest.mark.parametrize("name", PADDED)
 def test_padded_sequences_and_shared_heads_compile(name: str) -> None:
     seen = drive.run(name, 2, lowering=True, padded=True, shared=True)
     assert not seen.refused
     assert all(kernel.compiled for each in seen.lowered for kernel in each.kernels)
-    steps = {"intervals": {"select", "response"}, "eviction and saliency": {"evict", "sparse", "salient"}}
-    assert {each.step for each in seen.lowered} >= steps[name]
+    assert {each.step for each in seen.lowered} >= PADDED[name]
     assert not any(map(copies_of_state, seen.lowered))
+
+
+def test_generate_keeps_of_the_logits_how_sure_they_are() -> None:
+    """By the operation ``confidence``: nothing else is as wide as the vocabulary."""
+    seen = drive.generate()
+    heads = [each for each in seen.lowered if each.part == "head"]
+    assert {each.step for each in seen.lowered} >= {"full", "block"}
+    for each in heads:
+        assert {"part_kernel", "merge_kernel"} <= {kernel.name for kernel in each.kernels}
+        assert all(kernel.compiled for kernel in each.kernels)
+        assert each.counts.triton <= 4
+        assert each.counts.beside == "1 mm"
+        assert sum(f", {drive.model().head.out_features})" in shape for shape, _ in each.counts.buffers) == 1
+    assert heads
 
 
 @pytest.mark.parametrize("capability", [80, 100])
