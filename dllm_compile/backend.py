@@ -358,10 +358,10 @@ class Backend:
             before = batch.part_inputs.get(place)
             if before is None or not before.fit(new) or any(before.differ(new)):
                 batch.part_inputs[place] = Inputs(new)
-                batch.masked.pop(place, None)
                 known = False
         if not known and step.number > 0:
             step.anew = batch.stale = True
+            batch.masked.clear()  # the same mask may be read by graphs behind this one
             step.repeat = False  # the ids are those of the call before, and the result is not
 
     def _session(self, weights: list[torch.Tensor], options: Options) -> Session:

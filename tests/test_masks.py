@@ -82,6 +82,48 @@ def test_a_mask_that_hides_nothing_is_left_out(kind: str, options: dict[str, Any
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+class Whole(Masked):
+    """Takes its mask ``[B, 1, S, S]`` as it is."""
+
+    breaks = False
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[B, S, V]``."""
+        angles = torch.arange(ids.shape[1], device=ids.device)[:, None] * self.get_buffer("rates")
+        x, cos, sin = self.embed(ids), angles.cos(), angles.sin()
+        for layer in self.layers:
+            if self.breaks:
+                torch._dynamo.graph_break()
+            x = layer(x, cos, sin, mask)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:dllm. a graph broke")
+@pytest.mark.parametrize("size", [24, 260])  # of the larger mask, not all numbers are compared at each step
+@pytest.mark.parametrize("layered", [False, True])
+@pytest.mark.parametrize("how", ["another", "in place", "unseen"])
+def test_one_that_comes_to_hide_a_key_hides_it_at_once(how: str, layered: bool, size: int) -> None:
+    model = Model(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=0))
+    model.__class__, model.breaks = Whole, layered  # type: ignore[assignment]
+    neutral = {"prompt_interval": 1, "response_interval": 1, "shift": False, "mask_id": MASK, "lowering": "eager"}
+    call = torch.compile(model, backend="dllm", options=neutral)
+    ids = torch.randint(3, MASK, (1, size), generator=torch.Generator().manual_seed(0))
+    ids[:, -8:] = MASK
+    mask = torch.ones(1, 1, size, size, dtype=torch.bool)
+    with torch.no_grad(), dllm_compile.loop():
+        for at in range(size - 8, size - 1):
+            got, want = call(ids, mask)[:, at:], model(ids, mask)[:, at:]
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+            ids = ids.clone()
+            ids[:, at] = 2 + at % 3
+            if at == size - 6:
+                mask = mask.clone() if how == "another" else mask
+                (mask.data if how == "unseen" else mask)[..., 1] = False
+
+
 @pytest.mark.parametrize("options", [FAST_DLLM, SPARSE], ids=["fast-dllm", "sparse-dllm"])
 @pytest.mark.parametrize("kind", ["keys", "added"])
 def test_one_that_hides_a_key_is_read_whatever_the_one_before_hid(kind: str, options: dict[str, Any]) -> None:
@@ -102,3 +144,28 @@ def test_one_that_hides_a_key_is_read_whatever_the_one_before_hid(kind: str, opt
         assert torch.equal(a, b)
         assert torch.equal(c, d)
         assert (a - c)[0].abs().max() > 1e-6
+
+
+class OfTokens(Model):
+    """Hides a token wherever it is, by a mask ``[B, 1, S, S]``."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[B, S, V]``."""
+        tokens = ids.shape[1]
+        angles = torch.arange(tokens, device=ids.device)[:, None] * self.get_buffer("rates")
+        seen, x = (ids != 1)[:, None, None, :].expand(-1, 1, tokens, tokens), self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, angles.cos(), angles.sin(), seen)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("options", [FAST_DLLM, SPARSE], ids=["fast-dllm", "sparse-dllm"])
+def test_one_that_is_made_of_the_tokens_for_each_query_computes_every_row(options: dict[str, Any]) -> None:
+    model = built(None)
+    model.__class__ = OfTokens
+    call = torch.compile(model, backend="dllm", options={**options, "mask_id": MASK, "lowering": "eager"})
+    with pytest.warns(UserWarning, match="computes every row at every step"):
+        got = generated(call)
+    for a, b in zip(got, generated(model), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)

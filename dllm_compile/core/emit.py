@@ -202,6 +202,9 @@ class _Writer:
 
     def _attention(self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
         """An attention call: as it was, over the kept entries, or from the change of the salient values."""
+        own = attention_arguments(node.args, node.kwargs).attn_mask
+        if own in self.axes.live and self.axes.fake[own].shape[-2:-1] != (1,) and self.computed[node] != ALL:
+            raise GraphRefused("an attention mask that is made of the tokens has a row for each query", node)
         if not self.assignment.masked:
             kwargs = {name: value for name, value in kwargs.items() if name != "attn_mask"}
         given = attention_arguments(args, kwargs)

@@ -28,6 +28,7 @@ from dllm_compile.passes import analyzed
 from dllm_compile.passes.causal import hide, masks_of, refuse_causal_masks
 
 from .cost import whole
+from .unchanged import SMALL
 from .unit_code import shared
 
 Asked = TypeVar("Asked")
@@ -159,12 +160,16 @@ class Program:
         return other
 
     def masked(self, args: Mapping[torch.fx.Node, Any]) -> bool:
-        """Whether an attention mask hides a key, or may: one that depends on tokens is not looked at.
+        """Whether an attention mask hides a key, or may: one that depends on tokens is not looked at, and inputs of
+        more than :data:`dllm_compile.runtime.unchanged.SMALL` numbers are not compared as a whole at every step.
 
         Args:
             args: the value of each placeholder.
         """
-        return not self.knows_masks or hide(self.masks, args)
+        read = [args[node] for _, mask in self.masks for node in mask.reads]
+        given = [each for each in read if isinstance(each, torch.Tensor)]
+        watched = all(each.numel() <= SMALL and not isinstance(each, torch.nn.Parameter) for each in given)
+        return not (self.knows_masks and watched) or hide(self.masks, args)
 
     def check(self, args: Sequence[Any]) -> None:
         """Look at the values that the first call has.
