@@ -50,14 +50,14 @@ def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any
 
 
 def hide(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> bool:
-    """Whether attention masks hide a key from a row, or add to a score; reads one truth value.
+    """Whether attention masks hide a key from a row, or add to a score; reads a truth value of each.
 
     Args:
         masks: of a graph, one or more.
         given: the value of each placeholder of the graph.
     """
-    values = [value for _, value in _values(masks, given)]
-    return bool(torch.stack([~value.all() if value.dtype == torch.bool else value.any() for value in values]).any())
+    found = _values(masks, given)
+    return any(bool(~value.all() if value.dtype == torch.bool else value.any()) for _, value in found)
 
 
 def _values(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> list[tuple[torch.fx.Node, torch.Tensor]]:
