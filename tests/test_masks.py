@@ -90,13 +90,13 @@ class Whole(Masked):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[B, S, V]``."""
         angles = torch.arange(ids.shape[1], device=ids.device)[:, None] * self.get_buffer("rates")
-        x, cos, sin = self.embed(ids), angles.cos(), angles.sin()
-        for layer in self.layers:
-            if self.breaks:
-                torch._dynamo.graph_break()
-            x = layer(x, cos, sin, mask)
+        x = self.embed(ids)
         if self.breaks:
             torch._dynamo.graph_break()
+        for layer in self.layers:
+            x = layer(x, angles.cos(), angles.sin(), mask)
+            if self.breaks:
+                torch._dynamo.graph_break()
         logits: torch.Tensor = self.head(self.norm(x))
         return logits
 
@@ -106,7 +106,7 @@ class Whole(Masked):
 @pytest.mark.parametrize("layered", [False, True])
 @pytest.mark.parametrize("how", ["another", "in place", "unseen"])
 def test_one_that_comes_to_hide_a_key_hides_it_at_once(how: str, layered: bool, size: int) -> None:
-    model = Model(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=0))
+    model = Model(Shape(layers=3, heads=2, groups=1, head_dim=4, seed=0))
     model.__class__, model.breaks = Whole, layered  # type: ignore[assignment]
     neutral = {"prompt_interval": 1, "response_interval": 1, "shift": False, "mask_id": MASK, "lowering": "eager"}
     call = torch.compile(model, backend="dllm", options=neutral)
