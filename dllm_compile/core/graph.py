@@ -19,6 +19,7 @@ from dllm_compile.compat import (
     TorchDispatchMode,
     get_unwrapped,
     is_functorch_wrapped_tensor,
+    is_traceable_wrapper_subclass,
     schema,
     storage_id,
     tree_any,
@@ -307,7 +308,18 @@ def _signature(node: torch.fx.Node, axes: Axes) -> str:
         layout = axes.layout.get(node, axes.made.get(node))
         extents = of_layout(layout) if layout is not None else of_constant(value, *axes.size)
         return f"{type(value)} {value.dtype} {extents} {form(value)} {value.device}"
-    return repr(value)
+    return _parts(value)
+
+
+def _parts(value: Any) -> str:
+    """What a constant is, as text; of a tensor made of others, all that code compiled for it takes for granted."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    own = f"{type(value)} {value.dtype} {tuple(value.shape)} {form(value)} {value.device}"
+    if not is_traceable_wrapper_subclass(value):
+        return own
+    names, context = value.__tensor_flatten__()
+    return f"{own} {context} { {name: _parts(getattr(value, name)) for name in names} }"
 
 
 def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> None:
