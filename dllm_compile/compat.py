@@ -93,11 +93,12 @@ version: Callable[[torch.Tensor], int] = attrgetter("_version")
 if not TYPE_CHECKING:  # or every other name would be taken for one of these
 
     def __getattr__(name: str) -> Any:
-        """A name of :data:`LATE`, from its module."""
+        """A name of :data:`LATE`, from its module; looked up once."""
         if name not in LATE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = importlib.import_module(LATE[name])
-        return module if name.endswith("_config") else getattr(module, name)
+        globals()[name] = found = module if name.endswith("_config") else getattr(module, name)
+        return found
 
 
 def storage_id(tensor: torch.Tensor) -> int:

@@ -14,6 +14,20 @@ from . import loops
 MASK, END = 30, 7
 
 
+class Streamer:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
 def toy(seed: int = 0, sharp: float = 3.0, end: float = 0.0) -> loops.Logits:
     """A bidirectional model in a line: bare logits of ids, position and the average token; the mask is never best."""
     draw = torch.Generator().manual_seed(seed)

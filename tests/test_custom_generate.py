@@ -21,7 +21,7 @@ from dllm_compile import Generated, generate
 from dllm_compile.sampler.handed import REFUSED
 
 from . import models
-from .sampling_loops import ids, seeded
+from .sampling_loops import Streamer, ids, seeded
 
 BY_NAME = hasattr(transformers.GenerationMixin, "_extract_generation_mode_kwargs")
 by_name = pytest.mark.skipif(not BY_NAME, reason="this transformers takes no argument of a custom loop")
@@ -151,20 +151,6 @@ def test_a_prompt_is_answered_as_often_as_asked_for() -> None:
     got = through(model, prompts, max_new_tokens=8, do_sample=True, temperature=3.0, num_return_sequences=3)
     assert torch.equal(got[:, :6], prompts.repeat_interleave(3, 0))
     assert len(got.unique(dim=0)) == 6
-
-
-class Streamer:
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[list[int]] = []
-        self.ended = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.given.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.ended += 1
 
 
 def test_a_streamer_gets_the_prompt_once_and_the_rest_in_order() -> None:

@@ -17,21 +17,7 @@ from dllm_compile.sampler.family import Family, family
 from dllm_compile.sampler.rules import chosen
 
 from . import models
-from .sampling_loops import END, MASK, ids, run, seeded, start, toy
-
-
-class Streamer:
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[list[int]] = []
-        self.ended = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.given.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.ended += 1
+from .sampling_loops import END, MASK, Streamer, ids, run, seeded, start, toy
 
 
 @pytest.mark.parametrize("more", [{}, {"block_length": 4, "threshold": 0.6}, {"eos_id": END}])
