@@ -1,4 +1,6 @@
-"""What a caller says of the calls it makes: that they are one denoising loop, that they are none, what they fill."""
+"""What a caller says of the calls it makes: that they are one denoising loop, that they are none, what they fill, and
+what their ids are.
+"""
 
 from __future__ import annotations
 
@@ -88,3 +90,27 @@ def to_be_filled(shape: torch.Size) -> torch.Tensor | None:
     """The positions ``[B, S]`` bool that are filled from a call made now; ``None`` where nobody says."""
     rows: torch.Tensor | None = getattr(_NOW, "rows", None)
     return rows if rows is not None and rows.shape == shape else None
+
+
+@contextmanager
+def known_ids(ids: torch.Tensor, host: torch.Tensor | None) -> Iterator[None]:
+    """Say what the ids of the calls made inside are, on this thread, so that the device need not be read again.
+
+    It also says that weights and inputs are what they were at the call before, but for writes that PyTorch counts.
+
+    Args:
+        ids: ``[B, S]`` int64, the tensor that the model is called with.
+        host: the same on the host; ``None`` says nothing.
+    """
+    before = getattr(_NOW, "ids", None)
+    _NOW.ids = None if host is None else (ids, host)
+    try:
+        yield
+    finally:
+        _NOW.ids = before
+
+
+def ids_on_host(ids: torch.Tensor) -> torch.Tensor | None:
+    """What :func:`known_ids` said of this very tensor; ``None`` where nobody did."""
+    said: tuple[torch.Tensor, torch.Tensor] | None = getattr(_NOW, "ids", None)
+    return said[1] if said is not None and said[0] is ids else None

@@ -352,6 +352,14 @@ class Batch:
         self.past = replace(past, ids=some(past.ids), on_device=some(past.on_device), schedule=plans, history=())
         self.last = None  # what was noted behind its layers is of all sequences
 
+    def late_inputs(self, ids: torch.Tensor | None, late: Sequence[torch.Tensor]) -> Inputs | None:
+        """What only the head read at the last call, to be compared with ``late``; ``None`` where ``ids`` ``[B, S]``
+        are given and are others than in that call: then it does not matter.
+        """
+        known = self.late
+        again = ids is None or (self.past is not None and torch.equal(ids, self.past.ids))
+        return known if known is not None and again and known.fit(late) else None
+
     def call(self, ids: torch.Tensor, caller: object, filling: torch.Tensor | None) -> Call:
         """What happened since the last call, for the schedule."""
         masked, past = ids == self.mask_id, self.past

@@ -78,11 +78,15 @@ def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[t
         parts.append(tensor.reshape(-1).view(torch.uint8))
         rest = -tensor.nbytes % ALIGNED
         parts += [_SPARE[:rest]] if rest else []
-    memory = torch.cat(parts)
-    if device.type == "cuda":
-        memory = memory.pin_memory()
     places = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
-    return memory.to(device, non_blocking=True), places
+    return sent(torch.cat(parts), device), places
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; nobody waits for the transfer."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def unpacked(memory: torch.Tensor, places: Places) -> dict[str, torch.Tensor]:

@@ -273,10 +273,12 @@ class GraphCall:
     def overflowed(self) -> bool:
         """Whether a layer had more salient rows than its capacity, which is then larger from now on."""
         session, step = self.batch.session, self.step
-        if self.capacity is None and session.records and step.assignment.salient:
+        if self.capacity is None and step.assignment.salient:
             session.grow_salient_capacity(step, 2 * self.most_salient)
-        most = int(torch.stack(self.salient_counts).max()) if self.salient_counts else 0  # the one read of a step
-        if self.capacity is None or most <= self.capacity:
+        counts: list[int] = torch.stack(self.salient_counts).tolist() if self.salient_counts else []  # one read a step
+        if self.capacity is None or (most := max(counts, default=0)) <= self.capacity:
+            session.stats.salient += sum(counts)
+            session.stats.salient_layers += len(counts)
             return False
         session.grow_salient_capacity(step, most)
         self.batch.recordings.clear()  # they have the old one

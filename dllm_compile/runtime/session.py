@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.declared import Declared, ExactCalls, Loop, declared
+from dllm_compile.declared import Declared, ExactCalls, Loop, declared, ids_on_host
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
 
@@ -78,11 +78,13 @@ class Session:
         return any(ref() is not None and id(ref()) in weights for ref in self.owners)
 
     def salient_capacity(self, step: Step) -> int | None:
-        """Salient rows that a layer of a recorded step has memory for; ``None`` where the host counts them.
+        """Salient rows that a layer of a step has memory for; ``None`` where the host counts them.
 
-        The first step of as many active rows is counted on the host, layer by layer, and tells what to expect.
+        On a CPU it always does: a row more costs time. On a device it would wait for each layer, so that only the first
+        step of as many active rows is counted on the host, and tells what to expect.
         """
-        return self.salient_capacities.get(step.sizes.get("active", 0)) if self.records else None
+        waits = self.records or step.counts.device.type != "cpu"
+        return self.salient_capacities.get(step.sizes.get("active", 0)) if waits else None
 
     def grow_salient_capacity(self, step: Step, rows: int) -> None:
         """From now on have memory for at least so many salient rows in steps of as many active rows."""
@@ -196,19 +198,21 @@ class Session:
         candidates: list[Batch],
         looked: bool,
     ) -> Read:
-        """The ids, and what was computed on the device about them, in one transfer."""
+        """The ids, and what was computed on the device about them, in one transfer; in none where the caller says what
+        the ids are and nothing else has to be asked.
+        """
         parts = [ids.detach().reshape(-1).long()]
-        device = ids.device
+        device, said = ids.device, ids_on_host(ids)
 
         def put(values: torch.Tensor) -> None:
             flat = values.reshape(-1)
             parts.append((flat.view(torch.int64) if flat.dtype == torch.float64 else flat.long()).to(device))
 
-        written = [] if looked else self.weights.written()
+        written = [] if looked or said is not None else self.weights.written()
         for flag in written:
             put(flag)
-        differ = [each.inputs.differ(side_inputs) for each in candidates]
-        lately = [each.late if each.late is not None and each.late.fit(late) else None for each in candidates]
+        differ = [each.inputs.differ(side_inputs, counted=said is not None) for each in candidates]
+        lately = [each.late_inputs(said, late) for each in candidates]
         later = [known.differ(late) if known is not None else [] for known in lately]
         for flag in (flag for mine in (*differ, *later) for flag in mine):
             put(flag)
@@ -217,8 +221,8 @@ class Session:
             assert each.past is not None
             assert each.expected is not None
             put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
-        packed = torch.cat(parts)
-        host, at = packed.cpu(), ids.numel()
+        packed, at = torch.cat(parts) if len(parts) > 1 else parts[0], ids.numel()
+        host = said.reshape(-1).long() if said is not None and len(parts) == 1 else packed.cpu()
         flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), *map(len, later), 7 * len(doubted)])
         count = 1 + len(candidates)
         numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []

@@ -138,17 +138,24 @@ class Inputs:
         """Whether others have the same shapes, dtypes and devices."""
         return [_kind(part) for part in leaves(tensors)] == self.kinds
 
-    def differ(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def differ(self, tensors: Sequence[torch.Tensor], counted: bool = False) -> list[torch.Tensor]:
         """Truth values on their devices: whether others hold other values. They must :meth:`fit`.
 
         The same large tensor, not written to where PyTorch counts it, is compared by its sample, another one whole.
+
+        Args:
+            tensors: the others.
+            counted: every write is known to be one that PyTorch counts: the same tensor needs no look at its values.
         """
         out: list[torch.Tensor] = []
         for i, part in enumerate(leaves(tensors)):
             copy, sample, known = self.copies[i], self.samples[i], self.sums[i]
+            same = self.refs[i]() is part and _mark(part) == self.marks[i]
+            if same and counted:
+                continue
             if copy is not None:
                 out.append(_differ(_bits(part), copy))
-            elif self.refs[i]() is part and _mark(part) == self.marks[i] and sample is not None:
+            elif same and sample is not None:
                 out.append(_differ(_bits(_sample_view(part)), sample))
             else:
                 assert known is not None

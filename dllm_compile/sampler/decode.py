@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dllm_compile.declared import known_ids
+
 from .progress import Progress, StepFunction
 from .stops import Stops
 
@@ -76,14 +78,17 @@ def decode(
     """
     stream = _Stream(streamer, x, prompt)
     history = [x]
-    host = x.cpu()
+    host = known = x.cpu()
     masked = start = host == mask_id
     cut = torch.zeros_like(masked)
+    alone = streamer is None and stops is None  # nobody else's code runs between two calls
     calls = idle = 0
     while (writable := progress.writable(masked & ~cut & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
-        x = step(x, writable.to(x.device))
+        with known_ids(x, known if alone else None):
+            x = step(x, writable.to(x.device))
         calls += 1
-        host, before = x.cpu(), masked
+        host = known = x.cpu()
+        before = masked
         masked = host == mask_id
         idle = idle + 1 if torch.equal(masked, before) else 0
         if progress.settings.allowed is not None and idle == IDLE:

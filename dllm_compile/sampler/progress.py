@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dllm_compile.runtime.positions import sent
+
 from .settings import Settings
 
 
@@ -34,9 +36,9 @@ class Writable:
 
     def to(self, device: torch.device) -> Writable:
         """The same with its tensors on ``device``."""
-        count = None if self.count is None else self.count.to(device)
-        share = None if self.share is None else self.share.to(device)
-        return replace(self, candidates=self.candidates.to(device), count=count, share=share)
+        count = None if self.count is None else sent(self.count, device)
+        share = None if self.share is None else sent(self.share, device)
+        return replace(self, candidates=sent(self.candidates, device), count=count, share=share)
 
 
 StepFunction = Callable[[torch.Tensor, Writable], torch.Tensor]

@@ -134,12 +134,14 @@ class StepSeen:
         crossings: reads and copies; see :class:`tests.cuda_without_gpu.device.Crossing`.
         copied: copies that the device made.
         logits: readable ones, on the host.
+        active: active rows a sequence.
     """
 
     name: str
     crossings: list[Any]
     copied: list[Any]
     logits: torch.Tensor
+    active: int | None = None
 
     def lines(self, kind: str) -> list[str]:
         """Where its reads, or copies, are asked for."""
@@ -349,7 +351,13 @@ def run(
             logits = held(call(x, **more)).double()
             readable = logits[ids == MASK].clone()
             driven.steps.append(
-                StepSeen(ran[-1].counted or ran[-1].assignment.name, [*mode.crossings], [*mode.copied], readable)
+                StepSeen(
+                    ran[-1].counted or ran[-1].assignment.name,
+                    [*mode.crossings],
+                    [*mode.copied],
+                    readable,
+                    ran[-1].sizes.get("active"),
+                )
             )
             ids = _filled(ids, logits)
         driven.refused = dllm_compile.stats()["refused"]

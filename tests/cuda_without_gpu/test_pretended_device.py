@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 import dllm_compile
 from dllm_compile.runtime import recordings, steps
@@ -21,21 +22,33 @@ pytestmark = [
     pytest.mark.shares_graphs,
     pytest.mark.skipif(bool(guard.missing()), reason=guard.missing() or "none"),
 ]
-READ = "runtime/session.py: host, at = packed.cpu(), ids.numel()"
+READ = "runtime/session.py: host = said.reshape(-1).long() if said is not None and len(parts) == 1 else packed.cpu()"
 COUNT = "runtime/run.py: capacity = int(counts.max())"
-COPY = "runtime/positions.py: return memory.to(device, non_blocking=True), places"
+MOST = "runtime/run.py: counts: list[int] = torch.stack(self.salient_counts).tolist() if self.salient_counts else []"
+COPY = "runtime/positions.py: return tensor.to(device, non_blocking=True)"
 PARTIAL = {"block", "select", "response", "sparse", "salient"}
+
+
+def counts_of_salient_rows(steps: list[drive.StepSeen]) -> list[list[str]]:
+    """Reads of each step beside its ids. The first of as many rows counts the salient ones at each of the two layers,
+    to know how much memory the others need, which look behind their last layer whether it was enough.
+    """
+    reads, known = [], set()
+    for step in steps:
+        salient = step.name == "salient"
+        reads.append(([MOST] if step.active in known else [COUNT] * 2) if salient else [])
+        known |= {step.active} if salient else set()
+    return reads
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", drive.METHODS)
 def test_a_step_is_one_read_and_one_copy_that_nobody_waits_for(name: str, batch: int) -> None:
-    """Salient rows are counted on the host, layer by layer, unless steps are recorded. Results are those of a CPU."""
+    """Results are those of a CPU."""
     seen = drive.run(name, batch, dtype=torch.float64)
     assert not seen.refused
     assert {step.name for step in seen.steps} & PARTIAL
-    for step in seen.steps[1:]:
-        counted = [COUNT] * 2 if step.name == "salient" else []
+    for step, counted in zip(seen.steps[1:], counts_of_salient_rows(seen.steps[1:]), strict=True):
         assert step.lines("read") == [READ, *counted]
         assert step.lines("copy") == [COPY]
         assert all(each.pinned and not each.waits for each in step.crossings if each.kind == "copy")
@@ -52,8 +65,7 @@ def test_a_step_is_one_read_and_one_copy_that_nobody_waits_for(name: str, batch:
 def test_a_mask_is_looked_at_once(name: str) -> None:
     seen = drive.run(name, 2, padded=True, dtype=torch.float64)
     assert not seen.refused
-    for step in seen.steps[1:]:
-        counted = [COUNT] * 2 if step.name == "salient" else []
+    for step, counted in zip(seen.steps[1:], counts_of_salient_rows(seen.steps[1:]), strict=True):
         assert step.lines("read") == [READ, *counted]
     on_host = drive.run(name, 2, padded=True, host=True, dtype=torch.float64)
     for got, want in zip(seen.steps, on_host.steps, strict=True):
@@ -105,21 +117,41 @@ def test_mixed_devices_are_refused_and_a_recording_ends_with_a_read() -> None:
                 read()
 
 
-def test_generate_reads_the_ids_once_more_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it may write next depends on them; the backend reads them itself."""
+class _Streamer(BaseStreamer):  # type: ignore[misc]
+    def put(self, value: torch.Tensor) -> None:
+        """Code that is not the package's runs between two calls."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_generate_reads_its_ids_once_a_call(monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
+    """What it may write next depends on them, and it tells the backend. Only where a streamer's code runs between two
+    calls does the backend look whether weights were written to.
+    """
     monkeypatch.setattr(stepper, "compiled", lambda step, model, options: drive.compiled(step, options))
     ids = torch.randint(3, drive.MASK, (1, 9), generator=torch.Generator().manual_seed(0))
     model = drive.model()
     with Pretended() as mode:
-        options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "threshold": 0.9}
+        options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "threshold": 0.9, "lowering": "eager"}
+        streamer = _Streamer() if streams else None
         made = dllm_compile.generate(
-            model, on_device(ids), gen_length=16, mask_id=drive.MASK, lowering="eager", return_dict=True, **options
+            model,
+            on_device(ids),
+            gen_length=16,
+            mask_id=drive.MASK,
+            return_dict=True,
+            streamer=streamer,
+            **options,
         )
     assert not (held(made.sequences) == drive.MASK).any()
     reads = Counter(each.line for each in mode.crossings if each.kind == "read")
-    copies = Counter(each.line for each in mode.crossings if each.kind == "copy")
-    assert reads.pop(READ) == made.nfe
-    assert sum(number for where, number in reads.items() if where.startswith("sampler/decode.py")) == made.nfe + 1
-    assert sum(reads.values()) == made.nfe + 1 + 3  # before the first call
-    assert copies.pop(COPY) == made.nfe
-    assert sum(number for where, number in copies.items() if where.startswith("sampler/progress.py")) == made.nfe
+    assert reads.pop(READ, 0) == (made.nfe if streams else 0)
+    assert sum(number for where, number in reads.items() if where.startswith("sampler/decode.py")) == (
+        made.nfe + 1 + streams
+    )
+    assert sum(reads.values()) == made.nfe + 1 + streams + 3  # before the first call
+    copies = [each for each in mode.crossings if each.kind == "copy"]
+    assert sum(each.line == COPY for each in copies) == 2 * made.nfe  # the candidates, and positions
+    assert all(each.pinned and not each.waits for each in copies if each.line == COPY)
