@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import eviction as eviction_bench
+from . import floor as floor_bench
 from . import frontier
 from . import host as host_bench
 from . import kernels as kernel_bench
@@ -46,6 +47,7 @@ ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
     "sequences": (length_bench.held, "what a process holds behind a thousand sequences of random sizes"),
+    "floor": (floor_bench.main, "a partial step of each method beside its matrix products and attention alone"),
     "host": (host_bench.main, "a partial step of a narrow model, and how many functions it calls"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
 }
