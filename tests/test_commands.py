@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -141,11 +142,23 @@ def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:
     from matplotlib import pyplot
 
     series = frontier.entrants()
-    rows = [Row(each.name, accuracy=0.9, vs_eager=1.0) for points in series.values() for _, each in points]
+    names = [each.name for points in series.values() for _, each in points]
+    rows = [Row(name, accuracy=0.9 - 0.01 * (i % 3), vs_eager=1.0 + i % 5) for i, name in enumerate(names)]
     frontier.draw(rows, str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    drawn = {line.get_label(): len(line.get_xydata()) for line in pyplot.gca().lines}
-    assert drawn == {name: len(points) for name, points in series.items()}
+    lines = {line.get_label(): line for line in pyplot.gca().lines}
+    assert {name: len(lines[name].get_xydata()) for name in series} == {n: len(points) for n, points in series.items()}
+    assert len({lines[name].get_marker() for name in series}) == len(series)
+    assert lines["Pareto front"].get_xydata().tolist() == [[5.0, 90.0]]
+    boxes = [text.get_window_extent() for text in pyplot.gca().texts]
+    assert len(boxes) == sum(bool(label) for points in series.values() for label, _ in points)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_what_no_other_setting_beats() -> None:
+    points = [(1.0, 90.0), (2.0, 90.0), (3.0, 80.0), (2.5, 70.0), (4.0, 10.0), (0.5, 95.0)]
+    assert frontier.pareto(points) == [(0.5, 95.0), (2.0, 90.0), (3.0, 80.0), (4.0, 10.0)]
+    assert 0 < frontier.standard_error(1.0, 32) < frontier.standard_error(0.5, 32)
 
 
 def test_commands_say_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from math import cos, radians, sin
 from typing import Any
 
 from . import demo
@@ -12,6 +15,7 @@ from .contest import Contender, Row
 from .table import print_rows
 
 PROBLEMS, BATCH, BLOCK = 32, 8, 32
+MARKERS = "osD^v<>pPXhH*d8"
 
 
 def entrants() -> dict[str, list[tuple[str, Contender]]]:
@@ -47,8 +51,9 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
     return out
 
 
-def draw(rows: list[Row], path: str) -> None:
-    """Write the picture.
+def draw(rows: list[Row], path: str, problems: int = PROBLEMS) -> None:
+    """Write the picture: one marker a method, with the standard error of its accuracy over the ``problems``, and a line
+    through the settings that no other beats in both speed and accuracy.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -60,22 +65,69 @@ def draw(rows: list[Row], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.set_prop_cycle(color=[matplotlib.colormaps["tab20"](i) for i in range(20)])
+    figure, axes = pyplot.subplots(figsize=(11, 6.5))
     places = {row.name: (row.vs_eager, 100 * (row.accuracy or 0.0)) for row in rows}
-    for series, points in entrants().items():
+    labels: list[tuple[str, tuple[float, float], Any]] = []
+    for i, (series, points) in enumerate(entrants().items()):
+        color, marker = matplotlib.colormaps["tab20"](2 * i % 20 + i // 10), MARKERS[i % len(MARKERS)]
         mine = {label: places[contender.name] for label, contender in points}
         speed, accuracy = zip(*mine.values(), strict=True)
-        axes.plot(speed, accuracy, marker="o", linestyle="-" if len(mine) > 1 else "", label=series)
-        for label, at in mine.items():
-            axes.annotate(label, at, textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set_xscale("log")
+        errors = [100 * standard_error(share / 100, problems) for share in accuracy]
+        below = [min(each, share) for each, share in zip(errors, accuracy, strict=True)]
+        above = [min(each, 100 - share) for each, share in zip(errors, accuracy, strict=True)]
+        axes.errorbar(speed, accuracy, [below, above], color=color, linestyle="", elinewidth=0.6, label="_")
+        line = "-" if len(mine) > 1 else ""
+        axes.plot(speed, accuracy, marker=marker, color=color, linestyle=line, linewidth=0.8, label=series)
+        labels += [(label, at, color) for label, at in mine.items() if label]
+    front = pareto([*places.values()])
+    axes.plot(*zip(*front, strict=True), color="black", linestyle=":", linewidth=1.2, zorder=0, label="Pareto front")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.set_xlabel("tokens/s relative to eager")
-    axes.set_ylabel("problems answered exactly, %")
-    axes.set_title(f"Embedded model, {PROBLEMS} problems, batch {BATCH}, loop in blocks of {BLOCK}")
+    axes.set_ylabel("problems answered exactly, % (bars: standard error)")
+    axes.set_title(f"Embedded model, {problems} problems, batch {BATCH}, loop in blocks of {BLOCK}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    place(axes, labels, [*places.values()])
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of ``count`` independent answers, by Wilson's estimate: 0 and 1 are not certain either."""
+    share = (share * count + 2) / (count + 4)
+    return float((share * (1 - share) / (count + 4)) ** 0.5)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points for which no other is better in one coordinate and at least as good in the other, by the first."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def place(axes: Any, labels: Sequence[tuple[str, tuple[float, float], Any]], points: Sequence[Any]) -> list[Any]:
+    """Write each label near its point where it covers no other label and no point; returns the texts.
+
+    Args:
+        axes: of matplotlib, whose limits are final.
+        labels: text, point and color of each.
+        points: what no label may cover.
+    """
+    axes.figure.canvas.draw()
+    marks = axes.transData.transform(points)
+    texts: list[Any] = []
+    for text, at, color in labels:
+        shown = axes.annotate(text, at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=color)
+        for distance, angle in itertools.product(range(8, 60, 4), range(45, 405, 30)):
+            shown.set_position((distance * cos(radians(angle)) - 6, distance * sin(radians(angle)) - 3))
+            box = shown.get_window_extent()
+            covers = any(box.overlaps(other.get_window_extent()) for other in texts)
+            if not covers and not box.padded(3).count_contains(marks):
+                break
+        texts.append(shown)
+    return texts
 
 
 def main(picture: str, target: str | None) -> None:
