@@ -48,7 +48,7 @@ class Stats:
         graphs: calls of graphs that those steps were made of.
         flops_whole, flops: of those calls, had they computed every row, and as they ran; see :class:`Tally`. Graphs
             that run on plain Inductor, what precedes the first layer and what a sampler computes are in neither.
-        salient: rows that layers of saliency steps found salient, the most of a batch, all told; only on a CPU.
+        salient: rows that layers of saliency steps found salient, the most of a batch, all told.
         salient_layers: how many layers that were.
         cuda_graphs: calls of graphs in partial steps, where they may be recorded, by how they were launched:
             ``"replayed"``, or kernel by kernel, and why. The first of a kind is never recorded.
