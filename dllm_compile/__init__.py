@@ -9,6 +9,7 @@ from .backend import dllm, reset, stats
 from .declared import exact_calls, loop
 from .explain import Explanation, explain
 from .generate import generate
+from .interface.blocks import Masks
 from .interface.mechanism import Confidences, Contexts, Facts, Mechanism, Option, RowRule
 from .interface.plan import AfterLayer, Measured
 from .kernels.attention_weights import attention_weights
@@ -26,6 +27,7 @@ __all__ = [
     "Explanation",
     "Facts",
     "Generated",
+    "Masks",
     "Measured",
     "Mechanism",
     "Option",

@@ -13,7 +13,7 @@ import torch
 
 from .declared import loop
 from .interface.mechanism import Confidences, Mechanism, asked
-from .mechanisms import RENEWED, rule_of, tables, turned_on
+from .mechanisms import RENEWED, find_block, rule_of, tables, turned_on
 from .options import Options, check_vocabulary
 from .sampler.check import check_call, check_range, embedded
 from .sampler.decode import Generated, decode
@@ -105,6 +105,7 @@ def _run(
     if options:
         how, options, cached = _for_backend(how, options, kind)
         _refuse_masks(prompt, kind.mask_id, cached)
+    how.check_blocks()
     x = torch.nn.functional.pad(prompt.long(), (0, how.gen_length), value=kind.mask_id)
     stops = None if stopping is None else Stops(stopping, how.eos, x, prompt.shape[1])
     progress, how = _progress(how, x == kind.mask_id, kind.shift, cached, bool(options))
@@ -153,6 +154,9 @@ def _for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> t
             options["block_length"] = settings.block_length
         backend = Options.of(options)
         settings = replace(settings, block_length=backend.block_length)
+    find = find_block(backend)
+    if find is not None:
+        settings = replace(settings, block=find)
     chooser = next((each for each in turned_on(backend) if each.unmask is not None), None)
     restricting = tuple(each for each in turned_on(backend) if each.candidates is not None)
     if chooser is not None or restricting:

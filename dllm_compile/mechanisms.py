@@ -5,14 +5,33 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from .general_options import GENERAL
-from .interface.mechanism import Mechanism, Option, RowRule
-from .passes import block_cache, decoded_rows, eviction, feature_cache, frechet, saliency
+import torch
 
-OWN = tuple(each.MECHANISM for each in (feature_cache, block_cache, decoded_rows, eviction, saliency, frechet))
+from .general_options import GENERAL
+from .interface.blocks import FindBlock, Masks
+from .interface.mechanism import Mechanism, Option, RowRule, asked
+from .passes import (
+    block_cache,
+    decoded_rows,
+    eviction,
+    feature_cache,
+    frechet,
+    saliency,
+    sliding_block,
+    vicinity,
+)
+
+OWN = tuple(
+    each.MECHANISM
+    for each in (feature_cache, block_cache, decoded_rows, eviction, saliency, sliding_block, vicinity, frechet)
+)
 """Those of the package."""
+
+SAID = ("block", "widens", "narrows", "reach", "refresh", "visible", "salient", "unmask", "candidates")
+"""Functions of a mechanism that are asked where one of its switches is on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +150,24 @@ def turned_on(options: Any) -> list[Mechanism]:
     return [each for each in (*OWN, *known.registered.values()) if on.intersection(each.switches)]
 
 
+def find_block(options: Any) -> FindBlock | None:
+    """Where the active block is, as a mechanism says that an option switched on; ``None`` for fixed blocks."""
+    says = next((each for each in turned_on(options) if each.block is not None), None)
+    return None if says is None else _found_by(says, options)
+
+
+@cache
+def _found_by(mechanism: Mechanism, options: Any) -> FindBlock:
+    """The same function for the same options."""
+
+    def find(masked: torch.Tensor, response: torch.Tensor, length: int | None) -> torch.Tensor:
+        assert mechanism.block is not None
+        told = Masks(masked, response, length or masked.shape[1], options)
+        return asked(f"the mechanism {mechanism.name!r} says the block", mechanism.block, told, masked) & response
+
+    return find
+
+
 def register(mechanism: Mechanism) -> Mechanism:
     """Make a mechanism one of the package's: its methods, presets, options and rules are valid from here on.
 
@@ -214,11 +251,13 @@ def _check(mechanism: Mechanism) -> None:
             raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
         if option.read is not None and not option.beside:
             raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
-    says = mechanism.narrows or mechanism.visible or mechanism.salient or mechanism.unmask or mechanism.candidates
     if mechanism.salient and len(mechanism.switches) > 1:
         raise ValueError(
             f"{mechanism.name!r} says salient rows, and has several switches; give one, which is its bound"
         )
+    if mechanism.block and len(mechanism.switches) > 1:
+        raise ValueError(f"{mechanism.name!r} says the block, and has several switches; give one")
+    says = any(getattr(mechanism, name) is not None for name in SAID)
     if says and not mechanism.switches:
         raise ValueError(
             f"{mechanism.name!r} says rows, keys or tokens, and nothing switches it on; name an option in `switches`"

@@ -67,6 +67,11 @@ class Options:
         full_steps: int
         response_only: bool
         whole_interval: int
+        sliding: str | None
+        refresh_tokens: int | None
+        prefix_window: int | None
+        suffix_window: int | None
+        warmup_steps: int | None
         mask_id: int | None
         shift: bool | None
         readable: str
@@ -151,6 +156,8 @@ class Options:
             said = value is not None and (name in written or value != option.default)
             if said and not self.reads(name):
                 raise ValueError(f"{name} is {value!r}, but no mechanism reads it; give {option.beside} too")
+        if self.cache == "none" and self.saliency is None:
+            self._check_needs_cache()
 
     def _check_axes(self) -> None:
         """Refuse what has no place in the steps of the other mechanisms."""
@@ -168,11 +175,18 @@ class Options:
         choosing = [mechanism.name for mechanism in turned_on(self) if mechanism.unmask is not None]
         if len(choosing) > 1:
             raise ValueError(f"{' and '.join(choosing)} each decide which tokens are written; leave out all but one")
-        for mechanism in turned_on(self) if self.cache == "none" and not salient else ():
-            if mechanism.narrows is not None:
-                raise ValueError(
-                    f"the mechanism {mechanism.name!r} narrows the rows of a cache of blocks; give cache='dual' too"
-                )
+        finding = [mechanism.name for mechanism in turned_on(self) if mechanism.block is not None]
+        if len(finding) > 1:
+            raise ValueError(f"{' and '.join(finding)} each decide where the block is; leave out all but one")
+
+    def _check_needs_cache(self) -> None:
+        """Refuse what changes the steps of a cache of blocks where there is none, and does nothing else."""
+        for mechanism in turned_on(self):
+            for name, what in _OF_A_CACHE.items():
+                if mechanism.block is None and getattr(mechanism, name) is not None:
+                    raise ValueError(
+                        f"the mechanism {mechanism.name!r} {what} a cache of blocks; give cache='dual' too"
+                    )
 
     def reads(self, name: str) -> bool:
         """Whether anything reads an option beside the others, whatever it is set to."""
@@ -285,4 +299,6 @@ def check_vocabulary(mask_id: int | None, vocabulary: int | None) -> None:
         )
 
 
+_OF_A_CACHE = {"narrows": "narrows the rows of", "widens": "widens the rows of", "refresh": "refreshes"}
+"""Functions of mechanisms that are asked only where ``cache`` or saliency chooses rows, and what they do."""
 _GENERAL = {"method", *(each.name for each in GENERAL)}

@@ -34,6 +34,8 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "dual": {"cache": "dual", "refresh_interval": 1},
     "prefix": {"cache": "prefix", "refresh_interval": 1},
     "decoded": {"cache": "decoded", "refresh_interval": 1},
+    "sliding": {"cache": "dual", "sliding": "greedy", "refresh_interval": 1},
+    "window": {"cache": "dual", "prefix_window": 2, "suffix_window": 1, "refresh_interval": 1},
     "keep": {"keep_ratio": 0.5, "delay": STEPS},
     "saliency": {"saliency_threshold": 0.9, "full_steps": STEPS},
 }
@@ -44,10 +46,12 @@ REUSING: dict[str, dict[str, Any]] = {
     "dual": {"cache": "dual"},
     "prefix": {"cache": "prefix"},
     "decoded": {"cache": "decoded"},
+    "sliding": {"cache": "dual", "sliding": "greedy", "refresh_tokens": 4},
+    "window": {"cache": "dual", "prefix_window": 2, "suffix_window": 1},
     "keep": {"keep_ratio": 0.5, "delay": 0},
     "saliency": {"saliency_threshold": 0.9, "full_steps": 1},
 }
-CACHES = {"dual", "prefix", "decoded"}
+CACHES = {"dual", "prefix", "decoded", "sliding", "window"}
 
 
 @pytest.fixture(autouse=True)

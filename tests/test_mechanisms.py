@@ -372,3 +372,52 @@ def test_a_refresh_of_the_response_alone_is_one() -> None:
             x = fill(call(x), x)
         rows.append(sum(dllm_compile.stats(model)["rows"].values()) - before)
     assert rows == [14, 8, 8, 8, 5, 5, 8, 2]  # masked ones and those filled since, or the response
+
+
+# -- blocks, further rows and refreshes from outside -----------------------------------------------------------------
+
+
+def last_masks(told: dllm_compile.Masks) -> torch.Tensor:
+    """A block of the last masks of a response."""
+    return told.masked & (told.masked.flip(1).cumsum(1).flip(1) <= told.length)
+
+
+BACKWARDS = Mechanism(
+    "backwards",
+    "no source",
+    options=(Option("backwards", False, **flag(), meaning="blocks begin at the end"),),
+    switches=("backwards",),
+    block=last_masks,
+    widens=lambda facts: facts.call.filled & (facts.call.number > 0),
+    refresh=lambda facts: facts.since.sum(1, True) >= 3,
+    methods={"backwards": {"cache": "dual", "backwards": True}},
+)
+
+
+def test_a_block_of_ones_own_is_written_by_generate_and_computed_between_refreshes() -> None:
+    register(BACKWARDS)
+    model, x = build(), start()
+    common = {"gen_length": RESPONSE, "block_length": 2, "mask_id": MASK, "shift": False, "lowering": "eager"}
+    out = dllm_compile.generate(
+        model, x[:, :-RESPONSE], method="backwards", steps=RESPONSE, output_history=True, **common
+    )
+    for before, after in zip(out.history[:-1], out.history[1:], strict=True):
+        filled, masked = before != after, before == MASK
+        assert filled.sum(1).tolist() == [1, 1]
+        assert not (filled & (masked.flip(1).cumsum(1).flip(1) > 2)).any()
+    found = dllm_compile.stats(model)
+    assert found["refreshes"] == {"block": 1, "backwards": 2}
+    assert found["steps"] == {"full": 3, "block": RESPONSE - 3}
+    assert found["rows"]["block"] == 3 * (RESPONSE - 3) - 1  # two masks, at last one, and the token that was filled
+
+
+def test_two_mechanisms_that_say_the_block_are_refused() -> None:
+    register(BACKWARDS)
+    with pytest.raises(ValueError, match="sliding-block and backwards each decide where the block is; leave out all"):
+        Options(method="backwards", sliding="greedy")
+
+
+@pytest.mark.parametrize("name", ["widens", "refresh", "block"])
+def test_functions_that_nothing_switches_on_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="nothing switches it on; name an option in `switches`"):
+        register(Mechanism("mine", "no source", **{name: lambda facts: facts.masked}))

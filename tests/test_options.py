@@ -45,6 +45,11 @@ OFF: dict[str, Any] = {
     "full_steps": 4,
     "response_only": True,
     "whole_interval": 4,
+    "sliding": None,
+    "refresh_tokens": None,
+    "prefix_window": None,
+    "suffix_window": None,
+    "warmup_steps": None,
     "frechet_delta": None,
     "mask_id": None,
     "shift": None,
@@ -57,7 +62,7 @@ OFF: dict[str, Any] = {
 }
 MECHANISMS = (
     *("cache", "delay", "refresh_interval", "prompt_interval", "response_interval", "transfer_ratio"),
-    *("keep_ratio", "saliency_threshold"),
+    *("keep_ratio", "saliency_threshold", "sliding", "prefix_window", "suffix_window", "warmup_steps"),
 )
 PUBLISHED = {
     "exact": ("none", None, None, None, None, None, None, None),
@@ -66,6 +71,8 @@ PUBLISHED = {
     "sparse-dllm": ("dual", None, None, None, None, None, 0.5, None),
     "dyllm": ("none", None, None, None, None, None, None, 0.99),
     "dkv-cache": ("decoded", 1, 8, None, None, None, None, None),
+    "dsb": ("dual", None, None, None, None, None, None, None, "greedy", 24),
+    "dinfer": ("dual", None, None, None, None, None, None, None, None, 16, 16, 4),
 }
 
 
@@ -93,7 +100,7 @@ def test_one_value_of_options_already_made_is_replaced_alone(method: str) -> Non
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_a_method_is_the_mechanisms_and_values_of_its_authors(method: str) -> None:
     assert METHODS.keys() == PUBLISHED.keys()
-    values = dict(zip(MECHANISMS, PUBLISHED[method], strict=True))
+    values = dict(zip(MECHANISMS, PUBLISHED[method], strict=False))  # the rest is off
     assert dataclasses.asdict(Options.of(method=method)) == {**OFF, **values, "method": method}
 
 
@@ -217,6 +224,7 @@ READ: dict[str, dict[str, Any]] = {
     "kernel_size": {"keep_ratio": 0.5, "prompt_interval": 4},
     "full_steps": {"saliency_threshold": 0.9},
     "response_only": {"saliency_threshold": 0.9},
+    "refresh_tokens": {"sliding": "greedy", "cache": "dual"},
 }
 """Something that reads an option which not every mechanism does."""
 
@@ -267,6 +275,11 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "full_steps": (1, 4, 1000),
     "response_only": (True, False),
     "whole_interval": (1, 4, 8),
+    "sliding": ("greedy", "constant", None),
+    "refresh_tokens": (1, 32, None),
+    "prefix_window": (0, 24, None),
+    "suffix_window": (0, 16, None),
+    "warmup_steps": (0, 4, None),
     "frechet_delta": (0, 0.25, 0.999, None),
     "cuda_graphs": (True, False),
     "mask_id": (0, 126336, None),
@@ -277,9 +290,13 @@ EDGES: dict[str, tuple[Any, ...]] = {
 }
 
 
+OF_A_CACHE = {name: {"cache": "dual"} for name in ("prefix_window", "suffix_window", "warmup_steps")}
+"""Switches of a mechanism that changes the steps of a cache."""
+
+
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EDGES.items() for value in values])
 def test_values_at_their_edges_are_taken(name: str, value: Any) -> None:
-    given = {name: value, **READ.get(name, {})}
+    given = {name: value, **READ.get(name, OF_A_CACHE.get(name, {}))}
     assert getattr(Options.of(given), name) is value
     assert getattr(Options(**given), name) is value
 
@@ -345,6 +362,11 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "full_steps": ("give a whole number of at least 1, such as 4", (0, -1, 4.0, "4", True, None)),
     "response_only": ("give True or False", (0, 1, "yes", None)),
     "whole_interval": ("give a whole number of at least 1, such as 4", (0, -1, 8.0, "8", True, None)),
+    "sliding": ('give "greedy" or "constant"', ("both", True, 1, [])),
+    "refresh_tokens": ("give a whole number of at least 1, such as 32", (0, 1.0, "8", True)),
+    "prefix_window": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
+    "suffix_window": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
+    "warmup_steps": ("give a whole number of at least 0, such as 4", (-1, 1.0, "8", True)),
     "frechet_delta": ("give a probability, such as 0.25, from 0 and below 1", (1, -0.1, "0.25", True, math.nan)),
     "cuda_graphs": ("give True or False", (0, 1, "yes", None)),
     "mask_id": ("give the token id of the mask", (-1, 1.0, "[MASK]", True)),

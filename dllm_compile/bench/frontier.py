@@ -43,6 +43,8 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
         for series, options in {
             "threshold, eager": None,
             "dual + threshold": dual,
+            "dsb + threshold": {"method": "dsb", **blocks},
+            "dinfer + threshold": {"method": "dinfer", **blocks},
             "sparse + threshold": sparse,
             "dyllm + threshold": {"method": "dyllm"},
             "dual, sparse, salient + threshold": {**sparse, "saliency_threshold": 0.99, "full_steps": 1},

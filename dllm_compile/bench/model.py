@@ -168,6 +168,8 @@ def contenders(setting: Setting) -> list[Contender]:
         Contender("dllm-cache", intervals, warm=setting.prompt_interval + 2),
         Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=setting.cache_block + 2),
         Contender("fast-dllm dual", dual, warm=setting.cache_block + 2),
+        Contender("dsb", {"method": "dsb", "block_length": setting.cache_block}, warm=setting.cache_block + 2),
+        Contender("dinfer", {"method": "dinfer", "block_length": setting.cache_block}, warm=setting.cache_block + 2),
         Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=setting.cache_block + 4),
         Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
         Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from .plan import Call
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a mechanism that says where the block is (``Mechanism.block``) is told, on the CPU.
+
+    Attributes:
+        masked: ``[B, S]`` bool, the rows of the response that hold the mask.
+        response: ``[B, S]`` bool, the rows that held it when the sequence began.
+        length: tokens of a block, at least 1; as many as there are rows where the user gives none.
+        options: what the user chose, by name.
+    """
+
+    masked: torch.Tensor
+    response: torch.Tensor
+    length: int
+    options: Any
+
+
+FindBlock = Callable[[torch.Tensor, torch.Tensor, int | None], torch.Tensor]
+"""From masked rows and the response, ``[B, S]`` bool each, and the length of a block to its rows ``[B, S]`` bool."""
 
 
 class Blocks:
@@ -16,18 +41,23 @@ class Blocks:
     Args:
         response: ``[B, S]`` bool, the rows of the response.
         length: tokens of a block; ``None`` takes the whole response as one.
+        find: where the block is at each call, if a mechanism says so. It then never moves to another block: its rows
+            change as the mechanism says.
 
     Attributes:
         active: ``[B, S]`` bool, the rows of the active block.
         moved: ``[B, 1]`` bool, whether a sequence is at another block than at the call before.
         done: ``[B, 1]`` bool, whether nothing of a sequence is masked.
+        calls: ``[B, 1]`` int64, calls of each sequence before this one.
         warning: what to tell the user of the last call.
     """
 
-    def __init__(self, response: torch.Tensor, length: int | None) -> None:
-        self.response, self.length = response, length
+    def __init__(self, response: torch.Tensor, length: int | None, find: FindBlock | None = None) -> None:
+        self.response, self.length, self.find = response, length, find
         self.warning: str | None = None
         self.at = torch.full((response.shape[0], 1), -1)
+        self.calls = torch.full((response.shape[0], 1), -1)
+        self.active = torch.zeros_like(response)
         self._number()
 
     def _number(self) -> None:
@@ -39,12 +69,17 @@ class Blocks:
         self.response = response
         self._number()
         self.at = self.at.masked_fill(rows.unsqueeze(1), -1)
+        self.calls = self.calls.masked_fill(rows.unsqueeze(1), -1)
 
     def next(self, call: Call) -> None:
         """Follow one call."""
         self.warning = None
-        if call.number and bool((call.filled & self.response & (self.block != self.at) & (self.at >= 0)).any()):
+        self.calls = self.calls + 1
+        if call.number and bool((call.filled & self.response & ~self.active & (self.at >= 0)).any()):
             self._give_up()
+        if self.find is not None:
+            self._follow(call, self.find)
+            return
         beyond = self.block.max() + 1
         ahead = torch.where(call.masked & self.response, self.block, beyond).amin(1, keepdim=True)
         self.done = ahead == beyond
@@ -53,12 +88,20 @@ class Blocks:
         self.at = at
         self.active = (self.block == at) & self.response  # a sequence without a response is at no block
 
+    def _follow(self, call: Call, find: FindBlock) -> None:
+        """The one block that a sequence has, where a mechanism says its rows."""
+        masked = call.masked & self.response
+        self.done = ~masked.any(1, keepdim=True)
+        self.active = find(masked, self.response, self.length)
+        self.moved = (self.at < 0) & ~self.done
+        self.at = torch.where(self.moved, 0, self.at)
+
     def _give_up(self) -> None:
         """The loop does not use these blocks: from now on treat the whole response as one block, and warn."""
         self.warning = (
             f"dllm: a token outside of the active block of {self.length} was filled, so this loop has no such blocks; "
             "the whole response is recomputed from here on. Give the loop's block_length, or use method='dllm-cache'"
         )
-        self.length = None
+        self.length = self.find = None
         self._number()
         self.at = torch.full_like(self.at, -1)

@@ -16,7 +16,7 @@ import torch
 
 from dllm_compile.core.errors import naming
 
-from .blocks import Blocks
+from .blocks import Blocks, Masks
 from .plan import AfterLayer, Call
 
 Rows = Callable[["Facts"], torch.Tensor]
@@ -175,8 +175,17 @@ class Mechanism:
         neutral: options at which every readable row equals eager's; ``None`` if no options guarantee that for every
             number of steps, or if it computes nothing and only decides what ``generate`` writes.
         rules: values that it adds to the option ``cache``.
-        narrows: where one of ``switches`` is on, the rows, ``[B, S]`` bool, that steps between two refreshes compute of
-            those that the rule of ``cache`` chooses; several mechanisms intersect.
+        block: where its only switch is on, the rows, ``[B, S]`` bool, of the active block at each call, in place of
+            blocks of fixed places. Rules find it in ``facts.blocks.active``, and :func:`dllm_compile.generate` writes
+            into it alone. A step after which it lies elsewhere is no refresh. It is asked on the CPU, once a call. One
+            mechanism at most.
+        widens: where one of ``switches`` is on, rows, ``[B, S]`` bool, that steps between two refreshes compute beside
+            those that the rule of ``cache`` chooses; several mechanisms unite.
+        narrows: likewise, the rows that these steps compute of all those; several mechanisms intersect.
+        reach: where ``widens`` or ``block`` may come to further rows before the next refresh, ``[B, S]`` bool, as
+            :attr:`RowRule.reach`; several mechanisms unite.
+        refresh: where one of ``switches`` is on, which sequences, ``[B, 1]`` bool, compute every row now, as
+            :attr:`RowRule.refresh`; several mechanisms unite.
         visible: where one of ``switches`` is on, the keys, ``[B, S]`` bool, that attention reads in every step;
             several mechanisms intersect, and what eviction keeps of the others is hidden too.
         salient: where its only switch is on, whose value is a number, which of the rows that a layer computes are
@@ -199,7 +208,11 @@ class Mechanism:
     switches: tuple[str, ...] = ()
     neutral: Mapping[str, Any] | None = None
     rules: tuple[RowRule, ...] = ()
+    block: Callable[[Masks], torch.Tensor] | None = None
+    widens: Rows | None = None
     narrows: Rows | None = None
+    reach: Rows | None = None
+    refresh: Rows | None = None
     visible: Rows | None = None
     salient: Callable[[Contexts], torch.Tensor] | None = None
     unmask: Callable[[Confidences], torch.Tensor] | None = None

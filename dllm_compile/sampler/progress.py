@@ -86,6 +86,7 @@ class Progress:
         self.position = torch.arange(tokens)
         self.block, self.step, self.first = torch.zeros(3, batch, dtype=torch.int64)
         self.most = 1
+        self.response: torch.Tensor | None = None  # what was masked at the first step
         self.timed = shift if settings.schedule is None else settings.schedule == "time"
         published, blocked = settings.as_published, settings.block_length is not None
         self.leads = published and shift and blocked
@@ -98,11 +99,14 @@ class Progress:
         Args:
             masked: ``[B, S]`` bool on the CPU, what is masked before the step.
         """
+        self.response = masked.clone() if self.response is None else self.response
         left = self._advance(masked)
         live = self.block < self.blocks
         if not live.any():
             return None
         candidates = masked & self._reach() & live.unsqueeze(1)
+        if self.settings.block is not None:
+            candidates &= self.settings.block(masked, self.response, self.settings.block_length)
         if self.leads:
             candidates &= (self.step > 0).unsqueeze(1) | (self.position == self._start().unsqueeze(1))
         writable = self._count(candidates, left)
@@ -122,17 +126,22 @@ class Progress:
 
     def _count(self, candidates: torch.Tensor, left: torch.Tensor) -> Writable:
         settings, waiting = self.settings, candidates.sum(1)
+        step, planned = self.step, waiting if settings.block is None else left
+        if settings.block is not None:
+            step = step.clamp(max=self.steps - 1)  # where the block held fewer than were due, the last step is repeated
         if self.caps:
             count = capped(self.first, left, self.step, self.steps)
         elif settings.parallel:
             return Writable(candidates)
         elif self.timed or settings.remasking == "origin":
-            share = fraction(self.step, self.steps, settings.eps)
+            share = fraction(step, self.steps, settings.eps)
             if settings.remasking == "origin":
                 return Writable(candidates, share=share)
-            count = (waiting.float() * share).long()
+            count = (planned.float() * share).long()
+        elif settings.block is not None:
+            count = torch.where(self.step < self.steps, quota(self.first, step, self.steps), left)
         else:
-            count = quota(self.first, self.step, self.steps)
+            count = quota(self.first, step, self.steps)
         if self.leads:
             count = torch.where(self.step == 0, 1, count)
         count = torch.minimum(count, waiting)
@@ -143,7 +152,7 @@ class Progress:
         while True:
             left = (masked & self._reach() & (self.position >= self._start().unsqueeze(1))).sum(1)
             self.first = torch.where(self.step == 0, left, self.first)
-            if self.settings.allowed is not None:
+            if self.settings.allowed is not None or self.settings.block is not None:
                 limit = torch.full_like(left, torch.iinfo(left.dtype).max)  # a step may write nothing; see ``decode``
             elif self.caps:
                 limit = self.steps + self.first

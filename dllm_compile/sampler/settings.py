@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dllm_compile.interface.blocks import FindBlock
 from dllm_compile.interface.mechanism import count, flag, is_number, nearest, one_of, token_id
 from dllm_compile.options import all_names
 
@@ -71,6 +72,7 @@ class Settings:
             :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
         rule: which tokens to write, as a mechanism has it that an option switched on; no argument of ``generate``.
         allowed: which candidates mechanisms leave, likewise.
+        block: where the block is that a step writes into, likewise; blocks then have no fixed places.
 
     Raises:
         ValueError: a value is out of range, or two of them contradict each other.
@@ -95,6 +97,7 @@ class Settings:
     as_published: bool = False
     rule: Rule | None = None
     allowed: Allowed | None = None
+    block: FindBlock | None = None
 
     def __post_init__(self) -> None:
         one_of("remasking", self.remasking, RULES)
@@ -106,12 +109,16 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}; give {known['wanted']}")
         if not all(map(token_id()["fits"], self.eos)):
             raise ValueError(f"eos_id is {self.eos_id!r}; give a token id, or a tuple of them")
-        self._check_blocks()
         self._check_rules()
 
-    def _check_blocks(self) -> None:
+    def check_blocks(self) -> None:
+        """Refuse lengths and steps that do not divide into blocks, once it is known what the blocks are.
+
+        Raises:
+            ValueError: they do not.
+        """
         block, blocks = self.block_length, self.blocks
-        if block and self.gen_length % block:
+        if block and self.gen_length % block and self.block is None:
             more = -(-self.gen_length // block) * block
             raise ValueError(f"gen_length {self.gen_length} is no multiple of block_length {block}; give {more}")
         if self.steps and self.steps % blocks and not self.parallel:
@@ -137,12 +144,16 @@ class Settings:
             raise ValueError(
                 "remasking='origin' writes each token by chance, not in equal parts; leave out one of them"
             )
+        if self.as_published and self.block is not None:
+            raise ValueError("as_published repeats traces in fixed blocks; leave it out, or the option that moves them")
         if self.as_published and self.temperature:
             raise ValueError("as_published repeats traces at temperature 0; leave out one of them")
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of the response."""
+        """Number of blocks of the response; one where a block moves."""
+        if self.block is not None:
+            return 1
         return self.gen_length // (self.block_length or self.gen_length)
 
     @property
@@ -237,7 +248,7 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
     return own
 
 
-SETTINGS = tuple(each.name for each in fields(Settings) if each.name not in ("rule", "allowed"))
+SETTINGS = tuple(each.name for each in fields(Settings) if each.name not in ("rule", "allowed", "block"))
 
 
 def option_names() -> list[str]:

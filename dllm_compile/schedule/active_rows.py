@@ -9,13 +9,13 @@ Each sequence of a batch is at one of three levels, and the call is written for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.core.errors import named
-from dllm_compile.interface.blocks import Blocks
 from dllm_compile.interface.mechanism import Facts, Rows, asked
 from dllm_compile.interface.plan import Call, Plan, with_row_before
 from dllm_compile.mechanisms import rule_of, turned_on
@@ -24,6 +24,7 @@ from dllm_compile.passes.block_cache import BLOCK, FULL
 from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
 from dllm_compile.passes.saliency import choosing, salient, with_contexts
 
+from .blocks import blocks_of
 from .refreshes import Refreshes
 
 FIRST_WHOLE = 4  # so many steps of a sequence with saliency compute every row, whatever the interval is
@@ -46,8 +47,8 @@ class ActiveRows:
         self.response = with_row_before(response) if self.wide else response
         self.before = options.shift is not False and not self.wide and not (options.shift and self.rule.shifts)
         self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
-        self.narrowing = [mechanism for mechanism in turned_on(options) if mechanism.narrows is not None]
-        self.blocks = Blocks(response, None if options.cache == "none" else options.block_length)
+        self.mechanisms = turned_on(options)
+        self.blocks = blocks_of(options, response)
         full, self.part = FULL, BLOCK
         self.salient: Assignment | None = None  # a partial step that computes the salient of its rows
         if options.saliency is not None:
@@ -124,11 +125,19 @@ class ActiveRows:
             if due or not options.response_only:
                 return torch.ones_like(self.response)
         rows = self._said("rows", self.rule.rows, call, call.masked)
-        for mechanism in self.narrowing:
-            assert mechanism.narrows is not None
-            what = f"the mechanism {mechanism.name!r} narrows to rows"
-            rows = rows & asked(what, mechanism.narrows, self._facts(call), call.masked)
+        for _, more in self._each("widens by rows", "widens", call, call.masked):
+            rows = rows | more
+        for _, some in self._each("narrows to rows", "narrows", call, call.masked):
+            rows = rows & some
         return rows
+
+    def _each(self, what: str, name: str, call: Call, like: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the mechanisms that are on say of the call, each by its function ``name``, if it has one."""
+        for mechanism in self.mechanisms:
+            function = getattr(mechanism, name)
+            if function is not None:
+                said = asked(f"the mechanism {mechanism.name!r} {what}", function, self._facts(call), like)
+                yield mechanism.name, said
 
     def _facts(self, call: Call) -> Facts:
         return Facts(call, self.blocks, self.response, self.since, self.options)
@@ -146,9 +155,11 @@ class ActiveRows:
         if self.chosen is not None and self.chosen.fresh is not None:
             missed |= (call.changed | part) & ~self.chosen.fresh  # it has no place among the entries
         self.edited = self.edited | missed.any(1, keepdim=True)
-        reasons = {"block": self.blocks.moved, "edit": self.edited}
+        reasons = {"block": self.blocks.moved}
         if self.rule.refresh is not None:
             reasons["rule"] = self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
+        reasons |= self._each("says refreshes", "refresh", call, self.blocks.moved)
+        reasons["edit"] = self.edited
         reasons = {name: where & ~self.blocks.done for name, where in reasons.items()}
         for begins in reasons.values():
             self.edited = self.edited & ~begins
@@ -163,6 +174,8 @@ class ActiveRows:
         assert self.options.keep_ratio is not None
         if self.rule.reach is not None:
             reach = reach | self._said("reach", self.rule.reach, call, call.masked)
+        for _, more in self._each("says reach", "reach", call, call.masked):
+            reach = reach | more
         self.settled, self.gaps = False, has_gaps(reach, self.options.keep_ratio)
         kept = entries(reach, self.options.keep_ratio)
         self.chosen = Plan(self.evict, block=self.blocks.active, fresh=reach, kept=kept, same=False)

@@ -9,10 +9,11 @@ from functools import cache
 import torch
 
 from dllm_compile.core.assignment import Assignment
-from dllm_compile.interface.blocks import Blocks
 from dllm_compile.interface.mechanism import Facts, Mechanism, asked
 from dllm_compile.interface.plan import AfterLayer, Call, Plan, Schedule
 from dllm_compile.options import Options
+
+from .blocks import blocks_of
 
 
 @cache
@@ -39,7 +40,7 @@ class VisibleKeys:
         self.first: Assignment | None = _hiding(steps.first) if steps.first is not None else None
         self.after_layer: AfterLayer | None = steps.after_layer
         self.response, self.since = response, torch.zeros_like(response)
-        self.blocks = Blocks(response, options.block_length if options.cache != "none" else None)
+        self.blocks = blocks_of(options, response)
         self.before: torch.Tensor | None = None  # the visible keys of the last call
 
     def next(self, call: Call) -> Plan:
