@@ -69,8 +69,8 @@ class Options:
         whole_interval: int
         sliding: str | None
         refresh_tokens: int | None
-        prefix_window: int | None
-        suffix_window: int | None
+        rows_before: int | None
+        rows_behind: int | None
         warmup_steps: int | None
         mask_id: int | None
         shift: bool | None

@@ -8,7 +8,7 @@ With ``s`` the first mask of a response of ``G`` tokens behind a prompt of ``P``
                 (neither beyond P + G)            before                        since the last such call
 
 Between two calls that fill tokens of the block alone, the greedy block holds the first ``block_length`` masks. Keys
-and values outside of the rows are those of the last call that computed them. ``prefix_window`` (vicinity) adds the
+and values outside of the rows are those of the last call that computed them. ``rows_before`` (vicinity) adds the
 authors' window of rows before the block, of tokens that were filled lately.
 """
 
@@ -103,7 +103,7 @@ MECHANISM = Mechanism(
     reach=reach,
     refresh=filled_enough,
     neutral={"cache": "dual", "sliding": "greedy", "refresh_interval": 1},
-    methods={"dsb": {"cache": "dual", "sliding": "greedy", "prefix_window": 24}},
+    methods={"dsb": {"cache": "dual", "sliding": "greedy", "rows_before": 24}},
     presets={
         "dsb": {"method": "dsb", "block_length": 32},
         "dsb/constant": {"method": "dsb", "sliding": "constant", "block_length": 32},

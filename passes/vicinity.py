@@ -3,9 +3,9 @@
 Of what a block cache leaves stale, the tokens beside the block matter most: those filled last, and those filled next.
 
     source                      rows of a partial step                               full steps
-    dInfer, arXiv 2510.08666    ``prefix_window`` before the block, the block, and   those of the cache, and the first
-                                ``suffix_window`` behind it                          ``warmup_steps`` of a sequence
-    DSB, arXiv 2602.05992       ``prefix_window`` before a block that slides, or     those of the cache
+    dInfer, arXiv 2510.08666    ``rows_before`` before the block, the block, and   those of the cache, and the first
+                                ``rows_behind`` behind it                          ``warmup_steps`` of a sequence
+    DSB, arXiv 2602.05992       ``rows_before`` before a block that slides, or     those of the cache
                                 as far as it has just moved where that is more
 """
 
@@ -31,13 +31,13 @@ def around(rows: torch.Tensor, before: int, behind: int) -> torch.Tensor:
 def window(facts: Facts) -> torch.Tensor:
     """Rows ``[B, S]`` bool beside the active block."""
     options = facts.options
-    return around(facts.blocks.active, options.prefix_window or 0, options.suffix_window or 0)
+    return around(facts.blocks.active, options.rows_before or 0, options.rows_behind or 0)
 
 
 def reach(facts: Facts) -> torch.Tensor:
     """Rows ``[B, S]`` bool that the window may come to before the next refresh: all behind a block that slides."""
     ahead = facts.blocks.active.long().cummax(1).values.bool()
-    return ahead if facts.options.sliding is not None and facts.options.suffix_window else ahead & False
+    return ahead if facts.options.sliding is not None and facts.options.rows_behind else ahead & False
 
 
 def warming(facts: Facts) -> torch.Tensor:
@@ -58,8 +58,8 @@ MECHANISM = Mechanism(
     "vicinity",
     "dInfer, arXiv 2510.08666",
     options=(
-        _window("prefix_window", "before"),
-        _window("suffix_window", "behind"),
+        _window("rows_before", "before"),
+        _window("rows_behind", "behind"),
         Option(
             "warmup_steps",
             None,
@@ -68,11 +68,11 @@ MECHANISM = Mechanism(
             "for none",
         ),
     ),
-    switches=("prefix_window", "suffix_window", "warmup_steps"),
+    switches=("rows_before", "rows_behind", "warmup_steps"),
     widens=window,
     reach=reach,
     refresh=warming,
-    neutral={"cache": "dual", "prefix_window": 2, "suffix_window": 2, "refresh_interval": 1},
-    methods={"dinfer": {"cache": "dual", "prefix_window": 16, "suffix_window": 16, "warmup_steps": 4}},
+    neutral={"cache": "dual", "rows_before": 2, "rows_behind": 2, "refresh_interval": 1},
+    methods={"dinfer": {"cache": "dual", "rows_before": 16, "rows_behind": 16, "warmup_steps": 4}},
     presets={"dinfer": {"method": "dinfer", "block_length": 64}},
 )

@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparse": {"method": "sparse-dllm", "block_length": 4},
     "dyllm": {"method": "dyllm", "saliency_threshold": 0.9, "full_steps": 1},
     "dkv-cache": {"method": "dkv-cache"},
-    "dsb": {"method": "dsb", "block_length": 4, "prefix_window": 2},
+    "dsb": {"method": "dsb", "block_length": 4, "rows_before": 2},
 }
 """Every method, set so that on these models its partial steps are far from eager."""
 

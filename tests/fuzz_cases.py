@@ -32,8 +32,8 @@ NEUTRAL: tuple[dict[str, Any], ...] = (
     {"cache": "decoded", "saliency_threshold": 0.95, "full_steps": LONG, "refresh_interval": 1, "delay": 1},
     {"saliency_threshold": 0.99, "prompt_interval": 1, "response_interval": 1, "full_steps": LONG},
     {"cache": "prefix", "prompt_interval": 1, "response_interval": 1, "refresh_interval": 1},
-    {"method": "dsb", "block_length": 4, "prefix_window": 2, "refresh_interval": 1},
-    {"method": "dinfer", "block_length": 4, "suffix_window": 2, "refresh_interval": 1},
+    {"method": "dsb", "block_length": 4, "rows_before": 2, "refresh_interval": 1},
+    {"method": "dinfer", "block_length": 4, "rows_behind": 2, "refresh_interval": 1},
 )
 """Settings at which the result is eager's."""
 
@@ -49,8 +49,8 @@ LOSSY: tuple[dict[str, Any], ...] = (
     {"method": "dyllm", "saliency_threshold": 0.95},
     {"method": "dyllm", "saliency_threshold": 0.99, "full_steps": 2, "response_only": False},
     {"cache": "dual", "keep_ratio": 0.5, "saliency_threshold": 0.95, "full_steps": 2, "block_length": 4},
-    {"method": "dsb", "block_length": 4, "prefix_window": 2},
-    {"method": "dinfer", "block_length": 4, "prefix_window": 2, "suffix_window": 2, "warmup_steps": 1},
+    {"method": "dsb", "block_length": 4, "rows_before": 2},
+    {"method": "dinfer", "block_length": 4, "rows_before": 2, "rows_behind": 2, "warmup_steps": 1},
 )
 """Settings at which it is not."""
 

@@ -35,7 +35,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "prefix": {"cache": "prefix", "refresh_interval": 1},
     "decoded": {"cache": "decoded", "refresh_interval": 1},
     "sliding": {"cache": "dual", "sliding": "greedy", "refresh_interval": 1},
-    "window": {"cache": "dual", "prefix_window": 2, "suffix_window": 1, "refresh_interval": 1},
+    "window": {"cache": "dual", "rows_before": 2, "rows_behind": 1, "refresh_interval": 1},
     "keep": {"keep_ratio": 0.5, "delay": STEPS},
     "saliency": {"saliency_threshold": 0.9, "full_steps": STEPS},
 }
@@ -47,7 +47,7 @@ REUSING: dict[str, dict[str, Any]] = {
     "prefix": {"cache": "prefix"},
     "decoded": {"cache": "decoded"},
     "sliding": {"cache": "dual", "sliding": "greedy", "refresh_tokens": 4},
-    "window": {"cache": "dual", "prefix_window": 2, "suffix_window": 1},
+    "window": {"cache": "dual", "rows_before": 2, "rows_behind": 1},
     "keep": {"keep_ratio": 0.5, "delay": 0},
     "saliency": {"saliency_threshold": 0.9, "full_steps": 1},
 }

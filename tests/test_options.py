@@ -47,8 +47,8 @@ OFF: dict[str, Any] = {
     "whole_interval": 4,
     "sliding": None,
     "refresh_tokens": None,
-    "prefix_window": None,
-    "suffix_window": None,
+    "rows_before": None,
+    "rows_behind": None,
     "warmup_steps": None,
     "frechet_delta": None,
     "mask_id": None,
@@ -62,7 +62,7 @@ OFF: dict[str, Any] = {
 }
 MECHANISMS = (
     *("cache", "delay", "refresh_interval", "prompt_interval", "response_interval", "transfer_ratio"),
-    *("keep_ratio", "saliency_threshold", "sliding", "prefix_window", "suffix_window", "warmup_steps"),
+    *("keep_ratio", "saliency_threshold", "sliding", "rows_before", "rows_behind", "warmup_steps"),
 )
 PUBLISHED = {
     "exact": ("none", None, None, None, None, None, None, None),
@@ -277,8 +277,8 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "whole_interval": (1, 4, 8),
     "sliding": ("greedy", "constant", None),
     "refresh_tokens": (1, 32, None),
-    "prefix_window": (0, 24, None),
-    "suffix_window": (0, 16, None),
+    "rows_before": (0, 24, None),
+    "rows_behind": (0, 16, None),
     "warmup_steps": (0, 4, None),
     "frechet_delta": (0, 0.25, 0.999, None),
     "cuda_graphs": (True, False),
@@ -290,7 +290,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
 }
 
 
-OF_A_CACHE = {name: {"cache": "dual"} for name in ("prefix_window", "suffix_window", "warmup_steps")}
+OF_A_CACHE = {name: {"cache": "dual"} for name in ("rows_before", "rows_behind", "warmup_steps")}
 """Switches of a mechanism that changes the steps of a cache."""
 
 
@@ -364,8 +364,8 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "whole_interval": ("give a whole number of at least 1, such as 4", (0, -1, 8.0, "8", True, None)),
     "sliding": ('give "greedy" or "constant"', ("both", True, 1, [])),
     "refresh_tokens": ("give a whole number of at least 1, such as 32", (0, 1.0, "8", True)),
-    "prefix_window": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
-    "suffix_window": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
+    "rows_before": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
+    "rows_behind": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
     "warmup_steps": ("give a whole number of at least 0, such as 4", (-1, 1.0, "8", True)),
     "frechet_delta": ("give a probability, such as 0.25, from 0 and below 1", (1, -0.1, "0.25", True, math.nan)),
     "cuda_graphs": ("give True or False", (0, 1, "yes", None)),

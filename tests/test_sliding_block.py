@@ -27,7 +27,7 @@ from .models import MASK
 pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 PROMPT, RESPONSE = 9, 21
-DSB: dict[str, Any] = {"method": "dsb", "block_length": 6, "prefix_window": 4}
+DSB: dict[str, Any] = {"method": "dsb", "block_length": 6, "rows_before": 4}
 
 
 def llama() -> Any:
@@ -65,7 +65,7 @@ PLAIN = [
 
 def as_options(how: dict[str, Any]) -> dict[str, Any]:
     sliding = "constant" if how.get("constant") else "greedy"
-    return {"method": "dsb", "sliding": sliding, "block_length": how["block"], "prefix_window": how["window"]}
+    return {"method": "dsb", "sliding": sliding, "block_length": how["block"], "rows_before": how["window"]}
 
 
 @pytest.mark.parametrize("how", PLAIN, ids=str)
@@ -130,7 +130,7 @@ def test_the_greedy_block_is_as_long_as_the_authors_count(data: st.DataObject) -
 def test_no_window_around_fixed_blocks_is_the_dual_cache() -> None:
     model, calls = llama(), loop_in_blocks(start(2))
     dual = shared.compiled(model, lowering="eager", mask_id=MASK, cache="dual", block_length=7)
-    none = {"prefix_window": 0, "suffix_window": 0, "warmup_steps": 0}
+    none = {"rows_before": 0, "rows_behind": 0, "warmup_steps": 0}
     other = shared.compiled(model, lowering="eager", mask_id=MASK, cache="dual", block_length=7, **none)
     want = run(dual, calls)
     dllm_compile.reset()
@@ -159,10 +159,10 @@ def run(call: Any, calls: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("window", "rows"),
     [
-        ({"prefix_window": 3}, lambda s, e: (s - 3, e)),
-        ({"suffix_window": 4}, lambda s, e: (s, e + 4)),
-        ({"prefix_window": 100, "suffix_window": 100}, lambda s, e: (0, PROMPT + RESPONSE)),
-        ({"cache": "prefix", "prefix_window": 2}, lambda s, e: (s - 2, PROMPT + RESPONSE)),
+        ({"rows_before": 3}, lambda s, e: (s - 3, e)),
+        ({"rows_behind": 4}, lambda s, e: (s, e + 4)),
+        ({"rows_before": 100, "rows_behind": 100}, lambda s, e: (0, PROMPT + RESPONSE)),
+        ({"cache": "prefix", "rows_before": 2}, lambda s, e: (s - 2, PROMPT + RESPONSE)),
     ],
     ids=str,
 )
@@ -217,12 +217,12 @@ def test_a_new_sequence_of_a_batch_is_warmed_up_alone() -> None:
 BESIDE: list[dict[str, Any]] = [
     {},
     {"shift": True},
-    {"suffix_window": 3, "refresh_tokens": 4},
+    {"rows_behind": 3, "refresh_tokens": 4},
     {"refresh_interval": 3, "sliding": "constant"},
     {"cache": "prefix", "method": None},
     {"cache": "decoded", "method": None, "delay": 0},
     {"keep_ratio": 0.5, "shift": True},
-    {"keep_ratio": 0.3, "sliding": "constant", "suffix_window": 2},
+    {"keep_ratio": 0.3, "sliding": "constant", "rows_behind": 2},
     {"saliency_threshold": 0.9, "full_steps": 1},
     {"keep_ratio": 0.5, "saliency_threshold": 0.9, "full_steps": 1},
     {"prompt_interval": 3},
@@ -295,7 +295,7 @@ def test_a_loop_without_blocks_is_told_and_has_current_logits() -> None:
         x[0, -3] = 9
         call(x)
     assert len([each for each in said if "outside of the active block of 6" in str(each.message)]) == 1
-    assert dllm_compile.stats(model)["rows"]["block"] == RESPONSE + DSB["prefix_window"]
+    assert dllm_compile.stats(model)["rows"]["block"] == RESPONSE + DSB["rows_before"]
 
 
 # -- the sampler -----------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_what_a_block_has_no_room_for_is_written_behind_the_planned_steps() -> N
         ({"sliding": "both"}, 'sliding is \'both\'; give "greedy" or "constant"'),
         ({"sliding": "greedy", "refresh_tokens": 3}, "refresh_tokens is 3, but no mechanism reads it; give sliding="),
         ({"cache": "dual", "refresh_tokens": 3}, "refresh_tokens is 3, but no mechanism reads it; give sliding="),
-        ({"prefix_window": 3}, "the mechanism 'vicinity' widens the rows of a cache of blocks; give cache='dual' too"),
+        ({"rows_before": 3}, "the mechanism 'vicinity' widens the rows of a cache of blocks; give cache='dual' too"),
     ],
     ids=str,
 )
