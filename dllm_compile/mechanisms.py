@@ -18,6 +18,7 @@ from .passes import (
     decoded_rows,
     eviction,
     feature_cache,
+    flashblock,
     frechet,
     saliency,
     sliding_block,
@@ -26,7 +27,17 @@ from .passes import (
 
 OWN = tuple(
     each.MECHANISM
-    for each in (feature_cache, block_cache, decoded_rows, eviction, saliency, sliding_block, vicinity, frechet)
+    for each in (
+        feature_cache,
+        block_cache,
+        decoded_rows,
+        eviction,
+        flashblock,
+        saliency,
+        sliding_block,
+        vicinity,
+        frechet,
+    )
 )
 """Those of the package."""
 

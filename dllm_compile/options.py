@@ -63,6 +63,8 @@ class Options:
         window_size: int
         keep_ratio: float | None
         kernel_size: int | None
+        keep_outside: bool
+        outside_interval: int | None
         saliency_threshold: float | None
         full_steps: int
         response_only: bool
@@ -171,6 +173,11 @@ class Options:
             raise ValueError(
                 f"cache {self.cache!r} measures whole layers and recomputes those behind them, and {kept} keeps no "
                 "whole layers; leave out one of them"
+            )
+        if tables().rules[self.cache].after_layer is not None and self.keep_outside:
+            raise ValueError(
+                f"cache {self.cache!r} measures attention over all keys, and keep_outside reads none outside of a "
+                "block; leave out one of them"
             )
         choosing = [mechanism.name for mechanism in turned_on(self) if mechanism.unmask is not None]
         if len(choosing) > 1:

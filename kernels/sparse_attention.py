@@ -61,18 +61,25 @@ def sparse_attention(
     Returns:
         ``[B, H, Q, h_v]`` of the query's dtype.
     """
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    check(Arguments(query, key, value, positions, tokens, mask, scale))
+    out: torch.Tensor = torch.ops.dllm.sparse_attention(query, key, value, positions, tokens, mask, scale)
+    return out
+
+
+def check(given: Arguments) -> None:
+    """Raise ``ValueError`` unless the arguments fit each other; a mask has four dimensions here."""
+    query, key, value, positions, tokens, mask, _ = given
     _check_entries(query, key, value, positions)
     if tokens < 1:
         raise ValueError(f"tokens is at least 1; got {tokens}")
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
         _check_mask(query, mask, tokens)
         if positions is None and key.shape[2] != tokens:
             raise ValueError(
                 f"a mask over {tokens} tokens needs the positions of the entries; got {key.shape[2]} entries"
             )
-    out: torch.Tensor = torch.ops.dllm.sparse_attention(query, key, value, positions, tokens, mask, scale)
-    return out
 
 
 def _check_entries(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None) -> None:

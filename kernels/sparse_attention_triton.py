@@ -222,22 +222,75 @@ def launch(given: Arguments) -> torch.Tensor:
     Nothing is copied. The memory of the result is ``[B, Q, H, h_v]``, as the next projection reads it. One code serves
     any number of rows and of entries: its tile and its number of splits are good for those that it was compiled for.
     """
-    query, key, value, positions, tokens, mask, scale = given
+    query, value = given.query, given.value
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty((batch, queries, heads, value.shape[3]))
+    if not out.numel() or not value.shape[2]:
+        return out.zero_().transpose(1, 2)
+    tile, d, v, splits = _shape_of(given)
+    acc, sums = out, None
+    if splits > 1:
+        acc, sums = _sums(query, splits, value.shape[3])
+    _parts(given, tile, (d, v), splits, acc, sums)
+    if splits > 1:
+        wrap_triton(merge_kernel)[(batch * queries * heads,)](
+            acc, sums, out, splits, WIDTH=value.shape[3], SPLITS=triton.next_power_of_2(splits), V=v, num_warps=4
+        )
+    return out.transpose(1, 2)
+
+
+def launch_part(given: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """``dllm::attention_part`` by the first kernel above; Inductor fuses the sum over the splits with what follows.
+
+    Returns:
+        Contexts ``[B, H, Q, h_v]`` and log-sum-exps ``[B, H, Q]``, float32.
+    """
+    query, value = given.query, given.value
+    batch, heads, queries, _ = query.shape
+    if not query.numel() or not value.numel():
+        context = query.new_zeros((batch, queries, heads, value.shape[3]), dtype=torch.float32)
+        total = context.new_full(context.shape[:3], -torch.inf)
+        return context.transpose(1, 2), total.transpose(1, 2)
+    tile, d, v, splits = _shape_of(given)
+    acc, sums = _sums(query, splits, value.shape[3])
+    _parts(given, tile, (d, v), splits, acc, sums)
+    most, shares = sums.unbind(0)
+    shift = most.amax(0)
+    shift = shift.masked_fill(shift == -torch.inf, 0.0)
+    weights = (most - shift).exp()
+    total = (weights * shares).sum(0)
+    context = (weights.unsqueeze(4) * acc).sum(0) / total.masked_fill(total == 0, 1.0).unsqueeze(3)
+    return context.transpose(1, 2), (shift + total.log()).transpose(1, 2)
+
+
+def _shape_of(given: Arguments) -> tuple[Tile, int, int, int]:
+    """The tile, the head sizes as powers of two, and the number of splits of the entries."""
+    query, value = given.query, given.value
     batch, heads, queries, head = query.shape
     kv_heads, entries, width = value.shape[1:]
-    out = query.new_empty((batch, queries, heads, width))
-    if not out.numel() or not entries:
-        return out.zero_().transpose(1, 2)
     group = heads // kv_heads
     tile, d, v = tile_of(head, width, expected(queries) * group, query.dtype.itemsize)
     programs = batch * kv_heads * triton.cdiv(queries * group, tile.rows)
-    splits = splits_of(expected(programs), expected(entries), tile)
-    per_split = triton.cdiv(entries, splits * tile.entries) * tile.entries
+    return tile, d, v, splits_of(expected(programs), expected(entries), tile)
 
-    acc, sums = out, None
-    if splits > 1:
-        acc = query.new_empty((splits, *out.shape), dtype=torch.float32)
-        sums = query.new_empty((2, splits, *out.shape[:3]), dtype=torch.float32)
+
+def _sums(query: torch.Tensor, splits: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for what the splits hand on: ``[splits, B, Q, H, h_v]``, and ``[2, splits, B, Q, H]``."""
+    batch, heads, queries, _ = query.shape
+    acc = query.new_empty((splits, batch, queries, heads, width), dtype=torch.float32)
+    return acc, query.new_empty((2, splits, batch, queries, heads), dtype=torch.float32)
+
+
+def _parts(
+    given: Arguments, tile: Tile, sizes: tuple[int, int], splits: int, acc: torch.Tensor, sums: torch.Tensor | None
+) -> None:
+    """Run the first kernel; without ``sums`` there is one split, and ``acc`` is the result ``[B, Q, H, h_v]``."""
+    query, key, value, positions, tokens, mask, scale = given
+    batch, heads, queries, head = query.shape
+    kv_heads, entries, width = value.shape[1:]
+    group = heads // kv_heads
+    programs = batch * kv_heads * triton.cdiv(queries * group, tile.rows)
+    per_split = triton.cdiv(entries, splits * tile.entries) * tile.entries
     full = None if mask is None else mask.expand(batch, heads, queries, tokens)
     strides = [*query.stride(), *key.stride(), *value.stride()]
     strides += [0, 0] if positions is None else positions.stride()
@@ -250,17 +303,12 @@ def launch(given: Arguments) -> torch.Tensor:
         GROUP=group,
         HEAD=head,
         WIDTH=width,
-        SPLIT=splits > 1,
+        SPLIT=sums is not None,
         MASK_ROWS=mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1),
         M=tile.rows,
         N=tile.entries,
-        D=d,
-        V=v,
+        D=sizes[0],
+        V=sizes[1],
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if splits > 1:
-        wrap_triton(merge_kernel)[(batch * queries * heads,)](
-            acc, sums, out, splits, WIDTH=width, SPLITS=triton.next_power_of_2(splits), V=v, num_warps=4
-        )
-    return out.transpose(1, 2)

@@ -26,6 +26,22 @@ CONTEXTS = KEYS | {"context", "mlp"}
 
 
 @dataclass(frozen=True)
+class Outside:
+    """Attention over the keys that a step computes, joined to that over the others, the keys outside, which is kept.
+
+    Attributes:
+        kept: the operation that reads it; see :func:`dllm_compile.kernels.attention_part.kept_part`.
+        joined: the operation that joins both; see :func:`dllm_compile.kernels.attention_part.joined`.
+        renewed: the operation that keeps what is computed over the keys outside now, where the step says so; see
+            :func:`dllm_compile.kernels.attention_part.renewed_part`. ``None`` where nothing outside is read.
+    """
+
+    kept: Operation
+    joined: Operation
+    renewed: Operation | None = None
+
+
+@dataclass(frozen=True)
 class Assignment:
     """Row set of each role in one variant of a step.
 
@@ -36,7 +52,8 @@ class Assignment:
         mlp: rows of the branches without attention; those of ``query`` if ``None``.
         enter, leave: rows of the residual stream that come in, and of the outputs that go on.
         keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS``, ``FEATURES``, ``CONTEXTS``.
-        keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the rows computed since.
+        keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the rows computed since;
+            ``ACTIVE``, those computed now, where attention over the others is kept.
         gaps: whether some of those may be no rows.
         hides: whether attention reads only those of them that the step says are visible.
         masked: whether attention reads the model's own masks. Not where these hide nothing: no mask is cheaper.
@@ -52,6 +69,8 @@ class Assignment:
             :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`.
         measure: called with the query ``[B, H, Q, h]``, key ``[B, Hkv, K, h]``, mask and scale of the first attention
             call of a layer; what it returns is a further output of the layer.
+        outside: attention in two parts, by ``attend``, which is then
+            :func:`dllm_compile.kernels.attention_part.attention_part`. ``None`` for one over all ``keys``.
     """
 
     name: str
@@ -71,6 +90,7 @@ class Assignment:
     choose_salient: Operation | None = None
     evict: tuple[Any, ...] | None = None
     measure: Operation | None = None
+    outside: Outside | None = None
 
     def __hash__(self) -> int:
         return self._hash

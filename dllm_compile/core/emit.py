@@ -23,14 +23,15 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
-from .arguments import attention, attention_arguments
-from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SALIENT, SELECTED, Assignment
+from .arguments import Attended, attention, attention_arguments
+from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SALIENT, SELECTED, Assignment, Outside
 from .axes import Axes
 from .demand import COUNTED, at_hand, find_demand, rows_read
 from .errors import GraphRefused
 from .graph import open_sizes
 from .layout import Layout, opened, position
 from .rows import ALL, NONE, RowSet
+from .state import outside_shape
 from .units import Unit
 
 
@@ -44,8 +45,10 @@ class Emitted:
         takes: names of the arguments: ``"stream"``, ``"input:<i>"``, ``"state:<i>"``, ``"index:<set>"``,
             ``"index:<set>@<parent>"`` (positions counted in another set), ``"index:written"`` and
             ``"index:stored"`` (where the active rows are in the state of keys and of other roles), ``"counts"``,
-            ``"bound"``, ``"visible"``, and the numbers ``"tokens"``, ``"batch"``, ``"selected"`` and ``"entries"``.
-            Where entries are evicted, the last state has the positions of those kept.
+            ``"bound"``, ``"visible"``, ``"renew"``, and the numbers ``"tokens"``, ``"batch"``, ``"selected"``,
+            ``"entries"`` and ``"held"``. Where entries are evicted, the state behind those of the roles has the
+            positions of those kept. The last ones are of attention over the keys outside, where that is kept;
+            ``"index:place"`` is where the active rows are in them.
         rows: the row set each live node was computed for; nodes that are not computed are missing.
         leaves: the row set of each output.
         extras: where further outputs are: ``"picked"``, the rows ``[B, n]`` of ``SELECTED``; ``"salient"``, the rows
@@ -102,6 +105,9 @@ class _Writer:
         names += [f"state:{i}" for i in range(len(self.kept))]
         compact = self.assignment.compact and bool(self.keys)
         names += [f"state:{len(self.kept)}"] if compact else []
+        held = range(2 * len(self.unit.attentions) if self.assignment.outside is not None else 0)
+        held_at = [f"state:{len(self.kept) + compact + i}" for i in held]
+        names += held_at
         sets = self.assignment.sets()
         handed = sets - {ALL, NONE, SELECTED, PROMPT_SELECTED, KEYED}
         names += [f"index:{name}" for name in sorted(s.name for s in handed)]
@@ -111,9 +117,11 @@ class _Writer:
         names += ["index:written", "index:stored"] if ACTIVE in sets else []
         names += ["bound"] if self.assignment.salient else []
         names += ["visible"] if self.assignment.hides else []
+        names += ["index:place"] if held else []
+        names += ["renew"] if self.assignment.outside is not None and self.assignment.outside.renewed else []
         names += ["index:block", "index:outside", "index:fresh"] if self.assignment.evict is not None else []
         names += [f"index:{s.name}@{parent.name}" for s, parent in COUNTED if s in sets and parent in sets]
-        names += ["tokens", "batch", "selected", *(["entries"] if compact else [])]
+        names += ["tokens", "batch", "selected", *(["entries"] if compact else []), *(["held"] if held else [])]
         for name in dict.fromkeys(names):
             self.takes.append(name)
             self.slot[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
@@ -123,6 +131,7 @@ class _Writer:
             self.env[node] = self.slot[f"input:{i}"]
         self.state = {n: self.slot[f"state:{i}"] for i, n in enumerate(self.kept)}
         self.entries = self.slot[f"state:{len(self.kept)}"] if compact else None
+        self.held = [self.slot[name] for name in held_at]
 
     def _index(self, rows: RowSet, parent: RowSet) -> torch.fx.Node:
         """Positions of ``rows`` counted in ``parent``."""
@@ -209,6 +218,8 @@ class _Writer:
             kwargs = {name: value for name, value in kwargs.items() if name != "attn_mask"}
         given = attention_arguments(args, kwargs)
         mask, entries = given.attn_mask, None
+        if self.assignment.outside is not None:
+            return self._in_two_parts(node, given, self.assignment.outside)
         if self.assignment.keys == KEYED:
             if mask is not None or self.assignment.gaps or self.assignment.hides:
                 entries = self._visible_entries()
@@ -227,9 +238,39 @@ class _Writer:
 
     def _visible_entries(self) -> torch.fx.Node | None:
         """Positions of the kept entries; no row for those that are hidden."""
+        return self.entries if self.entries is None else self._seen(self.entries)
+
+    def _seen(self, positions: torch.fx.Node) -> torch.fx.Node:
+        """Positions of keys; no row for those that are hidden."""
         if not self.assignment.hides:
-            return self.entries
-        return self._call(row_ops.visible_entries, (self.entries, self.slot["visible"], self._tokens()))
+            return positions
+        return self._call(row_ops.visible_entries, (positions, self.slot["visible"], self._tokens()))
+
+    def _in_two_parts(self, node: torch.fx.Node, given: Attended, outside: Outside) -> torch.fx.Node:
+        """Attention over the keys computed now that enter the state, joined to what is kept of that over the others."""
+        unit, attend = self.unit, self.assignment.attend
+        assert attend is not None
+        outside_shape(next(each for each in unit.attentions if each.node is node), self.axes)
+        number = [each.node for each in unit.attentions].index(node)
+        at, places = self.slot["index:stored"], self.slot["index:place"]
+        held = [*self.held[2 * number : 2 * number + 2], places]
+        own, more = given[:3], (self._tokens(), given.attn_mask, given.scale)
+        if outside.renewed is None:
+            kept = self._call(outside.kept, tuple(held))
+        else:
+            others = self._seen(self._call(row_ops.other_rows, (at, self._tokens())))
+            part = self._both(self._call(attend, (*own, others, *more)))
+            kept = self._call(outside.renewed, (*held, *part, self.slot["renew"]))
+            read = attention_arguments(node.args, node.kwargs)
+            pairs = zip(own[1:], (read.key, read.value), strict=True)
+            gathered = [self._call(row_ops.gather_rows, (all_rows, at, self._layout(n))) for all_rows, n in pairs]
+            own = own[0], *gathered
+        part = self._both(self._call(attend, (*own, self._seen(at), *more)))
+        joined = self._call(outside.joined, (*part, *self._both(kept)))
+        return self._call(torch.Tensor.to, (joined, self.axes.fake[node].dtype))
+
+    def _both(self, pair: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
+        return self._call(operator.getitem, (pair, 0)), self._call(operator.getitem, (pair, 1))
 
     def _delta(self, node: torch.fx.Node, args: tuple[Any, ...], mask: Any, scale: Any) -> torch.fx.Node:
         """Contexts of the active rows: exact for the salient ones, their former ones and the change for the others."""
@@ -307,7 +348,7 @@ class _Writer:
         self.graph.output((*outs, *extras.values()))
         takes = self.takes
         for name, node in self.slot.items():
-            if not node.users and name not in ("tokens", "entries"):  # the state has one more than those
+            if not node.users and name not in ("tokens", "entries", "held"):  # the state has one more than those
                 self.graph.erase_node(node)
                 takes = [t for t in takes if t != name]
         module = torch.fx.GraphModule(torch.nn.Module(), self.graph)

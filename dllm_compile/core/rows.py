@@ -258,6 +258,12 @@ def visible_entries(entries: torch.Tensor, visible: torch.Tensor, tokens: int) -
     return torch.where(seen, entries, tokens)
 
 
+def other_rows(index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Positions ``[B, S]`` int64: ``s`` at place ``s``, but ``tokens``, "no row", for those in ``index`` ``[B, K]``."""
+    every = torch.arange(tokens + 1, device=index.device).expand(index.shape[0], -1)
+    return every.scatter(1, index, tokens)[:, :tokens].contiguous()
+
+
 def positions_of(picked: torch.Tensor, response: torch.Tensor, counts: torch.Tensor, tokens: int) -> torch.Tensor:
     """Positions ``[B, n]`` of picked response rows; ``tokens`` ("no row") beyond a sequence's own count.
 

@@ -8,7 +8,9 @@ import torch
 import torch.fx
 
 from .axes import Axes
+from .errors import GraphRefused
 from .layout import Layout
+from .units import Attention
 
 
 def shape(layout: Layout, batch: int, rows: int) -> tuple[int, ...]:
@@ -43,3 +45,41 @@ def allocate(
         if compact:
             out.append(torch.zeros((out[0].shape[0], rows), dtype=torch.int64, device=device))
     return out
+
+
+def allocate_outside(
+    attentions: Iterable[Attention], axes: Axes, batch: int, rows: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Zeroed rows of what attention over the keys outside comes to, two tensors an attention call.
+
+    Returns:
+        Contexts ``[B, rows + 1, H, h_v]`` and log-sum-exps ``[B, rows + 1, H]`` of each, float64 where attention is,
+        else float32.
+    """
+    out: list[torch.Tensor] = []
+    with torch.inference_mode(False):
+        for each in attentions:
+            heads, width, dtype = outside_shape(each, axes)
+            out.append(torch.zeros((batch, rows + 1, heads, width), dtype=dtype, device=device))
+            out.append(torch.zeros((batch, rows + 1, heads), dtype=dtype, device=device))
+    return out
+
+
+def outside_shape(attention: Attention, axes: Axes) -> tuple[int, int, torch.dtype]:
+    """Heads, size of their contexts, and dtype of attention over the keys outside.
+
+    Raises:
+        GraphRefused: attention is not over ``[B, H, S, h]``.
+    """
+    layout, made = axes.layout[attention.node], axes.fake[attention.node]
+    if [[factor.kind for factor in dim] for dim in layout] != [["B"], [""], ["T"], [""]]:
+        raise GraphRefused("attention is not over [batch, heads, tokens, size], so none of it is kept", attention.node)
+    return made.shape[1], made.shape[3], torch.promote_types(made.dtype, torch.float32)
+
+
+def grown(state: torch.Tensor, rows: int) -> torch.Tensor:
+    """A copy of ``state`` ``[B, K + 1, ...]`` with ``rows`` rows and the spare one; what is new is zero."""
+    with torch.inference_mode(False):
+        more = state.new_zeros((state.shape[0], rows + 1, *state.shape[2:]))
+        more[:, : state.shape[1] - 1] = state[:, :-1]
+    return more

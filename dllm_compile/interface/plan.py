@@ -94,6 +94,9 @@ class Plan:
         fresh: ``[B, S]`` bool, the rows that are never evicted, because later steps compute them.
         kept: entries that a sequence keeps of the others.
         visible: ``[B, S]`` bool, the keys that attention reads where the assignment hides the others.
+        refreshed: ``[B, 1]`` bool, the sequences that refresh in this call, where not all do.
+        held: ``[B, S]`` bool, the active rows of which attention over the keys outside is kept.
+        renew: ``[B, 1]`` bool, the sequences that compute that anew in this call.
         refresh: why sequences refresh, see :attr:`dllm_compile.runtime.stats.Stats.refreshes`; empty where none does.
         same: whether the ids of the call before would give its result again.
         warning: what to tell the user where the plan is followed.
@@ -109,6 +112,9 @@ class Plan:
     fresh: torch.Tensor | None = None
     kept: int = 0
     visible: torch.Tensor | None = None
+    refreshed: torch.Tensor | None = None
+    held: torch.Tensor | None = None
+    renew: torch.Tensor | None = None
     refresh: tuple[str, ...] = ()
     same: bool = True
     warning: str | None = None

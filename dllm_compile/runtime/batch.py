@@ -69,6 +69,7 @@ class Step:
         counts: ``[B, 1]`` int64, rows each sequence may select.
         bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
         visible: ``[B, S]`` bool, keys that attention reads where the others are hidden.
+        renew: ``[B, 1]`` bool, sequences that compute attention over the keys outside anew, where that is kept.
         layer: how many layers have run in this step.
         seen: the layers that have run.
         counted: the name that ``stats`` has counted the step by.
@@ -95,6 +96,7 @@ class Step:
     counts: torch.Tensor
     bound: torch.Tensor | None
     visible: torch.Tensor | None
+    renew: torch.Tensor | None
     shape: tuple[int, int]
     layer: int = 0
     seen: set[Any] = field(default_factory=set)
@@ -121,9 +123,10 @@ class Step:
         if returned is not None:  # it lies last
             places = places[:-1]
             memory = memory[: span(places)]
-        counts, bound, visible = found.pop("counts"), found.pop("bound", None), found.pop("visible", None)
+        counts, bound = found.pop("counts"), found.pop("bound", None)
+        visible, renew = found.pop("visible", None), found.pop("renew", None)
         sizes, shape = more
-        step = cls(past, repeat, assignment, found, sizes, counts, bound, visible, shape)
+        step = cls(past, repeat, assignment, found, sizes, counts, bound, visible, renew, shape)
         step.memory, step.places, step.returned = memory, places, returned
         return step
 
@@ -192,6 +195,8 @@ class Batch:
         self.kept: dict[Any, torch.Tensor] = {}
         self.output_buffers: dict[Any, OutputBuffers] = {}
         self.masked: dict[Any, bool] = {}  # of graphs and layers, whether an attention mask hides something
+        self.held = 0  # rows that there is memory for of attention over the keys outside
+        self.without_outside: set[Any] = set()  # layers that keep none of it that is good
         self.shadow: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.recordings = recordings.Recordings()  # they hold addresses of rows
         self.expected: Expected | None = None  # while it is in doubt whether this is a loop
@@ -343,8 +348,10 @@ class Batch:
 
         layers = {key: [some(each) for each in rows] for key, rows in self.layers.items()}
         kept = {key: some(each) for key, each in self.kept.items()}
+        outside = self.held, self.without_outside
         self.drop_rows()
         self.layers, self.kept = layers, kept
+        self.held, self.without_outside = outside
         self.part_inputs.clear()
         self.first, self.response = some(self.first), some(self.response)
         self._locate()

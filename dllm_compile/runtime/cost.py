@@ -28,8 +28,8 @@ from dllm_compile.core.axes import Axes, linear, run_node
 from dllm_compile.core.demand import at_hand
 from dllm_compile.core.emit import emit
 from dllm_compile.core.rows import ALL, RowSet
-from dllm_compile.core.state import shape
-from dllm_compile.core.units import Unit
+from dllm_compile.core.state import outside_shape, shape
+from dllm_compile.core.units import Attention, Unit
 
 B, S, P, G, N, A, T, E, F, R = sympy.symbols("B S P G n A s E F R", positive=True, integer=True)
 ROWS = {
@@ -87,6 +87,9 @@ def _node(node: torch.fx.Node, axes: Axes, rows: str, assignment: Assignment) ->
         keys = assignment.keys.name
         found: Terms = {(rows, keys): Fraction(heads * query.shape[-1])}
         mixed: list[tuple[str, ...]] = [("salient", keys), ("salient", rows)] if assignment.salient else [(rows, keys)]
+        if assignment.outside is not None and assignment.keys == ALL:  # and over those computed in the step
+            found[rows, rows] = Fraction(heads * query.shape[-1])
+            mixed.append((rows, rows))
         for names in mixed:
             found[names] = found.get(names, Fraction(0)) + heads * value.shape[-1]
         return found
@@ -138,7 +141,15 @@ def state_bytes(unit: Unit, axes: Axes, variants: Sequence[Assignment]) -> sympy
         _, _, *rest = shape(axes.layout[node], 1, 1)
         rows = E + F if compact and node in keys else S
         total += B * (rows + 1) * prod(rest) * axes.fake[node].element_size()
+    for each in unit.attentions if any(variant.outside is not None for variant in variants) else ():
+        total += B * (A + 1) * _outside_bytes(each, axes)
     return total
+
+
+def _outside_bytes(attention: Attention, axes: Axes) -> int:
+    """Bytes of a row that is kept of attention over the keys outside."""
+    heads, width, dtype = outside_shape(attention, axes)
+    return heads * (width + 1) * dtype.itemsize
 
 
 def state_traffic(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
@@ -152,13 +163,16 @@ def state_traffic(unit: Unit, axes: Axes, assignment: Assignment) -> sympy.Expr:
     total = sympy.Integer(0)
     for state, name in names.items():
         kind, _, which = name.partition(":")
-        if kind != "state" or int(which) == len(kept):
+        if kind != "state" or int(which) >= len(kept):
             continue
         node = kept[int(which)]
         _, _, *rest = shape(axes.layout[node], 1, 1)
         every = ROWS[at_hand(unit, assignment, node).name]
         rows = sum((_moved(user, every, names) for user in state.users), sympy.Integer(0))
         total += B * rows * prod(rest) * axes.fake[node].element_size()
+    if assignment.outside is not None:
+        times = 2 if assignment.outside.renewed is not None else 1
+        total += sum(B * A * times * _outside_bytes(each, axes) for each in unit.attentions)
     return sympy.expand(total)
 
 

@@ -13,7 +13,14 @@ from .ids import positions, readable_rows
 
 
 def positions_of_call(
-    call: Call, plan: Plan, response: torch.Tensor, shift: bool | None, every: bool, multiple: int, every_later: bool
+    call: Call,
+    plan: Plan,
+    response: torch.Tensor,
+    shift: bool | None,
+    every: bool,
+    multiple: int,
+    every_later: bool,
+    capacity: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Positions ``[B, K]`` int64 of the row sets that change from call to call, by name.
 
@@ -26,6 +33,7 @@ def positions_of_call(
         multiple: the number of rows is rounded up to a multiple of this, but is at most ``S``.
         every_later: whether layers may come to compute every row in mid-step; then ``"readable later"`` are the rows
             that are readable then.
+        capacity: rows that there is memory for of attention over the keys outside; also the place of no row.
     """
     varying = partial(positions, least=2, multiple=multiple)
     readable = torch.ones_like(call.masked) if every else readable_rows(call.masked, shift)
@@ -51,6 +59,9 @@ def positions_of_call(
     rows |= {"active": active, "written": written, "stored": torch.where(kept, active, tokens), "readable": readable}
     rows |= later
     rows["readable@active"] = _at(rank, readable, active.shape[1])
+    if plan.held is not None:
+        places = torch.where(plan.held, plan.held.long().cumsum(1) - 1, capacity)
+        rows["place"] = _at(places, active, capacity)
     if plan.salient is not None:
         rows["salient"] = varying(_at(plan.salient, active, False), empty=False)
     return rows

@@ -25,7 +25,7 @@ from dllm_compile.core.assignment import (
 from dllm_compile.core.errors import naming
 from dllm_compile.core.layout import opened
 from dllm_compile.core.rows import ALL, NONE, RowSet, put_rows, read_all, rows_first, store_rows
-from dllm_compile.core.state import allocate
+from dllm_compile.core.state import allocate, allocate_outside, grown
 from dllm_compile.core.units import Unit, weights_key
 from dllm_compile.debug import note_step
 from dllm_compile.interface.plan import Measured
@@ -318,6 +318,8 @@ class GraphCall:
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
         values.flat += self._state(unit, assignment)
+        if unit.attentions and assignment.keep and assignment.outside is None:
+            self.batch.without_outside.add(self.keys[id(unit)])
         variant = code.variant(assignment if self.masked else _unmasked(assignment), step, values)
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
@@ -366,12 +368,32 @@ class GraphCall:
         compact = unit.anchors(KEYS) if assignment.compact else []
         rows = step.entries
         if key in layers and (not compact or layers[key][-1].shape[1] == rows):
-            return layers[key]
+            return self._with_outside(unit, assignment)
         layers.pop(key, None)  # free the old ones first
         self.batch.recordings.clear()
         anchors, size = unit.anchors(assignment.keep), step.shape
         layers[key] = allocate(anchors, self.program.axes, size, step.counts.device, compact, rows)
-        return layers[key]
+        return self._with_outside(unit, assignment)
+
+    def _with_outside(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
+        """The state tensors of this layer, those of attention over the keys outside with as many rows as the step has
+        places for.
+        """
+        state = self.batch.layers[self.keys[id(unit)]]
+        if assignment.outside is None:
+            return state
+        rows, first = self.step.sizes["held"], len(unit.anchors(assignment.keep))
+        held = state[first:]
+        if not held:
+            state += allocate_outside(
+                unit.attentions, self.program.axes, self.step.shape[0], rows, self.step.counts.device
+            )
+        elif held[0].shape[1] <= rows:
+            state[first:] = [grown(each, rows) for each in held]
+        else:
+            return state
+        self.batch.recordings.clear()
+        return state
 
     def _take_salient(self, places: torch.Tensor, counts: torch.Tensor) -> None:
         """Rows whose contexts drifted: those that the MLP and the next layer's keys and values are computed for."""

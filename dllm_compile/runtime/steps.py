@@ -11,6 +11,7 @@ import torch
 from dllm_compile.core.assignment import EXACT
 from dllm_compile.declared import to_be_filled
 from dllm_compile.interface.plan import Call, Exact, Plan, copied
+from dllm_compile.passes.flashblock import renewing
 
 from . import recordings
 from .batch import HISTORY, Batch, Past, Step
@@ -124,20 +125,32 @@ def _planned(
     session.records = session.options.cuda_graphs and recordings.possible(device)
     if bool((call.changed & call.masked).any()) and past.number > 0 and not session.reads_filled:
         _tell_of_remasking(session, program)
+    if plan.held is not None:
+        batch.held = max(batch.held, int(plan.held.sum(1).max()), 2)
+        plan = _with_all_renewed(batch, plan)
     every = session.options.readable == "all" or session.reads_filled or program.reads_all(session.vocabulary)
     every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
     every |= not session.mask_seen(batch.mask_id)  # a sampler may read rows of another token
     multiple = MULTIPLE if session.records else 1
     rows = positions_of_call(
-        call, plan, batch.answer, session.options.shift, every, multiple, past.schedule.after_layer is not None
+        call,
+        plan,
+        batch.answer,
+        session.options.shift,
+        every,
+        multiple,
+        past.schedule.after_layer is not None,
+        batch.held,
     )
     indices = {**batch.fixed, **rows}
     selected = plan.selected if plan.selected is not None else torch.zeros(size, dtype=torch.int64)
     sizes = {name: index.shape[1] for name, index in indices.items()}
     sizes["selected"] = int(selected.max())
     sizes["kept"] = plan.kept
+    sizes["held"] = batch.held
     masks = {} if plan.bound is None else {"bound": plan.bound.unsqueeze(1)}
     masks |= {} if plan.visible is None else {"visible": plan.visible}
+    masks |= {} if plan.renew is None else {"renew": plan.renew}
     some = not every and OutputBuffers.copies_rows(device)
     read = {"returned": positions_returned(call, session.options.shift)} if some else {}
     memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices, **read}, device)
@@ -145,6 +158,16 @@ def _planned(
     step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
     step.refresh = plan.refresh
     return step
+
+
+def _with_all_renewed(batch: Batch, plan: Plan) -> Plan:
+    """The plan, but all sequences compute attention over the keys outside anew where a layer has none that is good."""
+    if not batch.without_outside:
+        return plan
+    assert plan.renew is not None
+    assert plan.refreshed is not None
+    batch.without_outside.clear()
+    return replace(plan, assignment=renewing(plan.assignment), renew=~plan.refreshed, same=False)
 
 
 def _tell_of_remasking(session: Session, program: Program) -> None:

@@ -41,20 +41,22 @@ class Variant:
 class Values:
     """All that one unit can be called with in one step, in a flat list."""
 
-    SAME = {"written": "active", "stored": "active", "readable@active": "readable"}
+    SAME = {"written": "active", "stored": "active", "place": "active", "readable@active": "readable"}
     SETS = (
         *("response", "prompt", "response@keyed", "readable", "active", "written", "stored", "salient"),
-        *("readable@active", "block", "outside", "fresh"),
+        *("readable@active", "block", "outside", "fresh", "place"),
     )
     FIXED = (
         "stream",
         "counts",
         "bound",
         "visible",
+        "renew",
         TOKENS,
         BATCH,
         "selected",
         "entries",
+        "held",
         *[f"index:{name}" for name in SETS],
     )
 
@@ -62,8 +64,8 @@ class Values:
         self.stream, self.inputs = stream, inputs
         batch, every = step.shape
         sets = map(step.indices.get, self.SETS)
-        numbers = tokens or every, batch, step.sizes["selected"], step.entries
-        self.flat = [stream, step.counts, step.bound, step.visible, *numbers, *sets, *inputs]
+        numbers = tokens or every, batch, step.sizes["selected"], step.entries, step.sizes["held"]
+        self.flat = [stream, step.counts, step.bound, step.visible, step.renew, *numbers, *sets, *inputs]
 
     def pick(self, names: Sequence[str]) -> Pick:
         """Takes the arguments of these names out of a call's values."""
@@ -209,5 +211,7 @@ class UnitCode:
         last = len(self.unit.anchors(assignment.keep))
         if assignment.compact and at == last:
             return Size((BATCH,)), Size(("entries",))
+        if at > last or (at == last and not assignment.compact):
+            return (Size((BATCH,)), Size(("held",), 1, 1), *map(int, value.shape[2:]))
         rows = Size(("entries" if assignment.compact and at < len(keys) else TOKENS,), 1, 1)
         return (Size((BATCH,)), rows, *map(int, value.shape[2:]))

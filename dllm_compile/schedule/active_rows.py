@@ -106,7 +106,7 @@ class ActiveRows:
         exact = full | response
         same = self.settled and not bool(exact.any()) and call.filling is None
         self.settled = True
-        plan = Plan(self.part, active=active, written=written, refresh=why, same=same)
+        plan = Plan(self.part, active=active, written=written, refreshed=exact, refresh=why, same=same)
         if self.salient is not None and self.follows and not bool(exact.all()):
             bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
             first = active & (exact | call.changed | ~written)

@@ -10,6 +10,7 @@ from dllm_compile.options import Options
 from dllm_compile.passes.feature_cache import FeatureCache, share
 
 from .active_rows import ActiveRows
+from .kept_outside import KeptOutside
 from .prompt_eviction import PromptEviction
 from .visible_keys import VisibleKeys
 
@@ -27,8 +28,9 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
         response: ``[B, S]`` bool, the rows of the response.
     """
     hiding = [mechanism for mechanism in turned_on(options) if mechanism.visible is not None]
-    rows = _rows(options, response)
-    return VisibleKeys(rows, hiding, options, response) if hiding else rows
+    steps = _rows(options, response)
+    steps = VisibleKeys(steps, hiding, options, response) if hiding else steps
+    return KeptOutside(steps, options.outside_interval, response) if options.keep_outside else steps
 
 
 def _rows(options: Options, response: torch.Tensor) -> Schedule:

@@ -41,6 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"method": "fast-dllm", "cache": "dual", "block_length": 8},
     "prefix": {"method": "fast-dllm", "cache": "prefix", "block_length": 8},
     "intervals": {"prompt_interval": 8, "response_interval": 4},
+    "flashblock": {"method": "flashblock", "block_length": 8},
     "eviction": {"method": "sparse-dllm", "block_length": 8},
     "eviction of the prompt": {"method": "dllm-cache", "keep_ratio": 0.5},
     "saliency": {"method": "dyllm", "saliency_threshold": 0.9, "shift": False, "full_steps": 2},
