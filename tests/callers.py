@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"method": "fast-dllm", "cache": "dual", "block_length": 4},
     "prefix": {"method": "fast-dllm", "cache": "prefix", "block_length": 4},
     "sparse": {"method": "sparse-dllm", "block_length": 4},
+    "flashblock": {"method": "flashblock", "block_length": 4},
     "dyllm": {"method": "dyllm", "saliency_threshold": 0.9, "full_steps": 1},
     "dkv-cache": {"method": "dkv-cache"},
     "dsb": {"method": "dsb", "block_length": 4, "rows_before": 2},
@@ -37,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 PARTIAL = {
     *("response", "select", "keep", "values", "prompt", "prompt+select", "prompt+values"),
-    *("block", "salient", "sparse", "sparse salient"),
+    *("block", "salient", "sparse", "sparse salient", "outside", "inside"),
 }
 
 

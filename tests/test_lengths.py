@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"method": "fast-dllm", "cache": "dual", "block_length": 4},
     "prefix": {"method": "fast-dllm", "cache": "prefix", "block_length": 4},
     "sparse": {"method": "sparse-dllm", "block_length": 4},
+    "flashblock": {"method": "flashblock", "block_length": 4},
     "dyllm": {"method": "dyllm", "full_steps": 2},
     "dkv-cache": {"method": "dkv-cache", "refresh_interval": 2},
 }

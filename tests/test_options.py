@@ -41,6 +41,8 @@ OFF: dict[str, Any] = {
     "delay": None,
     "keep_ratio": None,
     "kernel_size": 3,
+    "keep_outside": False,
+    "outside_interval": None,
     "saliency_threshold": None,
     "full_steps": 4,
     "response_only": True,
@@ -60,20 +62,18 @@ OFF: dict[str, Any] = {
     "lowering": "inductor",
     "more": (),
 }
-MECHANISMS = (
-    *("cache", "delay", "refresh_interval", "prompt_interval", "response_interval", "transfer_ratio"),
-    *("keep_ratio", "saliency_threshold", "sliding", "rows_before", "rows_behind", "warmup_steps"),
-)
-PUBLISHED = {
-    "exact": ("none", None, None, None, None, None, None, None),
-    "dllm-cache": ("none", None, None, 50, 7, 0.25, None, None),
-    "fast-dllm": ("prefix", None, None, None, None, None, None, None),
-    "sparse-dllm": ("dual", None, None, None, None, None, 0.5, None),
-    "dyllm": ("none", None, None, None, None, None, None, 0.99),
-    "dkv-cache": ("decoded", 1, 8, None, None, None, None, None),
-    "dsb": ("dual", None, None, None, None, None, None, None, "greedy", 24),
-    "dinfer": ("dual", None, None, None, None, None, None, None, None, 16, 16, 4),
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "dllm-cache": {"prompt_interval": 50, "response_interval": 7, "transfer_ratio": 0.25},
+    "fast-dllm": {"cache": "prefix"},
+    "sparse-dllm": {"cache": "dual", "keep_ratio": 0.5},
+    "flashblock": {"cache": "dual", "keep_outside": True},
+    "dyllm": {"saliency_threshold": 0.99},
+    "dkv-cache": {"cache": "decoded", "delay": 1, "refresh_interval": 8},
+    "dsb": {"cache": "dual", "sliding": "greedy", "rows_before": 24},
+    "dinfer": {"cache": "dual", "rows_before": 16, "rows_behind": 16, "warmup_steps": 4},
 }
+"""What each method sets; the rest is off."""
 
 
 def test_every_mechanism_is_off_where_nothing_is_reused() -> None:
@@ -100,8 +100,7 @@ def test_one_value_of_options_already_made_is_replaced_alone(method: str) -> Non
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_a_method_is_the_mechanisms_and_values_of_its_authors(method: str) -> None:
     assert METHODS.keys() == PUBLISHED.keys()
-    values = dict(zip(MECHANISMS, PUBLISHED[method], strict=False))  # the rest is off
-    assert dataclasses.asdict(Options.of(method=method)) == {**OFF, **values, "method": method}
+    assert dataclasses.asdict(Options.of(method=method)) == {**OFF, **PUBLISHED[method], "method": method}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -222,6 +221,7 @@ READ: dict[str, dict[str, Any]] = {
     "window_size": {"cache": "greedy"},
     "whole_interval": {"saliency_threshold": 0.9},
     "kernel_size": {"keep_ratio": 0.5, "prompt_interval": 4},
+    "outside_interval": {"keep_outside": True, "cache": "dual"},
     "full_steps": {"saliency_threshold": 0.9},
     "response_only": {"saliency_threshold": 0.9},
     "refresh_tokens": {"sliding": "greedy", "cache": "dual"},
@@ -272,6 +272,7 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "refresh_interval": (1, 8, None),
     "delay": (0, 1, 9, None),
     "kernel_size": (1, 3, 7, None),
+    "outside_interval": (1, 8, None),
     "full_steps": (1, 4, 1000),
     "response_only": (True, False),
     "whole_interval": (1, 4, 8),
@@ -358,6 +359,8 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "delay": ("give a whole number of at least 0, such as 1", (-1, 1.0, "1", True)),
     "keep_ratio": ("give a share of the entries outside of a block from 0 to 1", NO_SHARE),
     "kernel_size": ("give an odd number such as 3, or None", (0, 2, -1, 3.0, "3", True)),
+    "keep_outside": ("give True or False", (0, 1, "yes", None)),
+    "outside_interval": ("give a whole number of at least 1, such as 8", (0, -1, 1.0, "8", True)),
     "saliency_threshold": ("give a cosine, such as 0.99, from -1 to 1", ("0.99", True, math.nan, [0.9], 2, -5, 1.001)),
     "full_steps": ("give a whole number of at least 1, such as 4", (0, -1, 4.0, "4", True, None)),
     "response_only": ("give True or False", (0, 1, "yes", None)),

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"method": "fast-dllm", "cache": "dual", "block_length": BLOCK},
     "prefix": {"method": "fast-dllm", "cache": "prefix", "block_length": BLOCK},
     "intervals": {"prompt_interval": 50, "response_interval": 7},
+    "flashblock": {"method": "flashblock", "block_length": BLOCK},
     "eviction": {"method": "sparse-dllm", "block_length": BLOCK},
     "eviction of the prompt": {"method": "dllm-cache", "keep_ratio": 0.5},
     "saliency": {"method": "dyllm", "saliency_threshold": 0.9, "shift": False},
