@@ -45,7 +45,9 @@ def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any
     for call, value in _values(masks, given):
         if is_causal(value):
             raise GraphRefused(
-                "the attention mask is causal; set is_causal=False in the config, or pass a full mask", call
+                "the attention mask is causal; set is_causal=False in the config (transformers reads it from 5.2 on), "
+                "or pass a full mask",
+                call,
             )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import dllm_compile
-from dllm_compile import Options, __main__, denoise_step, generate, options
+from dllm_compile import Options, __main__, denoise_step, generate, options, tiny
 from dllm_compile.bench import bench, demo
 from dllm_compile.mechanisms import tables
 from dllm_compile.sampler import step as sampler_step
@@ -542,3 +542,17 @@ def test_an_interrupt_ends_a_command_in_one_line(
 
 def test_the_table_has_at_least_120_rows() -> None:
     assert sum(map(len, (OPTIONS, COMPILE, GENERATE, STEP, EXPLAIN, COMMANDS))) >= 120
+
+
+@pytest.mark.parametrize(
+    ("version", "good"), [("4.57.6", False), ("5.1.0", False), ("5.2.0", True), ("5.24.0.dev0", True)]
+)
+def test_the_embedded_model_needs_a_transformers_that_reads_is_causal(
+    monkeypatch: pytest.MonkeyPatch, version: str, good: bool
+) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    if good:
+        tiny.load()
+        return
+    with pytest.raises(RuntimeError, match=r"is_causal=False.*install transformers 5\.2 or later"):
+        tiny.load()

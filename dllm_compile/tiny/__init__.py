@@ -58,8 +58,13 @@ def load(
         RuntimeError: the installed transformers ignores ``is_causal=False`` and would run the model causally.
     """
     # Imported here: transformers takes seconds to import and is needed for nothing else in this module.
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, __version__
 
+    if tuple(map(int, __version__.split(".")[:2])) < (5, 2):
+        raise RuntimeError(
+            f"transformers is {__version__}, which ignores is_causal=False: the model would attend to earlier tokens "
+            "alone; install transformers 5.2 or later"
+        )
     model = LlamaForCausalLM.from_pretrained(WEIGHTS, dtype=dtype, local_files_only=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(WEIGHTS, local_files_only=True)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps this method and loses its signature
