@@ -105,13 +105,20 @@ def _flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...],
     return 2 * batch * heads * rows * key[2] * (width + value[3])
 
 
-def joined(one: torch.Tensor, one_total: torch.Tensor, two: torch.Tensor, two_total: torch.Tensor) -> torch.Tensor:
-    """Contexts ``[B, H, Q, h_v]`` over the keys of two parts; see :data:`Part`."""
+def joined(
+    one: torch.Tensor, one_total: torch.Tensor, two: torch.Tensor, two_total: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Contexts ``[B, H, Q, h_v]`` of ``dtype`` over the keys of two parts; see :data:`Part`.
+
+    Their memory is ``[B, Q, H, h_v]``, as the next projection reads it.
+    """
+    one, one_total, two, two_total = (each.transpose(1, 2) for each in (one, one_total, two, two_total))
     most = torch.maximum(one_total, two_total)
     most = most.masked_fill(most == -torch.inf, 0)
     weights = (one_total - most).exp().unsqueeze(3), (two_total - most).exp().unsqueeze(3)
     total = weights[0] + weights[1]
-    return (weights[0] * one + weights[1] * two) / total.masked_fill(total == 0, 1)
+    context = (weights[0] * one + weights[1] * two) / total.masked_fill(total == 0, 1)
+    return context.to(dtype).transpose(1, 2)
 
 
 def kept_part(contexts: torch.Tensor, totals: torch.Tensor, places: torch.Tensor) -> Part:

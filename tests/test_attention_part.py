@@ -93,7 +93,8 @@ def test_two_parts_joined_are_attention_over_both(
         attention_part(*asked._replace(positions=torch.where(some, asked.positions, asked.tokens))[:7])
         for some in (one, ~one)
     ]
-    got = joined(*parts[0], *parts[1])
+    got = joined(*parts[0], *parts[1], dtype=dtype)
+    assert got.dtype == dtype
     largest = float(asked.value.double().abs().amax())
     rows = slice(1 if mask == "added" else 0, None)  # the first has the least finite number everywhere
     want, atol = exact(asked)[:, :, rows], 16 * torch.finfo(dtype).eps * largest

@@ -266,8 +266,7 @@ class _Writer:
             gathered = [self._call(row_ops.gather_rows, (all_rows, at, self._layout(n))) for all_rows, n in pairs]
             own = own[0], *gathered
         part = self._both(self._call(attend, (*own, self._seen(at), *more)))
-        joined = self._call(outside.joined, (*part, *self._both(kept)))
-        return self._call(torch.Tensor.to, (joined, self.axes.fake[node].dtype))
+        return self._call(outside.joined, (*part, *self._both(kept), self.axes.fake[node].dtype))
 
     def _both(self, pair: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
         return self._call(operator.getitem, (pair, 0)), self._call(operator.getitem, (pair, 1))

@@ -318,7 +318,7 @@ class GraphCall:
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
         values.flat += self._state(unit, assignment)
-        if unit.attentions and assignment.keep and assignment.outside is None:
+        if unit.attentions and assignment.keep and assignment.outside is None:  # the keys outside may be others now
             self.batch.without_outside.add(self.keys[id(unit)])
         variant = code.variant(assignment if self.masked else _unmasked(assignment), step, values)
         if unit.attentions:

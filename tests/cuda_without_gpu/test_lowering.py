@@ -23,6 +23,8 @@ MOST: dict[tuple[str, str], int] = {
     ("response", "7 mm + flash"): 7,
     ("evict", "7 mm + flash + topk"): 12,
     ("sparse", "7 mm"): 6,
+    ("outside", "7 mm"): 14,
+    ("inside", "7 mm"): 7,
     # where the prompt's keys are evicted
     ("select", "7 mm + topk"): 12,
     ("response", "7 mm"): 9,

@@ -26,7 +26,7 @@ READ = "runtime/session.py: host = said.reshape(-1).long() if said is not None a
 COUNT = "runtime/run.py: capacity = int(counts.max())"
 MOST = "runtime/run.py: counts: list[int] = torch.stack(self.salient_counts).tolist() if self.salient_counts else []"
 COPY = "runtime/positions.py: return tensor.to(device, non_blocking=True)"
-PARTIAL = {"block", "select", "response", "sparse", "salient"}
+PARTIAL = {"block", "select", "response", "sparse", "salient", "inside"}
 
 
 def counts_of_salient_rows(steps: list[drive.StepSeen]) -> list[list[str]]:
