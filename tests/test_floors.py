@@ -73,6 +73,14 @@ BY_HAND: dict[str, tuple[str, int, int, int, int, int]] = {
         5,
         3 * 14,
     ),
+    "flashblock": (
+        "inside",  # of 4 heads, contexts and log-sum-exps in float32
+        3 * (products(9, 9, 9, 9) + attention(9, 9)) + head(5),
+        3 * (9 * 2 * KEYS + 9 * (WIDTH + 4) * 4 // HALF),
+        3 * (41 * 2 * KEYS + 10 * (WIDTH + 4) * 4 // HALF),
+        5,
+        3 * 14,
+    ),
     "dyllm": (
         "salient",  # a row of 16
         3 * SALIENT + head(4),
@@ -176,7 +184,8 @@ def test_every_combination_is_printed_and_no_weights_are_made(
     assert devices == {"meta"}
     rows = [(line[0], line[1], line[2], line[3]) for line in lines if line and re.fullmatch(r"[\d,]+", line[0])]
     steps = [("exact", "exact"), ("dllm-cache", "select"), ("dllm-cache", "response"), ("fast-dllm-prefix", "block")]
-    steps += [("fast-dllm-dual", "block"), ("sparse-dllm", "sparse"), ("dyllm", "salient"), ("dkv-cache", "block")]
+    steps += [("fast-dllm-dual", "block"), ("sparse-dllm", "sparse"), ("flashblock", "inside"), ("dyllm", "salient")]
+    steps += [("dkv-cache", "block")]
     wanted = {(n, b, *step) for n in ("1,024", "4,096", "16,384") for b in ("1", "8") for step in steps}
     assert wanted <= set(rows)
 

@@ -14,6 +14,7 @@ from dllm_compile.bench.model import SHAPES
 from dllm_compile.core.assignment import KEYS, Assignment
 from dllm_compile.core.emit import emit
 from dllm_compile.core.layout import Layout
+from dllm_compile.core.state import outside_shape
 from dllm_compile.core.state import shape as shape_of_state
 from dllm_compile.core.units import Unit
 from dllm_compile.runtime import cost
@@ -84,22 +85,28 @@ def _argument(name: str, unit: Unit, model: floors.Traced, assignment: Assignmen
         return made([{batch: 1, tokens: TOKENS}.get(n, n) for n in value.shape], value.dtype)
     if kind == "state":
         kept, entries = unit.anchors(assignment.keep), rows_of("keyed")
-        if int(which) == len(kept):
+        beyond = int(which) - len(kept)
+        if beyond == 0 and assignment.compact:
             return made((1, entries))
+        if beyond >= 0:
+            held, beyond = unit.attentions, beyond - assignment.compact
+            heads, width, dtype = outside_shape(held[beyond // 2], axes)
+            return made((1, rows_of("active") + 1, heads, *([width] if beyond % 2 == 0 else [])), dtype)
         node = kept[int(which)]
         compact = assignment.compact and node in unit.anchors(KEYS)
         return made(shape_of_state(axes.layout[node], 1, entries if compact else TOKENS), axes.fake[node].dtype)
     if kind == "index":
-        same = {"written": "active", "stored": "active"}
+        same = {"written": "active", "stored": "active", "place": "active"}
         place = which.partition("@")[0]
         return made((1, rows_of(same.get(place, place))))
     if name == "stream":
         assert unit.stream is not None
         return made(_sized(axes.layout[unit.stream], rows_of(assignment.enter.name)), axes.fake[unit.stream].dtype)
-    tensors = {"counts": torch.int64, "bound": torch.float32}
+    tensors = {"counts": torch.int64, "bound": torch.float32, "renew": torch.bool}
     if name in tensors:
         return made((1, 1), tensors[name])
-    return {"tokens": TOKENS, "batch": 1, "selected": sizes[cost.N], "entries": rows_of("keyed")}[name]
+    numbers = {"tokens": TOKENS, "batch": 1, "selected": sizes[cost.N], "entries": rows_of("keyed")}
+    return {**numbers, "held": rows_of("active")}[name]
 
 
 def _sized(layout: Layout, rows: int) -> list[int]:
