@@ -11,7 +11,7 @@ from .explain import Explanation, explain
 from .generate import generate
 from .interface.blocks import Masks
 from .interface.mechanism import Confidences, Contexts, Facts, Mechanism, Option, RowRule
-from .interface.plan import AfterLayer, Measured
+from .interface.plan import AfterLayer, LayerRows, Measured, Skipping
 from .kernels.attention_weights import attention_weights
 from .mechanisms import register, unregister
 from .options import Options
@@ -27,12 +27,14 @@ __all__ = [
     "Explanation",
     "Facts",
     "Generated",
+    "LayerRows",
     "Masks",
     "Measured",
     "Mechanism",
     "Option",
     "Options",
     "RowRule",
+    "Skipping",
     "Warmed",
     "attention_weights",
     "denoise_step",

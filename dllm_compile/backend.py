@@ -198,10 +198,10 @@ class Backend:
         return result
 
     def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
-        begins, done, before = batch.last is not step, False, step.layer
+        begins, done, before, depth = batch.last is not step, False, step.layer, step.depth
         try:
             result = run(program, args, batch, step)
-            step.layer = before + len(program.layers)
+            step.layer, step.depth = before + len(program.layers), depth + program.depth
             if begins:
                 batch.session.commit(batch, step)
             done = True
@@ -209,6 +209,7 @@ class Backend:
             if not done:
                 batch.begin_anew()  # an error or an interrupt in the middle leaves rows half written
         batch.layers_seen = max(batch.layers_seen, step.layer)
+        batch.session.depth = max(batch.session.depth, step.depth)
         batch.expect(program)
         if _verifies(self.options, step):
             compare(self.module, program, args, result, batch, step)

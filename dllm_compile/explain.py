@@ -185,6 +185,9 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
             getattr(f, "__name__", repr(f)) for f in (method.after_layer.measure, method.after_layer.decide)
         )
         out.more.append(f"behind each layer: {measure}, then {decide} may have deeper layers compute every row")
+    if method.skips is not None:
+        depths = ", ".join(f"{depth:g}" for depth in method.skips.depths(options))
+        out.more.append(f"from depth {depths} on, layers compute fewer rows in partial steps; FLOPs are of all rows")
     hiding = [mechanism.name for mechanism in turned_on(options) if mechanism.visible is not None]
     if hiding:
         out.more.append(f"attention reads only the keys that {' and '.join(hiding)} leave visible")

@@ -162,6 +162,8 @@ def _for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> t
     if chooser is not None or restricting:
         rule = None if chooser is None else _rule(chooser.unmask, f"{chooser.name!r} says tokens to write", backend)
         settings = replace(settings, rule=rule, allowed=_allowed(restricting, backend) if restricting else None)
+    skipping = tuple(each.name for each in turned_on(backend) if each.skips is not None)
+    settings = replace(settings, skips=skipping) if skipping else settings
     return settings, options, rule_of(backend.cache).in_blocks and backend.keep_ratio is None
 
 

@@ -13,9 +13,11 @@ import torch
 from .general_options import GENERAL
 from .interface.blocks import FindBlock, Masks
 from .interface.mechanism import Mechanism, Option, RowRule, asked
+from .interface.plan import Skipping
 from .passes import (
     block_cache,
     decoded_rows,
+    early_skipping,
     eviction,
     feature_cache,
     flashblock,
@@ -34,6 +36,7 @@ OWN = tuple(
         eviction,
         flashblock,
         saliency,
+        early_skipping,
         sliding_block,
         vicinity,
         frechet,
@@ -41,8 +44,8 @@ OWN = tuple(
 )
 """Those of the package."""
 
-SAID = ("block", "widens", "narrows", "reach", "refresh", "visible", "salient", "unmask", "candidates")
-"""Functions of a mechanism that are asked where one of its switches is on."""
+SAID = ("block", "widens", "narrows", "reach", "refresh", "visible", "salient", "skips", "unmask", "candidates")
+"""What of a mechanism is asked where one of its switches is on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +265,8 @@ def _check(mechanism: Mechanism) -> None:
             raise ValueError(f"the default of {option.name} is {option.default!r}; give {option.wanted}")
         if option.read is not None and not option.beside:
             raise ValueError(f"something reads {option.name} only beside others; say which in `beside`")
+    if not isinstance(mechanism.skips, (Skipping, type(None))):
+        raise TypeError(f"{mechanism.name!r} skips {mechanism.skips!r}; give a dllm_compile.Skipping")
     if mechanism.salient and len(mechanism.switches) > 1:
         raise ValueError(
             f"{mechanism.name!r} says salient rows, and has several switches; give one, which is its bound"

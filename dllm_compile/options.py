@@ -74,6 +74,10 @@ class Options:
         rows_before: int | None
         rows_behind: int | None
         warmup_steps: int | None
+        row_shares: tuple[float, ...] | None
+        row_depths: tuple[float, ...]
+        confidence_weight: float
+        unskipped_interval: int | None
         mask_id: int | None
         shift: bool | None
         readable: str
@@ -179,6 +183,7 @@ class Options:
                 f"cache {self.cache!r} measures attention over all keys, and keep_outside reads none outside of a "
                 "block; leave out one of them"
             )
+        self._check_skipping(bool(salient))
         choosing = [mechanism.name for mechanism in turned_on(self) if mechanism.unmask is not None]
         if len(choosing) > 1:
             raise ValueError(f"{' and '.join(choosing)} each decide which tokens are written; leave out all but one")
@@ -194,6 +199,27 @@ class Options:
                     raise ValueError(
                         f"the mechanism {mechanism.name!r} {what} a cache of blocks; give cache='dual' too"
                     )
+
+    def _check_skipping(self, salient: bool) -> None:
+        """Refuse rows that deeper layers skip where nothing keeps them, or two that say which."""
+        skipping = [mechanism.name for mechanism in turned_on(self) if mechanism.skips is not None]
+        if len(skipping) > 1:
+            raise ValueError(f"{' and '.join(skipping)} each decide which rows go on; leave out all but one")
+        if skipping and self.cache == "none" and not salient:
+            raise ValueError(
+                f"the mechanism {skipping[0]!r} skips rows of a cache of blocks in deeper layers; give cache='dual' too"
+            )
+        if skipping and tables().rules[self.cache].after_layer is not None:
+            raise ValueError(
+                f"cache {self.cache!r} recomputes the layers behind one, and the mechanism {skipping[0]!r} skips rows "
+                "of them; leave out one of them"
+            )
+
+        if skipping and self.keep_outside:
+            raise ValueError(
+                f"keep_outside keeps attention of every row of the block, and the mechanism {skipping[0]!r} skips "
+                "rows; leave out one of them"
+            )
 
     def reads(self, name: str) -> bool:
         """Whether anything reads an option beside the others, whatever it is set to."""

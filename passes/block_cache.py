@@ -78,7 +78,7 @@ MECHANISM = Mechanism(
             **count("8, or None"),
             meaning="steps between full steps inside a block, at least 1; ``None`` for none. Beside a "
             "``prompt_interval`` they are of the response alone until the prompt is due",
-            synonyms=("cache_reloading_step", "cache_steps"),
+            synonyms=("cache_reloading_step", "cache_steps", "prompt_update"),
             read=_has_refreshes,
             beside="cache or saliency_threshold",
         ),

@@ -20,7 +20,7 @@ import torch
 from dllm_compile.core.assignment import NOTHING, PROMPT, PROMPT_SELECTED, RESPONSE, SELECTED, Assignment
 from dllm_compile.core.rows import NONE
 from dllm_compile.interface.mechanism import Mechanism, Option, interval, share_of
-from dllm_compile.interface.plan import AfterLayer, Call, Plan, with_row_before
+from dllm_compile.interface.plan import AfterLayer, Call, Plan, Skipping, with_row_before
 from dllm_compile.kernels.row_change import pick_rows
 
 FULL = Assignment("full")
@@ -73,6 +73,7 @@ class FeatureCache:
 
     first: Assignment | None = FIRST
     after_layer: AfterLayer | None = None
+    skips: Skipping | None = None
 
     def __init__(
         self,

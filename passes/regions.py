@@ -22,6 +22,7 @@ from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
 from dllm_compile.core.stand_ins import expressions
 from dllm_compile.core.units import Attention, Branch, Unit, closure
+from dllm_compile.kernels.confidence import confidence
 
 _MOVES = {
     *("view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten"),
@@ -221,6 +222,8 @@ def _unit(
         unit.branches = _branches(nodes, entering, leaving, axes)
     elif leaving is None and entering is not None:
         _logits_first(unit)
+    if entering is not None and not unit.is_layer:
+        unit.logits = _logits(unit, axes)
     return unit
 
 
@@ -231,6 +234,26 @@ def _logits_first(unit: Unit) -> None:
         made = {n: projections[-1] in closure([n], set()) for n in unit.outputs}
         unit.outputs.sort(key=lambda n: not made[n])
         unit.leaving = sum(made.values())
+
+
+def _logits(unit: Unit, axes: Axes) -> torch.fx.Node | None:
+    """What a softmax is, or would be, taken of: what ``confidence`` reads; else the widest output; else what the best
+    token is found in, without noise.
+    """
+    wide = [n for n in unit.nodes if n in axes.live and _is_stream(n, axes)]
+    read = [n.all_input_nodes[0] for n in unit.nodes if n.target is confidence]
+    leaving = sorted((n for n in unit.outputs[: unit.leaving] if n in wide), key=lambda n: -axes.fake[n].shape[-1])
+    found = [n for n in (*read, *leaving) if n in wide]
+    if found:
+        return found[0]
+    best = next((n for n in unit.nodes if getattr(n.target, "__name__", n.target) == "argmax"), None)
+    node = next((n for n in wide if best is not None and n in best.all_input_nodes), None)
+    start = next((n for n in reversed(unit.nodes) if n.target is linear and n in wide), None)
+    at: torch.fx.Node | None = node
+    while at is not None and at is not start:
+        before = at.all_input_nodes
+        at = before[0] if len(before) == 1 and before[0] in wide else None
+    return node if at is not None else start
 
 
 def _branches(

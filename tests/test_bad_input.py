@@ -63,6 +63,14 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
     ({"shift": "no"}, "shift is 'no'; give True for samplers that read row i - 1"),
     ({"readable": "some"}, "readable is 'some'; did you mean"),
     ({"max_state_bytes": -1}, "max_state_bytes is -1; give a whole number of at least 0"),
+    ({"row_shares": [0.5, 0.25]}, "row_shares is [0.5, 0.25]; give a tuple of falling shares of the rows, above 0"),
+    (
+        {"method": "es-dllm", "row_depths": (0,)},
+        "row_depths is (0,); give a tuple of rising shares of the layers, above 0",
+    ),
+    ({"confidence_weight": 2}, "confidence_weight is 2; give a weight from 0 to 1, such as 0.5"),
+    ({"unskipped_interval": 0}, "unskipped_interval is 0; give a whole number of at least 1"),
+    ({"cache": "dual", "unskipped_interval": 4}, "unskipped_interval is 4, but no mechanism reads it; give row_shares"),
     ({"frechet_delta": 1}, "frechet_delta is 1; give a probability, such as 0.25, from 0 and below 1"),
     ({"sliding": "both"}, 'sliding is \'both\'; give "greedy" or "constant"'),
     (

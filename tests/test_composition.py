@@ -36,8 +36,10 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "decoded": {"cache": "decoded", "refresh_interval": 1},
     "sliding": {"cache": "dual", "sliding": "greedy", "refresh_interval": 1},
     "window": {"cache": "dual", "rows_before": 2, "rows_behind": 1, "refresh_interval": 1},
+    "rolling": {"cache": "rolling", "refresh_interval": 1},
     "keep": {"keep_ratio": 0.5, "delay": STEPS},
     "saliency": {"saliency_threshold": 0.9, "full_steps": STEPS},
+    "skipping": {"row_shares": (0.5,), "row_depths": (0.5,), "refresh_interval": 1},
 }
 """Each computes every row at every step of a sequence of ``STEPS`` calls."""
 
@@ -48,10 +50,12 @@ REUSING: dict[str, dict[str, Any]] = {
     "decoded": {"cache": "decoded"},
     "sliding": {"cache": "dual", "sliding": "greedy", "refresh_tokens": 4},
     "window": {"cache": "dual", "rows_before": 2, "rows_behind": 1},
+    "rolling": {"cache": "rolling"},
     "keep": {"keep_ratio": 0.5, "delay": 0},
     "saliency": {"saliency_threshold": 0.9, "full_steps": 1},
+    "skipping": {"row_shares": (0.5,), "row_depths": (0.5,)},
 }
-CACHES = {"dual", "prefix", "decoded", "sliding", "window"}
+CACHES = {"dual", "prefix", "decoded", "sliding", "window", "rolling"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +70,11 @@ def session() -> UnderWay:
 
 
 def possible(names: tuple[str, ...]) -> bool:
-    """Whether these mechanisms make sense together: one cache at most, and something to keep a share of."""
-    return len(CACHES & set(names)) <= 1 and names != ("keep",)
+    """Whether these mechanisms make sense together: one cache at most, something to keep a share of, and steps of
+    which rows can be skipped.
+    """
+    steps = bool({*CACHES, "saliency"} & set(names))
+    return len(CACHES & set(names)) <= 1 and names != ("keep",) and (steps or "skipping" not in names)
 
 
 def joined(*parts: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +214,11 @@ def test_the_one_new_row_of_an_only_layer_is_as_eager(name: str) -> None:
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 APART: list[tuple[str, ...]] = [
-    *((name,) for name in REUSING if name != "keep"),
+    *((name,) for name in REUSING if name not in ("keep", "skipping")),
+    ("dual", "skipping"),
+    ("rolling", "skipping"),
+    ("prefix", "skipping"),
+    ("dual", "saliency", "skipping"),
     ("intervals", "dual"),
     ("intervals", "saliency"),
     ("dual", "saliency"),
@@ -248,7 +259,7 @@ ANY = st.fixed_dictionaries(
         "prompt_interval": st.sampled_from([-1, 1, 2, 3, 50]),
         "response_interval": st.sampled_from([-1, 1, 2, 3, 7]),
         "transfer_ratio": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
-        "cache": st.sampled_from(["dual", "prefix", "decoded", "none"]),
+        "cache": st.sampled_from(["dual", "prefix", "decoded", "rolling", "none"]),
         "block_length": st.sampled_from([1, 2, 3, 5]),
         "refresh_interval": st.integers(1, 4),
         "delay": st.integers(0, 2),
@@ -257,6 +268,7 @@ ANY = st.fixed_dictionaries(
         "saliency_threshold": st.sampled_from([-1.0, 0.0, 0.9, 0.999, 1.0]),
         "full_steps": st.integers(1, 4),
         "response_only": st.booleans(),
+        "row_shares": st.sampled_from([(0.5, 0.25), (1.0, 0.4)]),
         "shift": st.booleans(),
     },
 )
@@ -264,6 +276,8 @@ ANY = st.fixed_dictionaries(
 
 def taken(given: dict[str, Any]) -> dict[str, Any]:
     """The options without those that are refused beside the others, as documented."""
+    if given.get("cache", "none") == "none" and "saliency_threshold" not in given:
+        given = {name: value for name, value in given.items() if name != "row_shares"}
     refused = {name for name in unread(given) & given.keys() if given[name] is not None}
     for name in refused:
         others = {other: value for other, value in given.items() if other not in refused}

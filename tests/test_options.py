@@ -52,6 +52,10 @@ OFF: dict[str, Any] = {
     "rows_before": None,
     "rows_behind": None,
     "warmup_steps": None,
+    "row_shares": None,
+    "row_depths": (0.125, 0.25),
+    "confidence_weight": 0.5,
+    "unskipped_interval": None,
     "frechet_delta": None,
     "mask_id": None,
     "shift": None,
@@ -72,6 +76,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "dkv-cache": {"cache": "decoded", "delay": 1, "refresh_interval": 8},
     "dsb": {"cache": "dual", "sliding": "greedy", "rows_before": 24},
     "dinfer": {"cache": "dual", "rows_before": 16, "rows_behind": 16, "warmup_steps": 4},
+    "es-dllm": {"cache": "rolling", "row_shares": (0.5, 0.25), "unskipped_interval": 16, "refresh_interval": 64},
 }
 """What each method sets; the rest is off."""
 
@@ -225,6 +230,9 @@ READ: dict[str, dict[str, Any]] = {
     "full_steps": {"saliency_threshold": 0.9},
     "response_only": {"saliency_threshold": 0.9},
     "refresh_tokens": {"sliding": "greedy", "cache": "dual"},
+    "row_depths": {"row_shares": (0.5,), "cache": "dual"},
+    "confidence_weight": {"row_shares": (0.5, 0.25), "cache": "dual"},
+    "unskipped_interval": {"row_shares": (0.5, 0.25), "cache": "dual"},
 }
 """Something that reads an option which not every mechanism does."""
 
@@ -235,6 +243,8 @@ ELSEWHERE = (
     ({"gen_interval": 3}, {"response_interval": 3}),
     ({"cache_reloading_step": 8}, {"refresh_interval": 8}),
     ({"cache_steps": 8}, {"refresh_interval": 8}),
+    ({"prompt_update": 8}, {"refresh_interval": 8}),
+    ({"block_update": 4}, {"unskipped_interval": 4}),
 )
 
 
@@ -281,6 +291,9 @@ EDGES: dict[str, tuple[Any, ...]] = {
     "rows_before": (0, 24, None),
     "rows_behind": (0, 16, None),
     "warmup_steps": (0, 4, None),
+    "row_depths": ((0.125,), (0.999,)),
+    "confidence_weight": (0, 0.5, 1.0),
+    "unskipped_interval": (1, 16, None),
     "frechet_delta": (0, 0.25, 0.999, None),
     "cuda_graphs": (True, False),
     "mask_id": (0, 126336, None),
@@ -370,6 +383,16 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "rows_before": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
     "rows_behind": ("give a whole number of at least 0, such as 16", (-1, 1.0, "8", True)),
     "warmup_steps": ("give a whole number of at least 0, such as 4", (-1, 1.0, "8", True)),
+    "row_shares": (
+        "give a tuple of falling shares of the rows, above 0 and up to 1, such as (0.5, 0.25)",
+        ((), 0.5, (0.25, 0.5), (0.5, 0.0), (1.5, 1), (0.5, math.nan), [0.5, 0.25], ("0.5", "0.25"), (True, 0.5)),
+    ),
+    "row_depths": (
+        "give a tuple of rising shares of the layers, above 0 and below 1, such as (0.125, 0.25)",
+        ((), 0.125, (0.25, 0.125), (0.5, 0.5), (0, 0.5), (0.5, 1.0), [0.125, 0.25], None),
+    ),
+    "confidence_weight": ("give a weight from 0 to 1, such as 0.5", (-0.1, 1.1, "0.5", True, math.nan, None)),
+    "unskipped_interval": ("give a whole number of at least 1, such as 16", (0, -1, 1.0, "16", True)),
     "frechet_delta": ("give a probability, such as 0.25, from 0 and below 1", (1, -0.1, "0.25", True, math.nan)),
     "cuda_graphs": ("give True or False", (0, 1, "yes", None)),
     "mask_id": ("give the token id of the mask", (-1, 1.0, "[MASK]", True)),
@@ -396,7 +419,7 @@ def test_a_bad_value_is_answered_with_what_was_given_and_what_was_wanted(name: s
 
 @pytest.mark.parametrize("name", READ)
 def test_an_option_that_nothing_reads_is_refused(name: str) -> None:
-    value = name == "response_only" or 1  # its default, too, where it is written
+    value = {"response_only": True, "row_depths": (0.125,)}.get(name, 1)  # its default, too, where it is written
     said = failure(lambda: Options.of({"method": "exact", name: value}))
     assert said.startswith(f"{name} is {value}, but no mechanism reads it; give ")
     assert next(iter(READ[name])) in said

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.shares_graphs
 Logits = list[torch.Tensor]
 
 PROMPT, RESPONSE, BLOCK = 9, 24, 8
+ES: dict[str, Any] = {"row_shares": (0.5,), "row_depths": (0.5,), "block_length": BLOCK}
 METHODS: dict[str, dict[str, Any]] = {
     "dual": {"method": "fast-dllm", "cache": "dual", "block_length": BLOCK},
     "prefix": {"method": "fast-dllm", "cache": "prefix", "block_length": BLOCK},
@@ -36,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "saliency": {"method": "dyllm", "saliency_threshold": 0.9, "shift": False},
     "all three": {"method": "sparse-dllm", "saliency_threshold": 0.9, "full_steps": 1, "block_length": BLOCK},
     "decoded": {"method": "dkv-cache", "shift": False},
+    "skipping": {**ES, "method": "es-dllm", "refresh_interval": 9},
+    "skipping and all three": {**ES, "method": "sparse-dllm", "saliency_threshold": 0.9, "full_steps": 1},
 }
 
 

@@ -14,6 +14,8 @@ import torch
 from dllm_compile import backend
 from dllm_compile.explain import explain
 from dllm_compile.generate import generate
+from dllm_compile.mechanisms import turned_on
+from dllm_compile.options import Options
 from dllm_compile.quota_loop import quota_loop
 from dllm_compile.runtime.cost import A, R, S, T
 from dllm_compile.runtime.memory import peak_bytes
@@ -99,6 +101,7 @@ class Row:
         state_bytes: bytes of rows kept of layers behind the timed forwards.
         peak_bytes: most bytes of tensors at once, weights included and compilation aside; 0 where not asked for.
         salient: rows that an average layer of a saliency step found salient.
+        counted: FLOPs of the forwards relative to those of as many full steps, as they were counted.
         steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
     """
 
@@ -118,6 +121,7 @@ class Row:
     state_bytes: int = 0
     peak_bytes: int = 0
     salient: float = 0.0
+    counted: float = 1.0
     milliseconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
@@ -217,6 +221,7 @@ def play(
         getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
     layers = after["salient_layers"] - before["salient_layers"]
     row.salient = (after["salient"] - before["salient"]) / max(layers, 1)
+    row.counted = (after["flops"] - before["flops"]) / max(after["flops_whole"] - before["flops_whole"], 1.0)
     calls: dict[str, list[float]] = {}
     for each in runs:
         for name, spent in each.calls.items():
@@ -239,9 +244,13 @@ def _drop_state() -> None:
 
 
 def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
-    """FLOPs of an average step of ``row``, from the closed forms, relative to a full step of the plain model."""
+    """FLOPs of an average step of ``row``, from the closed forms, relative to a full step of the plain model; as they
+    were counted where deeper layers skip rows.
+    """
     if not row.steps:
         return 1.0
+    if any(mechanism.skips is not None for mechanism in turned_on(Options.of(options))):
+        return row.counted
     found = explain(model, job.ids, **{"mask_id": job.mask_id, **options})
     lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}
     whole = next(iter(found.flops.values())).subs({**lengths, A: lengths[S], R: lengths[S]})

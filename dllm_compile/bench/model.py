@@ -173,5 +173,6 @@ def contenders(setting: Setting) -> list[Contender]:
         Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=setting.cache_block + 4),
         Contender("flashblock", {**blocks, "method": "flashblock"}, warm=setting.cache_block + 3),
         Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
+        Contender("es-dllm", {**blocks, "method": "es-dllm"}, warm=setting.cache_block + 2),
         Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
     ]

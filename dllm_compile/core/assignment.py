@@ -67,6 +67,8 @@ class Assignment:
             :func:`dllm_compile.kernels.salient_rows.salient_rows`.
         evict: the operation that chooses the entries to keep, from queries and keys, and its settings; see
             :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`.
+        judge: called with the logits ``[B, K, V]`` of a head, see :attr:`dllm_compile.core.units.Unit.logits`; what it
+            returns, ``[B, K]``, is a further output of the head.
         measure: called with the query ``[B, H, Q, h]``, key ``[B, Hkv, K, h]``, mask and scale of the first attention
             call of a layer; what it returns is a further output of the layer.
         outside: attention in two parts, by ``attend``, which is then
@@ -91,6 +93,7 @@ class Assignment:
     evict: tuple[Any, ...] | None = None
     measure: Operation | None = None
     outside: Outside | None = None
+    judge: Operation | None = None
 
     def __hash__(self) -> int:
         return self._hash

@@ -53,7 +53,8 @@ class Emitted:
         leaves: the row set of each output.
         extras: where further outputs are: ``"picked"``, the rows ``[B, n]`` of ``SELECTED``; ``"salient"``, the rows
             that are salient from here on, ``[B, K]`` places among the active ones, and ``"salient count"``, how many a
-            sequence has, ``[B]``; ``"measured"``, what the operation of the assignment measured at the first attention.
+            sequence has, ``[B]``; ``"measured"``, what the operation of the assignment measured at the first attention;
+            ``"judged"``, what that of a head said of its logits.
     """
 
     module: torch.fx.GraphModule
@@ -342,6 +343,9 @@ class _Writer:
             extras["salient"], extras["salient count"] = (self._call(operator.getitem, (both, i)) for i in (0, 1))
         if self.measured is not None:
             extras["measured"] = self.measured
+        if self.assignment.judge is not None and self.unit.logits is not None:
+            rows = self.leaves[0] if self.unit.leaving else ALL
+            extras["judged"] = self._call(self.assignment.judge, (self._on(self.unit.logits, rows),))
         if self.assignment.evict is not None and self.keys:
             self._evict()
         self.graph.output((*outs, *extras.values()))

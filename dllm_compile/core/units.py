@@ -54,6 +54,7 @@ class Unit:
         nodes: the nodes that run here, in graph order.
         stream: the residual stream that comes in, ``None`` for a stem.
         outputs: live nodes that later parts or the caller read; those that may leave for fewer rows first.
+        logits: of a head, the value ``[B, S, V]`` whose softmax is read; ``None`` where none is known.
         leaving: how many may: the outgoing stream, or what is made of logits.
         inputs: what else is read: weights, masks, position tables.
         attentions, branches: the roles, in order.
@@ -66,6 +67,7 @@ class Unit:
     attentions: list[Attention] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     leaving: int = 1
+    logits: torch.fx.Node | None = None
     key: str = ""
 
     def seal(self, axes: Axes) -> Unit:

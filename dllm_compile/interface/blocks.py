@@ -47,6 +47,7 @@ class Blocks:
     Attributes:
         active: ``[B, S]`` bool, the rows of the active block.
         moved: ``[B, 1]`` bool, whether a sequence is at another block than at the call before.
+        begun: ``[B, 1]`` bool, whether it is at its first block since it is new.
         done: ``[B, 1]`` bool, whether nothing of a sequence is masked.
         calls: ``[B, 1]`` int64, calls of each sequence before this one.
         warning: what to tell the user of the last call.
@@ -84,7 +85,7 @@ class Blocks:
         ahead = torch.where(call.masked & self.response, self.block, beyond).amin(1, keepdim=True)
         self.done = ahead == beyond
         at = torch.where(self.done, self.at, ahead)  # a finished sequence stays where it is
-        self.moved = at != self.at
+        self.moved, self.begun = at != self.at, (self.at < 0) & (at >= 0)
         self.at = at
         self.active = (self.block == at) & self.response  # a sequence without a response is at no block
 
@@ -93,7 +94,7 @@ class Blocks:
         masked = call.masked & self.response
         self.done = ~masked.any(1, keepdim=True)
         self.active = find(masked, self.response, self.length)
-        self.moved = (self.at < 0) & ~self.done
+        self.moved = self.begun = (self.at < 0) & ~self.done
         self.at = torch.where(self.moved, 0, self.at)
 
     def _give_up(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from dllm_compile.core.errors import naming
 
 from .blocks import Blocks, Masks
-from .plan import AfterLayer, Call
+from .plan import AfterLayer, Call, Skipping
 
 Rows = Callable[["Facts"], torch.Tensor]
 """A pure function of the facts of one step; facts about earlier calls are included in them."""
@@ -141,6 +141,8 @@ class RowRule:
             block begins.
         leaves_filled: a token that was filled need not be computed before the next refresh. Else one outside of the
             rows makes every row be computed.
+        through_blocks: a sequence that comes to its next block does not refresh for that: its rows are those that the
+            rule says.
         in_blocks: whether the rows depend on the blocks only. ``generate`` then takes each block to have a cache of its
             own, as Fast-dLLM does.
         shifts: the rule sees to shifted logits itself (``options.shift``); else the row before each is added.
@@ -156,6 +158,7 @@ class RowRule:
     reach: Rows | None = None
     refresh: Rows | None = None
     leaves_filled: bool = False
+    through_blocks: bool = False
     in_blocks: bool = False
     shifts: bool = False
     after_layer: AfterLayer | None = None
@@ -191,6 +194,8 @@ class Mechanism:
         salient: where its only switch is on, whose value is a number, which of the rows that a layer computes are
             salient, ``[B, Q]`` bool: computed again by the MLP of the layer, and by keys and values of the next; the
             others keep those of the last step that computed them. It is compiled with the layer. One mechanism at most.
+        skips: where one of ``switches`` is on, how many of the rows of a partial step go on into deeper layers, and
+            which; beside the ``rules`` of ``cache``. One mechanism at most.
         unmask: where one of ``switches`` is on, the candidates, ``[B, S]`` bool, that :func:`dllm_compile.generate`
             writes in a step, in place of ``threshold`` and ``factor``; the surest one where it says none. It is
             compiled with the step: PyTorch on tensors whose sizes depend on no values. One mechanism at most.
@@ -215,6 +220,7 @@ class Mechanism:
     refresh: Rows | None = None
     visible: Rows | None = None
     salient: Callable[[Contexts], torch.Tensor] | None = None
+    skips: Skipping | None = None
     unmask: Callable[[Confidences], torch.Tensor] | None = None
     candidates: Callable[[Confidences], torch.Tensor] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

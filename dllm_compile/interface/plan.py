@@ -77,6 +77,53 @@ class AfterLayer:
 
 
 @dataclass(frozen=True)
+class LayerRows:
+    """What a mechanism is told of the rows that enter a layer, of which some are skipped from there on.
+
+    ``B`` sequences, ``Q`` rows that the step still computes, in order, ``d`` numbers of the hidden state.
+
+    Attributes:
+        new: ``[B, Q, d]``, the hidden states that the layer before leaves.
+        old: ``[B, Q, d]``, those of the last step that computed the row so far.
+        confidence: ``[B, Q]`` floating, the probability of the likeliest token in the last logits of the row; 0 for a
+            row that predicts no mask.
+        masked: ``[B, Q]`` bool, rows that predict a mask: those that hold it, or with ``shift=True`` the ones before.
+        filled: ``[B, Q]`` bool, rows whose own mask was filled since the call before.
+        there: ``[B, Q]`` bool, ``False`` for an entry that is no row: it pads a sequence with fewer rows.
+        options: what the user chose, by name.
+    """
+
+    new: torch.Tensor
+    old: torch.Tensor
+    confidence: torch.Tensor
+    masked: torch.Tensor
+    filled: torch.Tensor
+    there: torch.Tensor
+    options: Any
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Rows of a partial step that go on only as far as some layer: the deeper a layer, the fewer rows it computes.
+
+    A row that is skipped keeps the keys and values, and the logits, of the last step that computed them. How many go on
+    is known on the host before the step runs; which ones, is decided on the device and never read back.
+
+    Attributes:
+        depths: of the options, in rising order, as shares of the number of layers above 0 and below 1: from the first
+            layer at or behind that depth on, fewer rows are computed. The hidden states that enter it are kept.
+        counts: of the facts of a partial step and its rows ``[B, S]`` bool, how many of each sequence go on at each of
+            the depths, ``[B, n]`` int64 for ``n`` depths. At least one does; as many as there are skip none.
+        score: called with :class:`LayerRows` at each depth; returns ``[B, Q]`` floating. The rows with the highest
+            score go on, of equals the first; NaN is lowest.
+    """
+
+    depths: Callable[[Any], tuple[float, ...]]
+    counts: Callable[[Any, torch.Tensor], torch.Tensor]
+    score: Callable[[LayerRows], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Rows that a call computes.
 
@@ -97,6 +144,8 @@ class Plan:
         refreshed: ``[B, 1]`` bool, the sequences that refresh in this call, where not all do.
         held: ``[B, S]`` bool, the active rows of which attention over the keys outside is kept.
         renew: ``[B, 1]`` bool, the sequences that compute that anew in this call.
+        going: ``[B, n]`` int64, how many of the active rows go on at each depth of :class:`Skipping`; ``None`` where
+            all do.
         refresh: why sequences refresh, see :attr:`dllm_compile.runtime.stats.Stats.refreshes`; empty where none does.
         same: whether the ids of the call before would give its result again.
         warning: what to tell the user where the plan is followed.
@@ -115,6 +164,7 @@ class Plan:
     refreshed: torch.Tensor | None = None
     held: torch.Tensor | None = None
     renew: torch.Tensor | None = None
+    going: torch.Tensor | None = None
     refresh: tuple[str, ...] = ()
     same: bool = True
     warning: str | None = None
@@ -141,6 +191,9 @@ class Schedule(Protocol):
 
     after_layer: AfterLayer | None
     """What is measured behind each layer, if anything is."""
+
+    skips: Skipping | None
+    """Which rows go on into deeper layers, where not all do."""
 
     def next(self, call: Call) -> Plan:
         """Rows of a call; every call of the sequence is shown in order, repeated ones too."""
@@ -181,6 +234,7 @@ class Exact:
     variants: tuple[Assignment, ...] = (EXACT,)
     first: Assignment | None = None
     after_layer: AfterLayer | None = None
+    skips: Skipping | None = None
 
     def next(self, call: Call) -> Plan:
         """Always the same."""

@@ -70,7 +70,11 @@ class Step:
         bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
         visible: ``[B, S]`` bool, keys that attention reads where the others are hidden.
         renew: ``[B, 1]`` bool, sequences that compute attention over the keys outside anew, where that is kept.
+        going: ``[B, n]`` int64, active rows of each sequence that go on at each depth; ``None`` where all do.
+        predicts: ``[B, S]`` bool, rows that predict a mask, where not all rows go on.
+        filled: ``[B, S]`` bool, rows whose masks were filled since the step before, likewise.
         layer: how many layers have run in this step.
+        depth: how many of them had attention: one that is cut behind it counts once.
         seen: the layers that have run.
         counted: the name that ``stats`` has counted the step by.
         delivered: whether the caller has its result; an interrupt may come when it is made, and before.
@@ -98,7 +102,11 @@ class Step:
     visible: torch.Tensor | None
     renew: torch.Tensor | None
     shape: tuple[int, int]
+    going: torch.Tensor | None = None
+    predicts: torch.Tensor | None = None
+    filled: torch.Tensor | None = None
     layer: int = 0
+    depth: int = 0
     seen: set[Any] = field(default_factory=set)
     counted: str | None = None
     delivered: bool = False
@@ -126,7 +134,10 @@ class Step:
         counts, bound = found.pop("counts"), found.pop("bound", None)
         visible, renew = found.pop("visible", None), found.pop("renew", None)
         sizes, shape = more
-        step = cls(past, repeat, assignment, found, sizes, counts, bound, visible, renew, shape)
+        going, predicts, filled = (found.pop(name, None) for name in ("going", "predicts", "filled"))
+        step = cls(
+            past, repeat, assignment, found, sizes, counts, bound, visible, renew, shape, going, predicts, filled
+        )
         step.memory, step.places, step.returned = memory, places, returned
         return step
 
@@ -171,6 +182,7 @@ class Batch:
         self.stale = False  # what is kept is not good for the next call
         self.last: Step | None = None
         self.layers_seen = 0  # of a step
+        self.told_unskipped = False
         self.drop_rows()
         self._start(ids)
 
@@ -395,6 +407,16 @@ class Batch:
     def narrows(self, plans: Schedule) -> bool:
         """Whether the residual stream of this sequence may be carried for fewer rows."""
         return any(variant.enter == ACTIVE for variant in plans.variants)
+
+    def tell_unskipped(self) -> None:
+        """Say once that no row is skipped: nobody knows how sure the rows are."""
+        if not self.told_unskipped:
+            warnings.warn(
+                "dllm: deeper layers skip no rows, as no graph of this model is seen to make logits, whose confidence "
+                "chooses them; compile the model as a whole",
+                stacklevel=2,
+            )
+        self.told_unskipped = True
 
     def run_whole(self, reason: str) -> None:
         """From the next call on compute every row: some part of the model cannot run for fewer."""

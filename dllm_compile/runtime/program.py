@@ -79,6 +79,7 @@ class Program:
         reads: places of the arguments that are read, not those whose number the graph was analyzed for.
         masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
         knows_masks: whether there are no others.
+        depth: layers with attention.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
         side_inputs: tensors that stem and layers read, but the ids and parameters.
@@ -101,6 +102,7 @@ class Program:
         _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
         self.layers = [unit for unit in self.units if unit.is_layer]
+        self.depth = sum(bool(unit.attentions) for unit in self.layers)
         self.memo: dict[Any, Any] = {}
         self.exports = {node for unit in self.layers for node in unit.outputs[1:]}
         self.vocabulary = _vocabulary(self.seed, self.axes)

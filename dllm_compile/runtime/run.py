@@ -24,7 +24,17 @@ from dllm_compile.core.assignment import (
 )
 from dllm_compile.core.errors import naming
 from dllm_compile.core.layout import opened
-from dllm_compile.core.rows import ALL, NONE, RowSet, put_rows, read_all, rows_first, store_rows
+from dllm_compile.core.rows import (
+    ALL,
+    NONE,
+    RowSet,
+    gather_rows,
+    put_rows,
+    read_all,
+    rows_first,
+    store_rows,
+    take_rows,
+)
 from dllm_compile.core.state import allocate, allocate_outside, grown
 from dllm_compile.core.units import Unit, weights_key
 from dllm_compile.debug import note_step
@@ -37,6 +47,7 @@ from .cost import terms
 from .output_buffers import OutputBuffers
 from .program import Program
 from .recordings import COUNTED, DECIDED, PARTS, note
+from .skipping import CONFIDENCE, asked_score, going_on, judged, layers_at, narrowed, told
 from .stats import Tally
 from .unit_code import UnitCode, Values, Variant
 
@@ -55,7 +66,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     if step.repeat and (kept := call.kept_results()) is not None:
         stats.ran(step, call.tally, program.flops)
         return call.answer(kept, step)
-    layer, seen = step.layer, set(step.seen)
+    layer, depth, seen, indices = step.layer, step.depth, set(step.seen), step.indices
     if not (batch.session.records and call.is_partial()):
         call.compute()
     elif (why := call.unrecordable()) is not None:
@@ -66,7 +77,8 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         record = partial(_made, program, batch)
         call = batch.recordings.run(program, kind, record, args, step, stats.cuda_graphs)
     if call.overflowed():  # what it wrote is among the active rows, which now are all written anew
-        step.assignment, step.layer, step.seen = thorough(step.assignment), layer, seen
+        step.assignment, step.layer, step.depth, step.seen = thorough(step.assignment), layer, depth, seen
+        step.indices, step.going = indices, None  # none is skipped: all that is kept of them is written
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
     stats.ran(step, call.tally, program.flops)
@@ -92,6 +104,12 @@ def _made(program: Program, batch: Batch, args: Sequence[Any], step: Step) -> Gr
 def _entering(assignment: Assignment, rows: RowSet) -> Assignment:
     """The assignment for a stream that is at hand on ``rows``."""
     return assignment if assignment.enter == rows else replace(assignment, enter=rows)
+
+
+@cache
+def _judging(assignment: Assignment) -> Assignment:
+    """The assignment of a head that also says how sure each row is."""
+    return replace(assignment, judge=judged)
 
 
 @cache
@@ -121,6 +139,8 @@ class GraphCall:
         selected: rows that each layer chose, by its number.
         rest, first: what layers run, and what the first one does.
         masked: whether an attention mask hides something.
+        skips: which rows go on into deeper layers, where not all do.
+        skipping: by the number of a layer with attention, which of its depths applies from there on.
     """
 
     def __init__(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
@@ -142,6 +162,12 @@ class GraphCall:
         self.most_salient = 0
         self.measured: tuple[int, Assignment, Any] | None = None  # of the layer that has just run
         self.after_layer = None if step.repeat else step.past.schedule.after_layer
+        self.skips = None if step.repeat else step.past.schedule.skips
+        self.skipping: dict[int, int] = {}
+        if self.skips is not None:
+            whole = program.ids is not None and self.head is not None
+            depths = self.skips.depths(batch.options)
+            self.skipping = layers_at(depths, program.depth if whole else batch.session.depth)
         self.masked = not program.masks or self._masked()
         self.narrows = batch.narrows(step.past.schedule)
         self.costs: dict[Variant, float] = {}  # FLOPs of a variant in this step
@@ -315,6 +341,10 @@ class GraphCall:
     def _layer(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         step = self.step
         number, step.layer = step.layer, step.layer + 1
+        if unit.attentions:
+            which, step.depth = self.skipping.get(step.depth), step.depth + 1
+            if which is not None:
+                self._skip(unit, number, which)
         values = self._values(unit)
         assignment = self._assigned(unit, code, self.rest if number else self.first, values)
         values.flat += self._state(unit, assignment)
@@ -427,6 +457,73 @@ class GraphCall:
             step.indices["readable"] = step.indices["readable later"]
             self.costs.clear()  # of another number of rows
 
+    def _skip(self, unit: Unit, number: int, which: int) -> None:
+        """Keep the hidden states that enter a layer, and choose the rows that go on, if not all do.
+
+        Nothing is skipped before every row of both hidden states and confidences is known.
+        """
+        step, kept = self.step, self.batch.kept
+        stream, rows = unit.stream, self._at_hand(unit)
+        if stream is None or not self.program.has_rows(stream):
+            return
+        layout = opened(self.program.axes.layout[stream])
+        value, place = self.env[stream], ("skipping", number)
+        if place not in kept and rows == ALL:
+            self.batch.recordings.clear()
+            (kept[place],) = allocate([stream], self.program.axes, step.shape, step.counts.device)
+            store_rows(kept[place], value, layout)
+            return
+        old = kept.get(place)
+        if old is None or (rows not in (ALL, ACTIVE)):
+            return
+        fresh = rows_first(value, layout, step.shape[0])
+        chooses = step.going is not None and self.rest != self.full and "active" in step.indices
+        at = step.indices["active"] if chooses or rows == ACTIVE else None
+        places = None
+        if chooses and CONFIDENCE in kept:
+            new = fresh if rows == ACTIVE else take_rows(value, step.indices["active"], layout)
+            places = self._chosen(new.flatten(2), old.flatten(2), which)
+        if rows == ALL:
+            store_rows(old, value, layout)
+        else:
+            assert at is not None
+            put_rows(old, at, fresh.to(old.dtype))
+        if places is None:
+            if chooses:
+                self.batch.tell_unskipped()
+            return
+        for node in [n for n, have in self.have.items() if have == ACTIVE and n in self.env]:
+            if node is not stream or node in self.program.results:
+                self.whole(node)  # on the rows that were computed for it
+        if rows == ACTIVE:
+            self.env[stream] = gather_rows(value, places, layout)
+        spare = step.entries if self.rest.keys == KEYED else step.shape[1]
+        step.indices = narrowed(step, places, spare)
+        self.selected[number] = step.indices["active"]
+        self.costs.clear()  # of another number of rows
+
+    def _chosen(self, new: torch.Tensor, old: torch.Tensor, which: int) -> torch.Tensor:
+        """Places ``[B, n]`` of the active rows that go on, by hidden states ``[B, Q, d]`` and ``[B, S + 1, d]``."""
+        step, options = self.step, self.batch.options
+        assert self.skips is not None
+        assert step.going is not None
+        given = told(step, new, old, self.batch.kept[CONFIDENCE], options)
+        width = min(step.sizes[f"going:{which}"], given.there.shape[1])
+        score = asked_score(self.skips.score, "a mechanism scores rows", given)
+        return going_on(score, given.there, step.going[:, which : which + 1], width)
+
+    def _judge(self, sure: torch.Tensor, leaves: RowSet) -> None:
+        """Keep how sure the rows ``[B, K]`` are that a head was computed for."""
+        step, kept = self.step, self.batch.kept
+        if CONFIDENCE not in kept:
+            self.batch.recordings.clear()
+            with torch.inference_mode(False):
+                kept[CONFIDENCE] = sure.new_zeros((step.shape[0], step.shape[1] + 1))
+        if leaves == ALL:
+            kept[CONFIDENCE][:, :-1].copy_(sure)
+        elif leaves != NONE:
+            kept[CONFIDENCE].scatter_(1, step.indices[leaves.name], sure)
+
     def _head(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """Run the head on the readable rows; on all rows of its input if an output other than logits is read. The other
         rows come from the cache.
@@ -442,9 +539,13 @@ class GraphCall:
             wanted = _entering(TAIL, rows)
         elif not readable.shape[1]:
             return [None] * unit.leaving, [NONE] * unit.leaving
+        wanted = wanted if self.skips is None or unit.logits is None else _judging(wanted)
         variant = code.variant(wanted, self.step, values)
         self._count(code, variant, wanted)
-        return variant(values), variant.rows
+        outs = variant(values)
+        if "judged" in variant.extras:
+            self._judge(outs[variant.extras["judged"]], variant.rows[0] if unit.leaving else ALL)
+        return outs, variant.rows
 
     def _other(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """A stem, a tail that is no head, or a unit whose rows mix."""

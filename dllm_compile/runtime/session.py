@@ -46,6 +46,7 @@ class Session:
         self.stats = Stats()
         self.vocabulary: int | None = None
         self.tied: set[Any] = set()  # layers that run more than once in a step
+        self.depth = 0  # of the model: layers of a step that had attention
         self.salient_capacities: dict[int, int] = {}  # see :meth:`salient_capacity`
         self.records = False  # whether partial steps become CUDA graphs
         self.lock = threading.RLock()

@@ -10,7 +10,7 @@ import torch
 
 from dllm_compile.core.assignment import EXACT
 from dllm_compile.declared import to_be_filled
-from dllm_compile.interface.plan import Call, Exact, Plan, copied
+from dllm_compile.interface.plan import Call, Exact, Plan, copied, rows_before
 from dllm_compile.passes.flashblock import renewing
 
 from . import recordings
@@ -19,6 +19,7 @@ from .evidence import Evidence
 from .output_buffers import OutputBuffers
 from .positions import packed, positions_of_call, positions_returned
 from .program import Program
+from .skipping import widths
 
 if TYPE_CHECKING:
     from .session import Session
@@ -68,7 +69,8 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
         assert past is not None
         call = batch.call(read.ids, caller, call.filling)
     if call.repeat and last is not None and not last.delivered and program in batch.outputs:
-        return replace(last, repeat=True, layer=0, seen=set())  # an interrupt came between the step and its result
+        # an interrupt came between the step and its result
+        return replace(last, repeat=True, layer=0, depth=0, seen=set())
     evidence = _evidence(session, batch, read, call, past)
     lossy = not isinstance(past.schedule, Exact)
     missed = False
@@ -151,6 +153,8 @@ def _planned(
     masks = {} if plan.bound is None else {"bound": plan.bound.unsqueeze(1)}
     masks |= {} if plan.visible is None else {"visible": plan.visible}
     masks |= {} if plan.renew is None else {"renew": plan.renew}
+    masks |= {} if plan.going is None else _told_of_rows(call, plan.going, session.options.shift)
+    sizes |= widths(plan, 8 if session.records else 1)
     some = not every and OutputBuffers.copies_rows(device)
     read = {"returned": positions_returned(call, session.options.shift)} if some else {}
     memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices, **read}, device)
@@ -168,6 +172,12 @@ def _with_all_renewed(batch: Batch, plan: Plan) -> Plan:
     assert plan.refreshed is not None
     batch.without_outside.clear()
     return replace(plan, assignment=renewing(plan.assignment), renew=~plan.refreshed, same=False)
+
+
+def _told_of_rows(call: Call, going: torch.Tensor, shift: bool | None) -> dict[str, torch.Tensor]:
+    """What the choice of the rows that go on reads beside their hidden states; see :func:`.skipping.told`."""
+    predicts = rows_before(call.masked) if shift else call.masked
+    return {"going": going, "predicts": predicts, "filled": call.filled & (call.number > 0)}
 
 
 def _tell_of_remasking(session: Session, program: Program) -> None:

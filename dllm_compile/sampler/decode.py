@@ -41,7 +41,7 @@ class Generated:
 
 
 IDLE = 64
-"""So many calls in a row may write nothing where mechanisms restrict the candidates."""
+"""So many calls in a row may write nothing where mechanisms hold candidates back."""
 
 
 @torch.no_grad()
@@ -91,8 +91,8 @@ def decode(
         before = masked
         masked = host == mask_id
         idle = idle + 1 if torch.equal(masked, before) else 0
-        if progress.settings.allowed is not None and idle == IDLE:
-            raise _stuck(progress.settings.allowed.names)
+        if progress.settings.holds_back and idle == IDLE:
+            raise _stuck(progress.settings.holds_back)
         if stops is not None:
             cut = stops.behind(x, masked)
             host = host.masked_fill(cut, stops.fill)

@@ -144,6 +144,8 @@ class Progress:
             count = quota(self.first, step, self.steps)
         if self.leads:
             count = torch.where(self.step == 0, 1, count)
+        if settings.skips:  # what was held back until the last step
+            count = torch.where(self.step < self.steps, count, self.most)
         count = torch.minimum(count, waiting)
         return Writable(candidates, count, max(int(count.max()), self.most))
 
@@ -152,7 +154,7 @@ class Progress:
         while True:
             left = (masked & self._reach() & (self.position >= self._start().unsqueeze(1))).sum(1)
             self.first = torch.where(self.step == 0, left, self.first)
-            if self.settings.allowed is not None or self.settings.block is not None:
+            if self.settings.holds_back or self.settings.block is not None:
                 limit = torch.full_like(left, torch.iinfo(left.dtype).max)  # a step may write nothing; see ``decode``
             elif self.caps:
                 limit = self.steps + self.first

@@ -73,6 +73,7 @@ class Settings:
         rule: which tokens to write, as a mechanism has it that an option switched on; no argument of ``generate``.
         allowed: which candidates mechanisms leave, likewise.
         block: where the block is that a step writes into, likewise; blocks then have no fixed places.
+        skips: mechanisms that skip rows in deeper layers: candidates without logits of the step are held back.
 
     Raises:
         ValueError: a value is out of range, or two of them contradict each other.
@@ -98,6 +99,7 @@ class Settings:
     rule: Rule | None = None
     allowed: Allowed | None = None
     block: FindBlock | None = None
+    skips: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("remasking", self.remasking, RULES)
@@ -160,6 +162,11 @@ class Settings:
     def eos(self) -> tuple[int, ...]:
         """Ids that end a response."""
         return () if self.eos_id is None else self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+
+    @property
+    def holds_back(self) -> tuple[str, ...]:
+        """Names of the mechanisms by which a step may write fewer tokens than there are to write."""
+        return (*(self.allowed.names if self.allowed is not None else ()), *self.skips)
 
     @property
     def parallel(self) -> bool:
@@ -248,7 +255,8 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
     return own
 
 
-SETTINGS = tuple(each.name for each in fields(Settings) if each.name not in ("rule", "allowed", "block"))
+_OF_MECHANISMS = ("rule", "allowed", "block", "skips")
+SETTINGS = tuple(each.name for each in fields(Settings) if each.name not in _OF_MECHANISMS)
 
 
 def option_names() -> list[str]:

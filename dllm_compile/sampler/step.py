@@ -134,10 +134,14 @@ def surest(
     draws: torch.Tensor | None,
     rule: Rule | None = None,
     allowed: Rule | None = None,
+    stamp: torch.Tensor | None = None,
     **inputs: Any,
 ) -> torch.Tensor:
     """:func:`denoise_step` of arguments that are known to be right; mechanisms may choose the tokens, see
     :func:`dllm_compile.sampler.rules.written`.
+
+    With ``stamp`` ``[1]`` int64, a number above 0 that no call before had, only candidates are written whose logits are
+    of this call: a row of logits that is kept of an earlier one bears its number.
 
     Raises:
         TypeError, ValueError: the model returns no logits, or ``noise`` is not as wide as they are.
@@ -158,5 +162,7 @@ def surest(
     else:
         token = logits.argmax(-1)
     sure = confidence(logits.softmax(-1), token, remasking) if draws is None else draws
+    if stamp is not None:  # compared with what is made of the ids: behind the head, for all rows
+        candidates = candidates & (token * 0 + stamp == torch.where(x == mask_id, stamp, 0))
     counted = count, most, threshold, factor
     return torch.where(written(sure, candidates, x == mask_id, *counted, rule=rule, allowed=allowed), token, x)

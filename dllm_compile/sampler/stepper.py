@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -57,13 +58,15 @@ def stepper(
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
         fixed.update(threshold=settings.threshold, factor=settings.factor, rule=settings.rule)
         fixed.update(allowed=settings.allowed.rule if settings.allowed is not None else None)
+        calls = count(1) if settings.skips and denoise is not surest else None
 
         def step(x: torch.Tensor, writable: Writable) -> torch.Tensor:
             noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
             draws = uniform(x.shape) if settings.remasking == "random" else None
-            new: torch.Tensor = denoise(
-                model, x, writable.candidates, writable.count, writable.most, noise=noise, draws=draws, **fixed
-            )
+            drawn: dict[str, Any] = {"noise": noise, "draws": draws}
+            if calls is not None:
+                drawn["stamp"] = torch.full((1,), next(calls), device=x.device)
+            new: torch.Tensor = denoise(model, x, writable.candidates, writable.count, writable.most, **drawn, **fixed)
             return new
 
     return step if within is None else InOrder(step, uniform)

@@ -59,6 +59,8 @@ class ActiveRows:
         if options.keep_ratio is not None:
             self.evict = evicting(full, options.keep_ratio, options.kernel_size)
             full = unkept(full)
+        self.skipping = next((mechanism for mechanism in turned_on(options) if mechanism.skips is not None), None)
+        self.skips = None if self.skipping is None else self.skipping.skips
         self.after_layer = self.rule.after_layer
         if self.after_layer is not None:
             measure = named(f"the rule {self.rule.name!r} measures layers", self.after_layer.measure)
@@ -107,6 +109,8 @@ class ActiveRows:
         same = self.settled and not bool(exact.any()) and call.filling is None
         self.settled = True
         plan = Plan(self.part, active=active, written=written, refreshed=exact, refresh=why, same=same)
+        if self.skips is not None:
+            plan = replace(plan, going=self._going(call, active, exact))
         if self.salient is not None and self.follows and not bool(exact.all()):
             bound = torch.full((len(exact),), self.bound, dtype=torch.float32).masked_fill(exact[:, 0], torch.inf)
             first = active & (exact | call.changed | ~written)
@@ -139,6 +143,18 @@ class ActiveRows:
                 said = asked(f"the mechanism {mechanism.name!r} {what}", function, self._facts(call), like)
                 yield mechanism.name, said
 
+    def _going(self, call: Call, active: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | None:
+        """How many of the ``active`` rows ``[B, S]`` go on at each depth, ``[B, n]``; all of a sequence in ``exact``
+        ``[B, 1]``.
+        """
+        assert self.skips is not None
+        assert self.skipping is not None
+        every = active.sum(1, keepdim=True).expand(-1, len(self.skips.depths(self.options)))
+        what, counts = f"the mechanism {self.skipping.name!r} says how many rows go on", self.skips.counts
+        said = asked(what, lambda facts: counts(facts, active), self._facts(call), every)
+        going = torch.where(exact, every, torch.minimum(said.clamp(min=1), every))
+        return None if bool((going == every).all()) else going
+
     def _facts(self, call: Call) -> Facts:
         return Facts(call, self.blocks, self.response, self.since, self.options)
 
@@ -155,7 +171,7 @@ class ActiveRows:
         if self.chosen is not None and self.chosen.fresh is not None:
             missed |= (call.changed | part) & ~self.chosen.fresh  # it has no place among the entries
         self.edited = self.edited | missed.any(1, keepdim=True)
-        reasons = {"block": self.blocks.moved}
+        reasons = {"block": self.blocks.begun if self.rule.through_blocks else self.blocks.moved}
         if self.rule.refresh is not None:
             reasons["rule"] = self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
         reasons |= self._each("says refreshes", "refresh", call, self.blocks.moved)

@@ -8,7 +8,7 @@ import torch
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.core.rows import ALL
-from dllm_compile.interface.plan import AfterLayer, Call, Plan, Schedule
+from dllm_compile.interface.plan import AfterLayer, Call, Plan, Schedule, Skipping
 from dllm_compile.passes.flashblock import inside, renewing
 
 
@@ -32,6 +32,7 @@ class KeptOutside:
         )
         self.first: Assignment | None = steps.first
         self.after_layer: AfterLayer | None = steps.after_layer
+        self.skips: Skipping | None = steps.skips
         none = torch.zeros_like(response)
         self.rows, self.inner, self.outer = none, none, none  # that attend; computed keys; visible keys outside
         self.age = torch.zeros(len(response), 1, dtype=torch.int64)  # partial steps since it was computed

@@ -12,7 +12,7 @@ import torch
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.core.rows import ALL
-from dllm_compile.interface.plan import AfterLayer, Call, Plan
+from dllm_compile.interface.plan import AfterLayer, Call, Plan, Skipping
 from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
 from dllm_compile.passes.feature_cache import FULL, FeatureCache
 
@@ -27,6 +27,7 @@ class PromptEviction:
     """
 
     after_layer: AfterLayer | None = None
+    skips: Skipping | None = None
 
     def __init__(
         self, features: FeatureCache, response: torch.Tensor, keep_ratio: float, kernel_size: int | None

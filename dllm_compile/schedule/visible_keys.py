@@ -10,7 +10,7 @@ import torch
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.interface.mechanism import Facts, Mechanism, asked
-from dllm_compile.interface.plan import AfterLayer, Call, Plan, Schedule
+from dllm_compile.interface.plan import AfterLayer, Call, Plan, Schedule, Skipping
 from dllm_compile.options import Options
 
 from .blocks import blocks_of
@@ -39,6 +39,7 @@ class VisibleKeys:
         self.variants: tuple[Assignment, ...] = tuple(map(_hiding, steps.variants))
         self.first: Assignment | None = _hiding(steps.first) if steps.first is not None else None
         self.after_layer: AfterLayer | None = steps.after_layer
+        self.skips: Skipping | None = steps.skips
         self.response, self.since = response, torch.zeros_like(response)
         self.blocks = blocks_of(options, response)
         self.before: torch.Tensor | None = None  # the visible keys of the last call
