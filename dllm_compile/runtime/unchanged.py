@@ -142,25 +142,27 @@ class Inputs:
         """Truth values on their devices: whether others hold other values. They must :meth:`fit`.
 
         The same large tensor, not written to where PyTorch counts it, is compared by its sample, another one whole.
+        There may be hundreds, such as scales of quantized weights: those of a dtype and device are compared at once.
 
         Args:
             tensors: the others.
             counted: every write is known to be one that PyTorch counts: the same tensor needs no look at its values.
         """
         out: list[torch.Tensor] = []
+        groups: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for i, part in enumerate(leaves(tensors)):
             copy, sample, known = self.copies[i], self.samples[i], self.sums[i]
             same = self.refs[i]() is part and _mark(part) == self.marks[i]
             if same and counted:
                 continue
             if copy is not None:
-                out.append(_differ(_bits(part), copy))
+                groups.setdefault((part.dtype, part.device), []).append((_bits(part), copy))
             elif same and sample is not None:
-                out.append(_differ(_bits(_sample_view(part)), sample))
+                groups.setdefault((part.dtype, part.device), []).append((_bits(_sample_view(part)), sample))
             else:
                 assert known is not None
                 out.append(checksum(part) != known)
-        return out
+        return [*out, *(_differ(*map(torch.cat, zip(*pairs, strict=True))) for pairs in groups.values())]
 
     def checksums(self) -> torch.Tensor:
         """What tells these inputs from others when they are gone: ``[N]`` int64, one of each tensor, on the CPU."""
