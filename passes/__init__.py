@@ -26,10 +26,11 @@ import torch.fx
 from dllm_compile.compat import FakeTensorMode
 from dllm_compile.core.axes import Axes, fake_like, follow
 from dllm_compile.core.graph import fix_sizes
+from dllm_compile.core.outline import Outline, outline
 from dllm_compile.core.stand_ins import StandIns
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
-from dllm_compile.passes.normalize import name_arguments, normalize
+from dllm_compile.passes.normalize import name_arguments, normalize, writes_of_inputs
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.seeds import find_seed
 from dllm_compile.passes.spelled_attention import spelled_attention
@@ -47,6 +48,7 @@ class Analyzed:
         axes: where batch and tokens sit in every value.
         units: stem, layers, head and decision, whichever there are.
         constants: values that several units read and that depend on no token.
+        first: what the graph writes to its inputs, whatever the tokens are; ``None`` for nothing.
     """
 
     graph: torch.fx.Graph
@@ -55,6 +57,7 @@ class Analyzed:
     axes: Axes
     units: list[Unit]
     constants: list[torch.fx.Node]
+    first: Outline | None
 
 
 def analyzed(
@@ -79,6 +82,10 @@ def analyzed(
     graph = fixed.graph
     with timed("normalize"):
         name_arguments(graph)
+        writes = writes_of_inputs(graph, fixed.written)
+        first = outline(graph, writes) if writes else None
+        for node in reversed(writes):
+            graph.erase_node(node)
         normalize(*fixed)
     with timed("spelled_attention"):
         spelled_attention(graph, fixed.fake)
@@ -92,4 +99,4 @@ def analyzed(
         axes = unmask(graph, again(), again)
     with timed("regions"):
         units = regions(graph, axes, halves)
-        return Analyzed(graph, args, seed, axes, units, constants(graph, units, axes))
+        return Analyzed(graph, args, seed, axes, units, constants(graph, units, axes), first)

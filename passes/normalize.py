@@ -1,7 +1,7 @@
 """Normalize: one spelling for what the later passes read.
 
-    before:  x += y ; inv[perm] = arange ; _enter_autocast(enabled=False) ; view(s0 * 2, 64) ; linear(input=x, weight=w)
-    after:   x = x + y ; inv = index_put(inv, (perm,), arange) ; (gone) ; view(48, 64) ; linear(x, w)
+    before:  x += y ; inv[perm] = arange ; w[:8] = low ; _enter_autocast(enabled=False) ; linear(input=x, weight=w)
+    after:   x = x + y ; inv = index_put(inv, (perm,), arange) ; w = assigned(w, slice(8), low) ; (gone) ; linear(x, w)
 
 Numbers are unchanged. What has no functional spelling is refused.
 """
@@ -18,7 +18,7 @@ import torch.fx
 from dllm_compile.compat import ENTER_AUTOCAST, EXIT_AUTOCAST, NO_EFFECT, is_erased, storage_id
 from dllm_compile.core.arguments import canonical
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import replace_call
+from dllm_compile.core.graph import output_node, replace_call
 
 _IN_PLACE = {
     operator.iadd: operator.add,
@@ -36,6 +36,33 @@ def name_arguments(graph: torch.fx.Graph) -> int:
     What runs behind it may read by position whatever has no default.
     """
     return sum(canonical(node) for node in graph.nodes)
+
+
+def writes_of_inputs(graph: torch.fx.Graph, written: set[torch.fx.Node]) -> list[torch.fx.Node]:
+    """Nodes that change an input which nothing else reads, by inputs alone, and all that is made of the result.
+
+    Some layers hand their weights' memory over anew at every call. No token has a part in it, so it may be done first.
+    """
+    found: set[torch.fx.Node] = set()
+    for node in written:
+        base = node.args[0] if node.args else None
+        if isinstance(base, torch.fx.Node) and base.op == "placeholder":
+            behind = _behind(node)
+            read = {n for each in behind for n in each.all_input_nodes} - behind
+            if all(n.op == "placeholder" for n in read) and behind >= base.users.keys():
+                found |= {each for each in behind if output_node(graph) not in behind}
+    return [node for node in graph.nodes if node in found]
+
+
+def _behind(node: torch.fx.Node) -> set[torch.fx.Node]:
+    """All nodes that are computed from one, itself included."""
+    seen, todo = set(), [node]
+    while todo:
+        each = todo.pop()
+        if each not in seen:
+            seen.add(each)
+            todo.extend(each.users)
+    return seen
 
 
 def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any], written: set[torch.fx.Node]) -> int:
@@ -107,19 +134,25 @@ def _make_functional(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> Non
     _check_unshared(node, base, fake)
     if node.target is operator.setitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        if not all(isinstance(i, torch.fx.Node) and isinstance(fake[i], torch.Tensor) for i in index):
-            raise GraphRefused("items of a tensor are assigned by position", node)
-        replace_call(node, torch.index_put, (base, index, node.args[2]))
+        if all(isinstance(i, torch.fx.Node) and isinstance(fake[i], torch.Tensor) for i in index):
+            replace_call(node, torch.index_put, (base, index, node.args[2]))
+        else:
+            replace_call(node, assigned, node.args)
         fake[node] = fake[base]
     elif node.target in _IN_PLACE:
         replace_call(node, _IN_PLACE[node.target], node.args)
     else:
         _call_functional(node)
-    seen = False
-    for user in list(node.graph.nodes):
-        seen = seen or user is node
-        if seen and user is not node:
+    for user in list(base.users):
+        if node < user:
             user.replace_input_with(base, node)
+
+
+def assigned(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """``x`` with ``x[index] = value``, of the same shape; ``x`` stays as it is."""
+    out = x.clone()
+    out[index] = value
+    return out
 
 
 def _call_functional(node: torch.fx.Node) -> None:

@@ -17,6 +17,7 @@ from . import frontier
 from . import host as host_bench
 from . import kernels as kernel_bench
 from . import lengths as length_bench
+from . import quantized as quantized_bench
 from . import saliency as saliency_bench
 from . import shape as shape_bench
 from .command import Parser, interval, picture, require, target, whole
@@ -49,6 +50,7 @@ ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "sequences": (length_bench.held, "what a process holds behind a thousand sequences of random sizes"),
     "floor": (floor_bench.main, "a partial step of each method beside its matrix products and attention alone"),
     "host": (host_bench.main, "a partial step of a narrow model, and how many functions it calls"),
+    "quantized": (quantized_bench.main, "weights of fewer bits, by every tool that is installed, beside float32"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
 }
 

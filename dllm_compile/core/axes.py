@@ -41,7 +41,8 @@ class Axes:
         live: nodes that depend on the seed.
         unproven: live nodes that call something whose rows may mix.
         beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank.
-        made: constants sized by the token count that an unproven node writes or reads by position.
+        made: constants sized by the token count that an unproven node writes or reads by position; an input, such as a
+            weight, is as large by chance, or else a trial shows it.
         random: nodes that draw random numbers, live or not.
         shares: the operand in whose memory a node's value lies; nodes that are alike may have one fake value.
     """
@@ -91,7 +92,9 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.known.tag(output, layout if layout is not None else self.guess(leaves, output))
 
     def guess(self, leaves: Iterable[torch.Tensor], output: torch.Tensor) -> Layout:
-        """Sizes of an unknown call: those of an input of the same shape, or the input's token dimension."""
+        """Sizes of an unknown call: those of an input of the same shape, or of the same but for the last dimension, or
+        an input's token dimension.
+        """
         known = [(leaf, self.known.layout[id(leaf)]) for leaf in leaves if id(leaf) in self.known.layout]
         token_dims = [dim for _, layout in known for dim in layout if holds(dim, "T")]
         for leaf in leaves:
@@ -104,6 +107,9 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf, layout in known:
             if leaf.shape == output.shape:
                 return layout
+        for leaf, layout in known:
+            if layout and leaf.shape[:-1] == output.shape[:-1] and not any(holds(layout[-1], kind) for kind in "BT"):
+                return (*layout[:-1], plain(output.shape[-1]))
         out: list[tuple[Factor, ...]] = []
         for extent in output.shape:
             match = next((d for d in token_dims if size(d) == extent), None)
@@ -182,7 +188,7 @@ def _note(axes: Axes, node: torch.fx.Node, found: _Found) -> None:
     if found.random:
         axes.random[node] = None
     axes.beside.update({(node, operands[i]): layout for i, layout in found.beside})
-    axes.made.update({operands[i]: layout for i, layout in found.made})
+    axes.made.update({operands[i]: layout for i, layout in found.made if operands[i].op != "placeholder"})
     if found.shares is not None:
         axes.shares[node] = operands[found.shares]
 

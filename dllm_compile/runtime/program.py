@@ -85,6 +85,7 @@ class Program:
         side_inputs: tensors that stem and layers read, but the ids and parameters.
         head_inputs: likewise those that only the head reads.
         signature: equal for graphs of the same model, which may go on with each other's rows.
+        first: what a call does before all else; see :func:`dllm_compile.passes.normalize.writes_of_inputs`.
         origin: what a value is called in every graph of the same signature, and of smaller batches.
     """
 
@@ -98,6 +99,7 @@ class Program:
         found = analyzed(module, args, options.saliency is not None, stand_ins)
         self.graph, self.seed, self.axes, self.units = found.graph, found.seed, found.axes, found.units
         self.stand_ins, self.size = stand_ins, found.axes.size
+        self.first = found.first
         graph, args, constants, names = found.graph, found.args, found.constants, placeholders(found.graph)
         _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None
@@ -156,6 +158,7 @@ class Program:
         other.size, other.memo = (batch, tokens), {}
         vars(other).pop("flops", None)
         other.prelude = self.prelude.at(sizes) if self.prelude is not None else None
+        other.first = self.first.at(sizes) if self.first is not None else None
         other.masks = [(call, mask.at(sizes)) for call, mask in self.masks]
         other.result = at_values(self.result, sizes)
         other.signature = replace(self.signature, constants=fingerprint(*self.made, self.axes, sizes))

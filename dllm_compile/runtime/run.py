@@ -59,6 +59,9 @@ MOST = 0.9  # with more of the rows readable than this, the head computes all: n
 
 def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
     """Call ``program`` with the arguments of its graph; returns the graph's outputs."""
+    if program.first is not None:
+        with torch.no_grad():
+            program.first(dict(zip(program.index, args, strict=True)))
     call, stats = GraphCall(program, args, batch, step), batch.session.stats
     if step.repeat and program in batch.outputs and program.decision is None:
         stats.ran(step, call.tally, program.flops)

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch.fx.node import map_aggregate
 
+from dllm_compile.compat import tree_map
 from dllm_compile.core.assignment import EXACT, RESPONSE, Assignment
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.emit import emit
@@ -18,6 +19,7 @@ from dllm_compile.core.state import allocate
 from dllm_compile.core.units import Unit
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NO_KERNEL = (RuntimeError, TypeError, ValueError, AssertionError)
 _CASTS = ("half", "bfloat16", "float", "double")
 _PROBE = Assignment("probe", RESPONSE, ALL, ALL)
 
@@ -27,7 +29,8 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
 
     Experts that sort tokens, or a custom kernel, are token-wise as a whole although single calls in them are not. The
     comparison is on the real weights and the real hidden state, in float64, or in float32 where a call has no kernel
-    for that: in half precision a mean over all tokens drowns in rounding.
+    for that: in half precision a mean over all tokens drowns in rounding. A call that has a kernel for neither, such as
+    one that rounds to 8 bits, is made in the dtype that the model calls it in, and must treat equal rows equally.
 
     Args:
         unit: a layer with calls whose rows may mix.
@@ -36,7 +39,7 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
         inputs: the unit's other inputs.
 
     Returns:
-        Whether the rows came out the same up to rounding; not where neither dtype can be run.
+        Whether the rows came out the same up to rounding; not where it cannot be run at all.
     """
     layout = axes.layout[unit.outputs[0]]
     tokens = position(layout, "T")
@@ -51,15 +54,14 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     state = allocate(unit.anchors(), axes, (stream.shape[0], count), stream.device)
     given = {"stream": stream, "index:response": index, "tokens": count, "batch": stream.shape[0]}
     given |= {f"input:{i}": v for i, v in enumerate(inputs)} | {f"state:{i}": v for i, v in enumerate(state)}
-    for dtype in (torch.float64, torch.float32):
+    for dtype, own in ((torch.float64, False), (torch.float32, False), (torch.float64, True)):
         if dtype.itemsize < stream.dtype.itemsize:
-            break
-        values = {name: _widened(value, dtype) for name, value in given.items()}
+            continue
         try:
             with torch.no_grad():
-                want = _Widened(whole.module, dtype).run(*[values[name] for name in whole.takes])[0]
-                got = _Widened(probe.module, dtype).run(*[values[name] for name in probe.takes])[0]
-        except (RuntimeError, TypeError, ValueError):  # no kernel for this dtype
+                want = _Widened(whole.module, dtype, own).run(*[given[name] for name in whole.takes])[0]
+                got = _Widened(probe.module, dtype, own).run(*[given[name] for name in probe.takes])[0]
+        except _NO_KERNEL:
             continue
         want, got = want[:, index[0]].double(), got[:, index[0]].double()
         scale = want.abs().max().clamp(min=1e-12)
@@ -67,18 +69,39 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
     return False
 
 
-def _widened(value: Any, dtype: torch.dtype) -> Any:
+def _widened(value: Any, dtype: Any) -> Any:
     """A floating tensor in ``dtype``; tensors of classes of their own, such as quantized weights, as they are."""
     plain = type(value) in (torch.Tensor, torch.nn.Parameter)
     return value.to(dtype) if plain and value.dtype in _FLOATS else value
 
 
 class _Widened(torch.fx.Interpreter):
-    """Runs a graph with every dtype that its calls name widened too."""
+    """Runs a graph with its inputs, and every dtype that its calls name, widened.
 
-    def __init__(self, module: torch.fx.GraphModule, dtype: torch.dtype) -> None:
+    Args:
+        module: the graph.
+        dtype: the wide one.
+        own: whether a call that fails is made again in the dtypes of the graph as it is.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, dtype: torch.dtype, own: bool) -> None:
         super().__init__(module)
-        self.dtype = dtype
+        self.dtype, self.plain = dtype, torch.fx.Interpreter(module, garbage_collect_values=False) if own else None
+
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        if self.plain is not None:
+            self.plain.run(*args)
+        return super().run(*[_widened(value, self.dtype) for value in args])
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except _NO_KERNEL:
+            if self.plain is None or n.op != "call_function":
+                raise
+        dtypes = {each: getattr(self.plain.env[each], "dtype", None) for each in n.all_input_nodes}
+        args, kwargs = torch.fx.map_arg((n.args, n.kwargs), lambda each: _widened(self.env[each], dtypes[each]))
+        return tree_map(lambda value: _widened(value, self.dtype), super().call_function(n.target, args, kwargs))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(target, *self._wide(args, kwargs))
