@@ -174,6 +174,36 @@ def test_a_sequence_of_a_batch_is_as_it_is_alone(shift: bool | None, more: dict[
             torch.testing.assert_close(got[0][read], want[row][read], rtol=1e-9, atol=1e-9)
 
 
+class Telling(Model):
+    """It also returns the hidden states that leave each layer."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+        angles = torch.arange(ids.shape[1])[:, None] * self.get_buffer("rates")
+        x, states = self.embed(ids), []
+        for layer in self.layers:
+            x = layer(x, angles.cos(), angles.sin(), None)
+            states.append(x)
+        return self.head(self.norm(x)), states
+
+
+def test_hidden_states_of_skipped_rows_are_those_of_the_step_before() -> None:
+    model, ids, loop = model_of(0, Telling), start(2, 7), dllm_compile.loop()
+    call, before = shared.compiled(model, lowering="eager", mask_id=MASK, shift=False, **ES), None
+    with dllm_compile.debug.steps() as ran:
+        for _ in range(3):
+            with loop:
+                logits, states = call(ids)
+            ids = filled(ids, logits, 1, False)
+            states = [each.clone() for each in states]
+            for layer, (new, old) in enumerate(zip(states, before or [], strict=bool(before))):
+                computed = torch.zeros_like(ids, dtype=torch.bool)
+                computed[:, PROMPT : PROMPT + BLOCK] = True
+                for at in [at for depth, at in ran[-1].selected.items() if layer >= depth]:
+                    computed = torch.zeros(2, TOKENS + 1).scatter(1, at, 1.0)[:, :TOKENS].bool()
+                assert torch.equal((new != old).any(2), computed), layer
+            before = states
+
+
 class InTwo(Model):
     """Its graph breaks behind the third layer, and before the head."""
 
