@@ -6,10 +6,10 @@ import os
 import sys
 from typing import Any
 
-from .bench.command import Parser, dispatch, leave, require, whole
+from .bench.command import Parser, dispatch, leave, picture, require, whole
 
 ABOUT = "what the compiler finds in a model, or the least time of a step of a published size on a GPU"
-OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response"), ("device", "length", "batch")
+OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response", "picture"), ("device", "length", "batch")
 """Flags of ``explain`` without ``--shape``, and with it."""
 
 
@@ -18,7 +18,7 @@ def explain_main(argv: list[str]) -> None:
     import torch
 
     from . import tiny
-    from .bench import floors
+    from .bench import floors, heat
     from .bench.model import SHAPES
     from .explain import explain
     from .options import Options
@@ -29,6 +29,8 @@ def explain_main(argv: list[str]) -> None:
         if getattr(given, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes {'without' if given.shape else 'with'} --shape")
     require(parser, "demo", "transformers", "safetensors")
+    if given.picture:
+        require(parser, "plot", "matplotlib")
     try:
         Options(method=given.method or "dllm-cache")
     except ValueError as error:
@@ -51,6 +53,15 @@ def explain_main(argv: list[str]) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(found)
+    if given.picture:
+        method = given.method or "dllm-cache"
+        seen = heat.ran(model, ids, int(mask_id), _block(response), {"method": method})
+        heat.draw(seen, f"{method}: rows that each layer computes, {prompt} + {response} tokens", given.picture)
+
+
+def _block(response: int) -> int:
+    """Tokens of a block of the loop that is drawn: 32, or the most below that divide the response."""
+    return next(length for length in range(min(32, response), 0, -1) if response % length == 0)
 
 
 def _explain_parser(shapes: list[str], devices: list[str]) -> Parser:
@@ -60,6 +71,9 @@ def _explain_parser(shapes: list[str], devices: list[str]) -> Parser:
     parser.add_argument("--mask-id", type=whole(0), help="mask token; by default what the configuration says")
     parser.add_argument("--prompt", type=whole(), help="tokens of the prompt; by default as the embedded model's")
     parser.add_argument("--response", type=whole(), help="tokens of the response; likewise")
+    parser.add_argument(
+        "--picture", type=picture, help="also run a loop, and draw the rows that each layer computes to this PNG file"
+    )
     sizes = parser.add_argument_group("a model of a published size, without weights: the least time of a step on a GPU")
     sizes.add_argument("--shape", choices=shapes, help="whose size")
     sizes.add_argument("--device", choices=devices, help="h100 by default")

@@ -110,12 +110,15 @@ class Ran:
         name: the kind of step, as in ``stats()["steps"]``.
         rows: by the name of a row set, its positions, ``[B, n]`` int64; ``S`` for no row.
         selected: by the number of a layer, the rows that it chose itself, ``[B, n]`` int64.
+        computed: by the number of a layer, how many rows a sequence it computed; with saliency the two halves of a
+            layer, attention and MLP, have a number each.
     """
 
     number: int
     name: str
     rows: Mapping[str, torch.Tensor]
     selected: Mapping[int, torch.Tensor]
+    computed: Mapping[int, int]
 
 
 _RECORDS: list[list[Ran]] = []
@@ -136,8 +139,16 @@ def steps() -> Iterator[list[Ran]]:
         _RECORDS.remove(found)
 
 
-def note_step(number: int, name: str, rows: Mapping[str, torch.Tensor], selected: Mapping[int, torch.Tensor]) -> None:
+def note_step(
+    number: int,
+    name: str,
+    rows: Mapping[str, torch.Tensor],
+    selected: Mapping[int, torch.Tensor],
+    computed: Mapping[int, int],
+) -> None:
     """Record a step, if somebody wants that."""
     for found in _RECORDS:
         copies = {layer: index.clone() for layer, index in selected.items()}  # a recorded call writes to them again
-        found.append(Ran(number, name, {set_name: index.clone() for set_name, index in rows.items()}, copies))
+        found.append(
+            Ran(number, name, {set_name: index.clone() for set_name, index in rows.items()}, copies, {**computed})
+        )

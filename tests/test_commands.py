@@ -18,7 +18,7 @@ import torch
 
 from dllm_compile import __main__ as command
 from dllm_compile import tiny
-from dllm_compile.bench import bench, demo, frontier
+from dllm_compile.bench import bench, demo, frontier, heat
 from dllm_compile.bench import kernels as kernel_bench
 from dllm_compile.bench import lengths as length_bench
 from dllm_compile.bench import model as bench_model
@@ -153,6 +153,18 @@ def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:
     boxes = [text.get_window_extent() for text in pyplot.gca().texts]
     assert len(boxes) == sum(bool(label) for points in series.values() for label, _ in points)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_rows_of_layers_are_drawn(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    setting = bench_model.Setting(layers=3, width=32, mlp=48, heads=4, vocabulary=64, prompt=8, response=8)
+    job = bench_model.job_of(setting)
+    options = {"prompt_interval": 8, "response_interval": 4, "transfer_ratio": 0.5, "shift": False}
+    found = heat.ran(bench_model.random_model(setting), job.ids, job.mask_id, 8, options)
+    heat.draw(found, "rows", str(tmp_path / "rows.png"))
+    shown = pyplot.gca().images[0].get_array().tolist()
+    assert shown == [[16] * 8, *[[16, 4, 4, 4, 8, 4, 4, 4]] * 2]  # the first layer, then those that refresh and select
 
 
 def test_what_no_other_setting_beats() -> None:

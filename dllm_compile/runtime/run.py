@@ -85,7 +85,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
     stats.ran(step, call.tally, program.flops)
-    note_step(step.number, step.assignment.name, step.indices, call.selected)
+    note_step(step.number, step.assignment.name, step.indices, call.selected, call.computed)
     results = call.results
     if call.head is not None or program.ids is not None:
         if program.ids is not None and not step.repeat:
@@ -140,6 +140,7 @@ class GraphCall:
         salient_counts: salient rows of each layer, on the device, where nobody counts them on the host.
         most_salient: salient rows of any layer, where they are counted on the host.
         selected: rows that each layer chose, by its number.
+        computed: how many rows a sequence each layer computed, by its number, with those that pad an index.
         rest, first: what layers run, and what the first one does.
         masked: whether an attention mask hides something.
         skips: which rows go on into deeper layers, where not all do.
@@ -160,6 +161,7 @@ class GraphCall:
         self.results: dict[torch.fx.Node, Any] = {}
         self.tally = Tally()
         self.selected: dict[int, torch.Tensor] = {}
+        self.computed: dict[int, int] = {}
         self.capacity = batch.session.salient_capacity(step)
         self.salient_counts: list[torch.Tensor] = []
         self.most_salient = 0
@@ -357,6 +359,8 @@ class GraphCall:
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
         self._count(code, variant, assignment)
+        rows = assignment.query if unit.attentions or assignment.mlp is None else assignment.mlp
+        self.computed[number] = 0 if rows == NONE else self._number(rows.name)
         outs, extras = variant(values), variant.extras
         if "picked" in extras:
             self.selected[number] = outs[extras["picked"]]
