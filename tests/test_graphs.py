@@ -402,6 +402,51 @@ def test_a_layer_whose_rows_mix_is_found_in_every_precision(form: str, dtype: to
     assert tried == [form != "mixes"]
 
 
+def _set(index: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def changed(x: torch.Tensor) -> torch.Tensor:
+        out = x * 1.01
+        out[index] = 0.5
+        return out
+
+    return changed
+
+
+BY_PLACE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "first row read": (lambda x: x - 0.5 * x[:, :1], False),
+    "first row filled": (lambda x: x.index_fill(1, torch.zeros(1, dtype=torch.long), 0.5), False),
+    "first row set": (_set((slice(None), 0)), False),
+    "a row set that few rows do not have": (_set((slice(None), slice(11, 12))), False),
+    "one feature set": (_set((..., 0)), True),
+}
+"""What the MLP of a layer does to its rows, and whether it does the same to each."""
+
+
+class Changed(nn.Module):
+    def __init__(self, linear: nn.Linear, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.change = linear, change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change(self.linear(x))
+
+
+@pytest.mark.parametrize("how", BY_PLACE)
+def test_a_layer_that_treats_a_row_by_its_place_computes_all(how: str) -> None:
+    change, alike = BY_PLACE[how]
+    m = model()
+    for layer in m.layers:
+        layer.up = Changed(layer.up, change)  # type: ignore[assignment,arg-type]
+    want = steps(m, count=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for got, value in zip(steps(models.compiled_loop(m, **NEUTRAL), count=3), want, strict=True):
+            torch.testing.assert_close(got, value, rtol=0, atol=1e-12)
+        steps(models.compiled_loop(m, **PARTIAL), count=3)
+    said = dllm_compile.stats(m)
+    assert not said["refused"]
+    assert bool(said["layers"]["cached"]) == alike
+
+
 # -- dynamic shapes, and the last graph -------------------------------------------------------------------------------
 
 
