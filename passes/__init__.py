@@ -30,7 +30,7 @@ from dllm_compile.core.outline import Outline, outline
 from dllm_compile.core.stand_ins import StandIns
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
-from dllm_compile.passes.normalize import name_arguments, normalize, writes_of_inputs
+from dllm_compile.passes.normalize import memory_handed_over, name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.seeds import find_seed
 from dllm_compile.passes.spelled_attention import spelled_attention
@@ -48,7 +48,7 @@ class Analyzed:
         axes: where batch and tokens sit in every value.
         units: stem, layers, head and decision, whichever there are.
         constants: values that several units read and that depend on no token.
-        first: what the graph writes to its inputs, whatever the tokens are; ``None`` for nothing.
+        first: what hands the memory of inputs over, whatever the tokens are; ``None`` for nothing.
     """
 
     graph: torch.fx.Graph
@@ -82,9 +82,9 @@ def analyzed(
     graph = fixed.graph
     with timed("normalize"):
         name_arguments(graph)
-        writes = writes_of_inputs(graph, fixed.written)
-        first = outline(graph, writes) if writes else None
-        for node in reversed(writes):
+        handed = memory_handed_over(graph, fixed.written)
+        first = outline(graph, handed) if handed else None
+        for node in reversed(handed):
             graph.erase_node(node)
         normalize(*fixed)
     with timed("spelled_attention"):

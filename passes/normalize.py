@@ -38,20 +38,34 @@ def name_arguments(graph: torch.fx.Graph) -> int:
     return sum(canonical(node) for node in graph.nodes)
 
 
-def writes_of_inputs(graph: torch.fx.Graph, written: set[torch.fx.Node]) -> list[torch.fx.Node]:
-    """Nodes that change an input which nothing else reads, by inputs alone, and all that is made of the result.
+def memory_handed_over(graph: torch.fx.Graph, written: set[torch.fx.Node]) -> list[torch.fx.Node]:
+    """Nodes that make the memory of one input that of another (``w.data = kept``), and all that is made of the result.
 
-    Some layers hand their weights' memory over anew at every call. No token has a part in it, so it may be done first.
+    Some layers do so with their weights at every call. No token has a part in it, and nothing else reads such an input,
+    so it may be done before all else. No number is written: inputs that share memory hold what they held.
+
+    Args:
+        graph: a copy whose sizes are numbers.
+        written: the nodes that change a tensor in place.
+
+    Returns:
+        The nodes, in the order of the graph.
     """
     found: set[torch.fx.Node] = set()
     for node in written:
         base = node.args[0] if node.args else None
         if isinstance(base, torch.fx.Node) and base.op == "placeholder":
             behind = _behind(node)
-            read = {n for each in behind for n in each.all_input_nodes} - behind
-            if all(n.op == "placeholder" for n in read) and behind >= base.users.keys():
-                found |= {each for each in behind if output_node(graph) not in behind}
+            read = {each for reader in behind for each in reader.all_input_nodes} - behind
+            alone = all(each.op == "placeholder" for each in read) and behind >= base.users.keys()
+            if alone and output_node(graph) not in behind and all(map(_hands_over, behind & written)):
+                found |= behind
     return [node for node in graph.nodes if node in found]
+
+
+def _hands_over(node: torch.fx.Node) -> bool:
+    """Whether a node is ``x.set_(y)``."""
+    return getattr(node.target, "__name__", str(node.target)) == "set_" and len(node.args) == 2
 
 
 def _behind(node: torch.fx.Node) -> set[torch.fx.Node]:
@@ -134,7 +148,8 @@ def _make_functional(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> Non
     _check_unshared(node, base, fake)
     if node.target is operator.setitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        if all(isinstance(i, torch.fx.Node) and isinstance(fake[i], torch.Tensor) for i in index):
+        values = [fake[each] if isinstance(each, torch.fx.Node) else each for each in (*index, node.args[2])]
+        if all(isinstance(each, torch.Tensor) for each in values) and values[-1].dtype == fake[base].dtype:
             replace_call(node, torch.index_put, (base, index, node.args[2]))
         else:
             replace_call(node, assigned, node.args)

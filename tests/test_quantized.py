@@ -120,20 +120,23 @@ def test_weights_that_are_unpacked_by_assignment_are_no_concern_of_the_cache() -
     _check(_replaced(Unpacked))
 
 
-def test_what_assigns_items_along_the_tokens_is_computed_whole() -> None:
-    class First(nn.Module):
-        def __init__(self, linear: nn.Linear) -> None:
-            super().__init__()
-            self.linear = linear
+class Clipped(nn.Module):
+    """Sets the items of a tensor that a mask names to a number, and others to numbers of another dtype."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = self.linear(x)
-            out[:, 0] = out[:, 1:].mean(1)
-            return out
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        _check(_replaced(First), cached=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.linear(x)
+        out[out > 0.4] = 0.4
+        low = out < -0.4
+        out[low] = torch.full((), -0.5, dtype=torch.float16)
+        return out
+
+
+def test_items_may_be_assigned_by_a_mask() -> None:
+    _check(_replaced(Clipped))
 
 
 class HandsOver(nn.Module):
@@ -165,6 +168,26 @@ def test_a_weight_may_be_handed_other_memory_at_every_call() -> None:
         changed = steps(call, count=1)
     torch.testing.assert_close(changed, steps(other, count=1), rtol=0, atol=1e-12)
     assert _largest(changed, plain) > 1e-3
+
+
+class Shared(nn.Module):
+    """Writes to an input that nothing else reads, in memory that another one is read from before."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, torch.ones(8, dtype=linear.weight.dtype)
+        self.part = self.scale[:1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.linear(x) * self.scale[0]
+        self.part.add_(1)
+        return out
+
+
+def test_numbers_that_are_written_to_an_input_are_not_written_earlier() -> None:
+    got = steps(models.compiled_loop(_replaced(Shared), **NEUTRAL), count=3)
+    want = steps(_replaced(Shared), count=3)
+    assert _largest(got, want) < 1e-12
 
 
 @torch.library.custom_op("dllm_tests::coded", mutates_args=())

@@ -85,7 +85,7 @@ class Program:
         side_inputs: tensors that stem and layers read, but the ids and parameters.
         head_inputs: likewise those that only the head reads.
         signature: equal for graphs of the same model, which may go on with each other's rows.
-        first: what a call does before all else; see :func:`dllm_compile.passes.normalize.writes_of_inputs`.
+        first: what a call does before all else; see :func:`dllm_compile.passes.normalize.memory_handed_over`.
         origin: what a value is called in every graph of the same signature, and of smaller batches.
     """
 
