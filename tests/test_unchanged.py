@@ -113,6 +113,17 @@ def test_inputs_are_known_by_what_they_hold(value: torch.Tensor) -> None:
     assert not inputs.fit([value.unsqueeze(0)])
 
 
+def test_hundreds_of_inputs_are_compared_at_once() -> None:
+    """A device is asked once for each dtype, not once for each scale of a quantized weight."""
+    scales = [*(torch.rand(1 + i % 3) for i in range(300)), torch.arange(3)]
+    inputs = Inputs(scales)
+    assert len(inputs.differ(scales)) == 2
+    for i in (0, 150, 299, 300):
+        others = [each.clone() for each in scales]
+        others[i][-1] += 1
+        assert any(map(bool, inputs.differ(others)))
+
+
 def test_inputs_of_some_sequences_of_a_batch() -> None:
     mask, table = torch.arange(12).view(3, 4), torch.randn(5, 2)
     inputs = Inputs([mask, table]).of_sequences(torch.tensor([0, 2]), 3)

@@ -18,10 +18,9 @@ from dllm_compile.backend import dllm
 from .host import Loop, milliseconds
 from .model import Setting, random_model
 
-MODEL = Setting(layers=4, width=512, mlp=1536, heads=8, vocabulary=4096, prompt=192, response=64)
-STEPS = 15  # timed of each
+MODEL = Setting(layers=4, width=256, mlp=768, heads=4, vocabulary=2048, prompt=96, response=32)
+STEPS = 9  # timed of each
 NEUTRAL = {"prompt_interval": 1, "response_interval": 1}
-
 
 Linears = dict[str, torch.nn.Linear]
 
