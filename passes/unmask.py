@@ -92,7 +92,7 @@ def _shift_late(graph: torch.fx.Graph, whole: Node, axes: Axes) -> None:
     chain = {whole}
     for user in graph.nodes:
         live = [n for n in user.all_input_nodes if n in axes.live]
-        by_row = user not in axes.unproven and bool(live) and all(n in chain for n in live)
+        by_row = user.op != "output" and user not in axes.unproven and bool(live) and all(n in chain for n in live)
         if by_row and not any((user, n) in axes.beside for n in user.all_input_nodes):
             chain.add(user)
     for node in [n for n in chain if any(user not in chain for user in n.users)]:

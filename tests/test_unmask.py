@@ -196,6 +196,27 @@ def test_a_step_that_also_returns_its_logits_is_right() -> None:
             assert roundings(logits[masked], want[1][masked]) <= 8
 
 
+@pytest.mark.parametrize("returned", [1, 2])
+def test_what_is_returned_of_shifted_logits_is_shifted(returned: int) -> None:
+    """Where nothing of the step mixes rows behind the shift."""
+
+    def step(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = model(x).logits
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        sure, best = logits.softmax(-1).max(-1)
+        return (best, sure)[:returned]
+
+    model, x = small_model.build(), models.start(PROMPT, RESPONSE)
+    run = torch.compile(step, backend="dllm", options={"mask_id": MASK, "lowering": "eager", **NEUTRAL})
+    with torch.no_grad():
+        for _ in range(3):
+            masked, want = x == MASK, step(model, x)
+            got = run(model, x)
+            assert torch.equal(got[0][masked], want[0][masked])
+            assert returned == 1 or roundings(got[1][masked], want[1][masked]) <= 8
+            x = torch.where(masked & (masked.cumsum(1) == 1), want[0], x)
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["low_confidence", "entropy", "topk_margin"]),
