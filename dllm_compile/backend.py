@@ -98,14 +98,15 @@ def _tell_of_tokens(options: Options) -> None:
     """
     for each in turned_on(options):
         found = each.block is not None and options.cache == "none"
-        if each.unmask is None and each.candidates is None and not found:
+        if not (each.unmask or each.candidates or each.threshold or each.ends or found):
             continue
         on = [name for name in each.switches if getattr(options, name) != tables().options[name].default]
         said = (
             f"{' and '.join(f'{name} is {getattr(options, name)!r}' for name in on)}, by which the mechanism "
             f"{each.name!r} decides which tokens dllm_compile.generate writes; a loop of your own does not ask it: "
         )
-        if found or not (each.widens or each.narrows or each.visible or each.refresh or each.rules):
+        rows = each.widens or each.narrows or each.present or each.visible or each.refresh or each.rules
+        if found or not rows:
             raise ValueError(f"{said}call dllm_compile.generate, or leave out {' and '.join(on)}")
         warnings.warn(f"dllm: {said}only its other parts apply here", stacklevel=3)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
@@ -76,20 +76,38 @@ def _words() -> tuple[Declared, ...]:
 
 
 @contextmanager
-def filling(rows: torch.Tensor) -> Iterator[None]:
-    """Say that the positions ``rows`` ``[B, S]`` bool are filled from the calls made inside, on this thread."""
-    before = getattr(_NOW, "rows", None)
-    _NOW.rows = rows.cpu()
+def _saying(what: str, rows: torch.Tensor) -> Iterator[None]:
+    before = getattr(_NOW, what, None)
+    setattr(_NOW, what, rows.cpu())
     try:
         yield
     finally:
-        _NOW.rows = before
+        setattr(_NOW, what, before)
+
+
+def _said(what: str, shape: torch.Size) -> torch.Tensor | None:
+    rows: torch.Tensor | None = getattr(_NOW, what, None)
+    return rows if rows is not None and rows.shape == shape else None
+
+
+def filling(rows: torch.Tensor) -> AbstractContextManager[None]:
+    """Say that the positions ``rows`` ``[B, S]`` bool are filled from the calls made inside, on this thread."""
+    return _saying("filled", rows)
 
 
 def to_be_filled(shape: torch.Size) -> torch.Tensor | None:
     """The positions ``[B, S]`` bool that are filled from a call made now; ``None`` where nobody says."""
-    rows: torch.Tensor | None = getattr(_NOW, "rows", None)
-    return rows if rows is not None and rows.shape == shape else None
+    return _said("filled", shape)
+
+
+def wanting(rows: torch.Tensor) -> AbstractContextManager[None]:
+    """Say that all but the positions ``rows`` ``[B, S]`` bool are of no use any more, on this thread."""
+    return _saying("wanted", rows)
+
+
+def wanted(shape: torch.Size) -> torch.Tensor | None:
+    """The positions ``[B, S]`` bool that are still of use; ``None`` where nobody says."""
+    return _said("wanted", shape)
 
 
 @contextmanager

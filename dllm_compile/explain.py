@@ -162,7 +162,8 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     nothing = masked & False
     calls = options.full_steps + full_steps(options) + 4
     plans = [method.next(Call(i, False, masked, nothing, nothing)) for i in range(calls)]
-    active = [int(plan.active.sum(1).max()) for plan in plans if plan.active is not None]
+    rows = [(plan.assignment.alone, int(plan.active.sum(1).max())) for plan in plans if plan.active is not None]
+    active, present = [count for alone, count in rows if not alone], [count for alone, count in rows if alone]
     fresh = [max(int(plan.fresh.sum(1).max()), 2) for plan in plans if plan.fresh is not None]
     out.lengths = {
         "B": ids.shape[0],
@@ -175,6 +176,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
         "E": max(plan.kept for plan in plans),
         "F": max(fresh, default=0),
         "R": response // 2 + 1,
+        **({"W": present[0]} if present else {}),
     }
     if not any(program.layers for program in programs):
         return
@@ -188,12 +190,15 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     if method.skips is not None:
         depths = ", ".join(f"{depth:g}" for depth in method.skips.depths(options))
         out.more.append(f"from depth {depths} on, layers compute fewer rows in partial steps; FLOPs are of all rows")
+    leaving = [each.name for each in turned_on(options) if each.present is not None]
+    if leaving:
+        out.more.append(f"no step computes or reads the rows that {' or '.join(leaving)} leaves out")
     hiding = [mechanism.name for mechanism in turned_on(options) if mechanism.visible is not None]
     if hiding:
         out.more.append(f"attention reads only the keys that {' and '.join(hiding)} leave visible")
     for name, assignment in out.variants.items():
         work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
-        out.flops[name] = sympy.expand(work)
+        out.flops[name] = sympy.expand(work.subs(cost.A, cost.W) if assignment.alone and present else work)
     layers = [(u, p) for p in programs for u in p.layers if method.first is None or not p.is_first(u)]
     out.state_bytes = sympy.expand(
         sum((cost.state_bytes(u, p.axes, method.variants) for u, p in layers), sympy.Integer(0))
@@ -204,7 +209,8 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     for name, assignment in out.variants.items():
         out.relative[name] = float(out.flops[name].subs(numbers) / whole)
         runs = [(u, p, assigned(p, u, assignment, method.first or assignment)) for p in programs for u in p.units]
-        out.peak_bytes[name] = kept + max(cost.live_bytes(u, p.axes, chosen, numbers) for u, p, chosen in runs)
+        sizes = {**numbers, cost.A: numbers[cost.W]} if assignment.alone and present else numbers
+        out.peak_bytes[name] = kept + max(cost.live_bytes(u, p.axes, chosen, sizes) for u, p, chosen in runs)
 
 
 def assigned(program: Program, unit: Unit, assignment: Assignment, first: Assignment) -> Assignment:

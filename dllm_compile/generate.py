@@ -20,7 +20,7 @@ from .sampler.decode import Generated, decode
 from .sampler.family import Family, family, model_inputs
 from .sampler.handed import taken
 from .sampler.progress import Progress
-from .sampler.rules import Allowed, Rule
+from .sampler.rules import Allowed, Moved, Rule
 from .sampler.settings import SETTINGS, SYNONYMS, Settings, merged, option_names, settings_of
 from .sampler.step import Model
 from .sampler.stepper import stepper
@@ -159,9 +159,13 @@ def _for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> t
         settings = replace(settings, block=find)
     chooser = next((each for each in turned_on(backend) if each.unmask is not None), None)
     restricting = tuple(each for each in turned_on(backend) if each.candidates is not None)
-    if chooser is not None or restricting:
+    moving = tuple(each for each in turned_on(backend) if each.threshold is not None)
+    ending = tuple(each for each in turned_on(backend) if each.ends is not None)
+    if chooser is not None or restricting or moving or ending:
         rule = None if chooser is None else _rule(chooser.unmask, f"{chooser.name!r} says tokens to write", backend)
-        settings = replace(settings, rule=rule, allowed=_allowed(restricting, backend) if restricting else None)
+        allowed = _allowed(restricting, backend) if restricting else None
+        moved, ends = _moved(moving, backend) if moving else None, _ends(ending, backend) if ending else None
+        settings = replace(settings, rule=rule, allowed=allowed, moved=moved, ends=ends)
     skipping = tuple(each.name for each in turned_on(backend) if each.skips is not None)
     settings = replace(settings, skips=skipping) if skipping else settings
     return settings, options, rule_of(backend.cache).in_blocks and backend.keep_ratio is None
@@ -179,14 +183,21 @@ def _rule(function: Callable[[Confidences], torch.Tensor], what: str, options: O
         options: what the user chose.
     """
     every, what = torch.ones(2, 5, dtype=torch.bool), f"the mechanism {what}"
-    asked(what, function, Confidences(torch.rand(2, 5), every, every, options), every)
-    values = SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
+    asked(what, function, Confidences(torch.rand(2, 5), every, every, options, every), every)
+    values = _named(options)
 
-    def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        told = Confidences(sure, candidates, masked, values)
+    def rule(
+        sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor, block: torch.Tensor | None
+    ) -> torch.Tensor:
+        told = Confidences(sure, candidates, masked, values, block)
         return function(told) if torch.compiler.is_compiling() else asked(what, function, told, candidates)
 
     return rule
+
+
+def _named(options: Options) -> SimpleNamespace:
+    """All options by name, for functions that are traced."""
+    return SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
 
 
 @cache
@@ -194,12 +205,56 @@ def _allowed(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
     """The candidates that all ``mechanisms`` leave."""
     rules = [_rule(each.candidates, f"{each.name!r} says candidates", options) for each in mechanisms]
 
-    def rule(sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def rule(
+        sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor, block: torch.Tensor | None
+    ) -> torch.Tensor:
         for each in rules:
-            candidates = candidates & each(sure, candidates, masked)
+            candidates = candidates & each(sure, candidates, masked, block)
         return candidates
 
     return Allowed(tuple(each.name for each in mechanisms), rule)
+
+
+@cache
+def _ends(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
+    """The positions that any of ``mechanisms`` takes for the end of a response, and the options that turn them on."""
+    rules = [_rule(each.ends, f"{each.name!r} says ends", options) for each in mechanisms]
+
+    def rule(
+        sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor, block: torch.Tensor | None
+    ) -> torch.Tensor:
+        found = torch.zeros_like(candidates)
+        for each in rules:
+            found = found | each(sure, candidates, masked, block)
+        return found
+
+    on = {name for each in mechanisms for name in each.switches}
+    return Allowed(tuple(name for name in tables().switches if name in on), rule)
+
+
+@cache
+def _moved(mechanisms: tuple[Mechanism, ...], options: Options) -> Moved:
+    """The threshold, as one of ``mechanisms`` after the other changes it."""
+    values, every = _named(options), torch.ones(2, 5, dtype=torch.bool)
+    said = [(f"the mechanism {each.name!r} says a threshold", each.threshold) for each in mechanisms]
+    functions = [(what, function) for what, function in said if function is not None]
+
+    def bound(
+        threshold: torch.Tensor,
+        sure: torch.Tensor,
+        candidates: torch.Tensor,
+        masked: torch.Tensor,
+        block: torch.Tensor | None,
+    ) -> torch.Tensor:
+        for what, function in functions:
+            told = Confidences(sure, candidates, masked, values, block, threshold)
+            tracing = torch.compiler.is_compiling()
+            threshold = function(told) if tracing else asked(what, function, told, threshold)
+        return threshold
+
+    bound(torch.ones(2, 1), torch.rand(2, 5), every, every, every)
+    on = {name for each in mechanisms for name in each.switches}
+    return Moved(tuple(name for name in tables().switches if name in on), bound)
 
 
 PLAIN = inspect.signature(generate)

@@ -19,11 +19,14 @@ from .passes import (
     decoded_rows,
     early_skipping,
     eviction,
+    falling_threshold,
     feature_cache,
     flashblock,
     frechet,
+    length_cut,
     saliency,
     sliding_block,
+    suffix_window,
     vicinity,
 )
 
@@ -39,12 +42,18 @@ OWN = tuple(
         early_skipping,
         sliding_block,
         vicinity,
+        suffix_window,
+        falling_threshold,
         frechet,
+        length_cut,
     )
 )
 """Those of the package."""
 
-SAID = ("block", "widens", "narrows", "reach", "refresh", "visible", "salient", "skips", "unmask", "candidates")
+SAID = (
+    *("block", "widens", "narrows", "reach", "refresh", "present", "visible", "salient", "skips"),
+    *("unmask", "candidates", "threshold", "ends"),
+)
 """What of a mechanism is asked where one of its switches is on."""
 
 

@@ -78,6 +78,7 @@ class Options:
         row_depths: tuple[float, ...]
         confidence_weight: float
         unskipped_interval: int | None
+        suffix_window: int | None
         mask_id: int | None
         shift: bool | None
         readable: str
@@ -332,6 +333,9 @@ def check_vocabulary(mask_id: int | None, vocabulary: int | None) -> None:
         )
 
 
-_OF_A_CACHE = {"narrows": "narrows the rows of", "widens": "widens the rows of", "refresh": "refreshes"}
+_OF_A_CACHE = {
+    **{"narrows": "narrows the rows of", "widens": "widens the rows of", "refresh": "refreshes"},
+    "present": "leaves out rows of",
+}
 """Functions of mechanisms that are asked only where ``cache`` or saliency chooses rows, and what they do."""
 _GENERAL = {"method", *(each.name for each in GENERAL)}

@@ -7,9 +7,9 @@
 5. ``unmask``              in a graph that also samples: what is read of a vocabulary becomes one value a row
 6. ``regions``             stem, layers, head and decision, and the roles in a layer
 7. ``feature_cache``, ``block_cache``, ``decoded_rows``, ``eviction``, ``saliency``, ``early_skipping``,
-   ``sliding_block``, ``vicinity``, ``frechet``   a mechanism each: its options, row sets of the roles, and which rows
-                           those are; schedules put them together, and ``core.emit`` writes them; the last says which
-                           tokens are written
+   ``sliding_block``, ``vicinity``, ``suffix_window``, ``falling_threshold``, ``frechet``, ``length_cut``   a mechanism
+                           each: its options, row sets of the roles, and which rows those are; schedules put them
+                           together, and ``core.emit`` writes them; the last three say which tokens are written
 
 :func:`analyzed` runs 1 to 6. Passes never import each other; only this page names them all.
 """

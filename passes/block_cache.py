@@ -12,6 +12,7 @@ too. Its keys and values are not cached: other rows see its old ones, as if it h
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from dllm_compile.interface.mechanism import Facts, Mechanism, Option, RowRule, 
 
 FULL = Assignment("full", keep=KEYS)
 BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, keep=KEYS)
+
+
+def of_present(full: Assignment) -> Assignment:
+    """A full step of a sequence of which some rows are left out: as of one that has the active rows alone."""
+    name = "present" if full.name == "full" else f"{full.name} present"
+    rows = replace(full, name=name, query=ACTIVE, key=ACTIVE, value=ACTIVE, enter=ACTIVE, leave=ACTIVE)
+    return replace(rows, keys=ACTIVE)
 
 
 def block(facts: Facts) -> torch.Tensor:

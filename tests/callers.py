@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dkv-cache": {"method": "dkv-cache"},
     "dsb": {"method": "dsb", "block_length": 4, "rows_before": 2},
     "es-dllm": {"method": "es-dllm", "block_length": 4, "row_shares": (0.5,), "row_depths": (0.3,)},
+    "streaming": {"method": "streaming-dllm", "block_length": 4, "suffix_window": 1},
 }
 """Every method, set so that on these models its partial steps are far from eager."""
 

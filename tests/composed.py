@@ -116,9 +116,18 @@ class ByHand:
         self.mlp[number][at[turns & lasts]] = mlp[turns & lasts]
         return x + torch.where(turns[:, None], mlp, self.mlp[number][at]), turns
 
-    def evict(self, asking: Sequence[int], fresh: Sequence[int], ratio: float, window: int | None = None) -> None:
-        """Hide all keys but the ``ratio`` of those beside ``fresh`` that the rows ``asking`` look at most."""
-        free = [i for i in range(len(self.logits)) if i not in fresh]
+    def evict(
+        self,
+        asking: Sequence[int],
+        fresh: Sequence[int],
+        ratio: float,
+        window: int | None = None,
+        among: Sequence[int] | None = None,
+    ) -> None:
+        """Hide all keys but the ``ratio`` of those beside ``fresh`` that the rows ``asking`` look at most; with
+        ``among``, of those rows.
+        """
+        free = [i for i in (range(len(self.logits)) if among is None else among) if i not in fresh]
         reach = (window or 1) // 2
         for number in range(len(self.layers)):
             query = self.queries[number][list(asking)].mean(0)

@@ -40,6 +40,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "keep": {"keep_ratio": 0.5, "delay": STEPS},
     "saliency": {"saliency_threshold": 0.9, "full_steps": STEPS},
     "skipping": {"row_shares": (0.5,), "row_depths": (0.5,), "refresh_interval": 1},
+    "suffix": {"cache": "dual", "suffix_window": STEPS, "refresh_interval": 1},
 }
 """Each computes every row at every step of a sequence of ``STEPS`` calls."""
 
@@ -54,8 +55,9 @@ REUSING: dict[str, dict[str, Any]] = {
     "keep": {"keep_ratio": 0.5, "delay": 0},
     "saliency": {"saliency_threshold": 0.9, "full_steps": 1},
     "skipping": {"row_shares": (0.5,), "row_depths": (0.5,)},
+    "suffix": {"cache": "prefix", "suffix_window": 1},
 }
-CACHES = {"dual", "prefix", "decoded", "sliding", "window", "rolling"}
+CACHES = {"dual", "prefix", "decoded", "sliding", "window", "rolling", "suffix"}
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients_no_warnings")
 def taken(sure: torch.Tensor, candidates: torch.Tensor, delta: float) -> torch.Tensor:
     """What ``generate`` writes for confidences ``[B, S]``."""
     told = dllm_compile.Options(frechet_delta=delta)
-    return by_rule(lambda s, c, m: jointly_likely(Confidences(s, c, m, told)), sure, candidates, candidates)
+    return by_rule(lambda s, c, m, _: jointly_likely(Confidences(s, c, m, told)), sure, candidates, candidates)
 
 
 def spelled_out(sure: list[float], delta: float) -> int:

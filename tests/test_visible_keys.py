@@ -50,7 +50,7 @@ def mechanism(name: str, option: str, **rows: Rows) -> Mechanism:
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    register(mechanism("suffix-window", "suffix", visible=near))
+    register(mechanism("near-keys", "suffix", visible=near))
     register(mechanism("odd-keys", "odd", visible=odd))
     register(mechanism("few-rows", "few", narrows=few))
     yield
@@ -186,4 +186,4 @@ def test_a_sequence_without_a_key_is_an_error() -> None:
 
 def test_explain_names_what_hides_keys() -> None:
     found = dllm_compile.explain(Model(Shape(1, 2, 1, 4, 1)), start(1, 3), mask_id=MASK, cache="dual", suffix=2)
-    assert "attention reads only the keys that suffix-window leave visible" in str(found)
+    assert "attention reads only the keys that near-keys leave visible" in str(found)

@@ -17,7 +17,7 @@ from dllm_compile.generate import generate
 from dllm_compile.mechanisms import turned_on
 from dllm_compile.options import Options
 from dllm_compile.quota_loop import quota_loop
-from dllm_compile.runtime.cost import A, R, S, T
+from dllm_compile.runtime.cost import A, R, S, T, W
 from dllm_compile.runtime.memory import peak_bytes
 from dllm_compile.runtime.session import sessions
 from dllm_compile.sampler.decode import Generated
@@ -257,7 +257,8 @@ def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str
     work = 0.0
     for name, count in row.steps.items():
         if name in found.flops:
-            here = {**lengths, A: row.rows[name] / count, R: row.logits[name] / count, T: row.salient}
+            rows = row.rows[name] / count
+            here = {**lengths, A: rows, W: rows, R: row.logits[name] / count, T: row.salient}
             work += count * float(found.flops[name].subs(here) / whole)
     return work / sum(row.steps.values())
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dllm_compile.mechanisms import METHODS, PRESETS
+
 from .contest import Contender, Job
 
 KINDS = ("Llama", "Qwen2")
@@ -157,10 +159,14 @@ def job_of(setting: Setting, batch: int = 1, device: torch.device | str = "cpu")
 
 
 def contenders(setting: Setting) -> list[Contender]:
-    """Baselines, the neutral setting, and each method; the last frees four tokens a call."""
+    """Baselines, the neutral setting, and each method; the last but one frees four tokens a call, and the last as many
+    as its rule says.
+    """
     intervals = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
     blocks = {"method": "fast-dllm", "block_length": setting.cache_block}
     dual = {**blocks, "cache": "dual"}
+    streaming = {**METHODS["streaming-dllm"], "method": "streaming-dllm", "block_length": setting.cache_block}
+    window = streaming["suffix_window"]  # a block from whose end it reaches the last token compiles another full step
     return [
         Contender("eager"),
         Contender("inductor", plain=True),
@@ -174,5 +180,7 @@ def contenders(setting: Setting) -> list[Contender]:
         Contender("flashblock", {**blocks, "method": "flashblock"}, warm=setting.cache_block + 3),
         Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
         Contender("es-dllm", {**blocks, "method": "es-dllm"}, warm=setting.cache_block + 2),
+        Contender("streaming-dllm", streaming, warm=max(setting.response - window, setting.cache_block) + 2),
         Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
+        Contender("fast-dllm++", {**PRESETS["fast-dllm++"], "block_length": setting.cache_block}, settings={}),
     ]

@@ -68,8 +68,11 @@ GRIDS = {"tiny": Grid(((64, 64),), (1,), (1, 4))}
 
 
 def entrants(setting: Setting) -> dict[str, Contender]:
-    """Baselines and methods by name; the preset ``fastest`` is one where it is not the same as another."""
-    found = {c.name.replace(" ", "-"): c for c in contenders(setting) if c.steps is None and c.name != "neutral"}
+    """Baselines and methods by name, as the plain loop calls them; the preset ``fastest`` is one where it is not the
+    same as another.
+    """
+    plain = [c for c in contenders(setting) if c.steps is None and c.settings is None and c.name != "neutral"]
+    found = {c.name.replace(" ", "-"): c for c in plain}
     fastest = PRESETS["fastest"]
     if Options.of(fastest) not in [Options.of(c.options) for c in found.values() if c.options]:
         found["fastest"] = Contender("fastest", fastest, warm=setting.cache_block + 4)

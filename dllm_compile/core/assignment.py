@@ -52,8 +52,9 @@ class Assignment:
         mlp: rows of the branches without attention; those of ``query`` if ``None``.
         enter, leave: rows of the residual stream that come in, and of the outputs that go on.
         keep: the roles whose computed rows are written to the state: ``NOTHING``, ``KEYS``, ``FEATURES``, ``CONTEXTS``.
-        keys: rows that attention reads: all, or ``KEYED``, the entries kept by eviction and the rows computed since;
-            ``ACTIVE``, those computed now, where attention over the others is kept.
+        keys: rows that attention reads: all; ``KEYED``, the entries kept by eviction and the rows computed since; or
+            ``ACTIVE``, those computed now: where attention over the others is kept (``outside``), or as of a sequence
+            that has no others.
         gaps: whether some of those may be no rows.
         hides: whether attention reads only those of them that the step says are visible.
         masked: whether attention reads the model's own masks. Not where these hide nothing: no mask is cheaper.
@@ -114,6 +115,11 @@ class Assignment:
         return self.evict is not None or self.keys == KEYED
 
     @cached_property
+    def alone(self) -> bool:
+        """Whether attention reads the rows of this step and nothing that is kept of an earlier one."""
+        return self.keys == ACTIVE and self.outside is None
+
+    @cached_property
     def computes_all(self) -> bool:
         """Whether every row is computed from the ids of this call alone, so that the result is exact."""
         rows = {self.query, self.key, self.value, self.enter, self.keys, *([self.mlp] if self.mlp is not None else [])}
@@ -122,7 +128,7 @@ class Assignment:
     @cached_property
     def reads_kept(self) -> bool:
         """Whether a layer that runs this reads rows kept of an earlier step."""
-        return bool(self.keep) and {self.query, self.key, self.value, self.keys} != {ALL}
+        return bool(self.keep) and not self.alone and {self.query, self.key, self.value, self.keys} != {ALL}
 
     @cached_property
     def stored(self) -> frozenset[str]:

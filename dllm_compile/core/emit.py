@@ -223,7 +223,10 @@ class _Writer:
             return self._in_two_parts(node, given, self.assignment.outside)
         if self.assignment.keys == KEYED:
             if mask is not None or self.assignment.gaps or self.assignment.hides:
-                entries = self._visible_entries()
+                entries = self.entries if self.entries is None else self._seen(self.entries)
+        elif self.assignment.alone:
+            mask = self._among_active(own, mask)
+            kwargs = {**kwargs, "attn_mask": mask} if mask is not None else kwargs
         elif self.assignment.hides:
             mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"]))
             kwargs = {**kwargs, "attn_mask": mask}
@@ -237,15 +240,26 @@ class _Writer:
         assert self.assignment.attend is not None
         return self._call(self.assignment.attend, (*given[:3], entries, self._tokens(), mask, given.scale))
 
-    def _visible_entries(self) -> torch.fx.Node | None:
-        """Positions of the kept entries; no row for those that are hidden."""
-        return self.entries if self.entries is None else self._seen(self.entries)
-
     def _seen(self, positions: torch.fx.Node) -> torch.fx.Node:
         """Positions of keys; no row for those that are hidden."""
         if not self.assignment.hides:
             return positions
         return self._call(row_ops.visible_entries, (positions, self.slot["visible"], self._tokens()))
+
+    def _among_active(self, own: Any, mask: Any) -> Any:
+        """The mask of attention over the active rows alone.
+
+        Args:
+            own: the model's mask in its graph, if it has one.
+            mask: what it is here: over the active keys where it is made of the tokens, else over all.
+        """
+        if mask is None and not self.assignment.hides:
+            return None
+        at = self._seen(self.slot["index:active"])
+        if own not in self.axes.live:
+            return self._call(row_ops.mask_keys, (mask, at, self._tokens()))
+        there = self._call(operator.lt, (at, self._tokens()))
+        return self._call(row_ops.hide_keys, (mask, there))
 
     def _in_two_parts(self, node: torch.fx.Node, given: Attended, outside: Outside) -> torch.fx.Node:
         """Attention over the keys computed now that enter the state, joined to what is kept of that over the others."""
@@ -316,13 +330,22 @@ class _Writer:
         choose, *settings = self.assignment.evict
         call = self.unit.attentions[0].node
         given = attention_arguments(call.args, call.kwargs)
-        query, key = self._on(given.query, ALL), self._on(given.key, ALL)
-        mask = given.attn_mask if self.assignment.masked else None
-        mask = self._plain(mask) if isinstance(mask, torch.fx.Node) else None
-        mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"])) if self.assignment.hides else mask
+        rows = self.assignment.query
+        query, key = self._on(given.query, rows), self._on(given.key, rows)
+        own = given.attn_mask if self.assignment.masked else None
+        mask = self._on(own, rows) if own in self.axes.live else None
+        if mask is None and isinstance(own, torch.fx.Node):
+            mask = self._constant(own, call, rows)
+        if self.assignment.alone:
+            mask = self._among_active(own, mask)
+        elif self.assignment.hides:
+            mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"]))
         block, outside, fresh = (self.slot[f"index:{name}"] for name in ("block", "outside", "fresh"))
         at = self._call(choose, (query, key, mask, block, outside, self.entries, fresh, *settings))
-        self._call(torch.Tensor.copy_, (self.entries, at))
+        positions = at
+        if self.assignment.alone:  # chosen by their places among the active rows
+            positions = self._call(row_ops.pick_index, (self.slot["index:active"], at, self._tokens()))
+        self._call(torch.Tensor.copy_, (self.entries, positions))
         for node in self.unit.anchors(KEYS):
             self._call(row_ops.keep_rows, (self.state[node], self._available(node), at, self._layout(node)))
 

@@ -95,14 +95,18 @@ class Confidences:
     Attributes:
         sure: ``[B, S]`` floating, how sure one is of the token proposed for each candidate; ``-inf`` elsewhere.
         candidates: ``[B, S]`` bool, the positions that may be written.
-        masked: ``[B, S]`` bool, all positions that hold the mask.
+        masked: ``[B, S]`` bool, all positions that hold the mask and are still to be filled.
         options: what the user chose, by name.
+        block: ``[B, S]`` bool, the positions of the block that each sequence is at.
+        threshold: ``[B, 1]`` floating, the threshold as it is so far; for a mechanism that changes it.
     """
 
     sure: torch.Tensor
     candidates: torch.Tensor
     masked: torch.Tensor
     options: Any
+    block: Any = None
+    threshold: Any = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,10 @@ class Mechanism:
             :attr:`RowRule.reach`; several mechanisms unite.
         refresh: where one of ``switches`` is on, which sequences, ``[B, 1]`` bool, compute every row now, as
             :attr:`RowRule.refresh`; several mechanisms unite.
+        present: where one of ``switches`` is on, the rows, ``[B, S]`` bool, that the sequence has in this step; the
+            others are neither computed nor read by attention, in full steps too, and their positions stay empty.
+            Several mechanisms intersect. Among those present must be the rows whose logits are read. A step at which
+            a row comes that no step since the last refresh computed is a refresh.
         visible: where one of ``switches`` is on, the keys, ``[B, S]`` bool, that attention reads in every step;
             several mechanisms intersect, and what eviction keeps of the others is hidden too.
         salient: where its only switch is on, whose value is a number, which of the rows that a layer computes are
@@ -202,6 +210,14 @@ class Mechanism:
         candidates: where one of ``switches`` is on, those of the candidates, ``[B, S]`` bool, that ``unmask``,
             ``threshold`` or ``factor`` choose from in a step; a sequence that it leaves none writes nothing. Compiled
             like ``unmask``; several mechanisms intersect.
+        threshold: where one of ``switches`` is on, the ``threshold`` of each sequence in a step, ``[B, 1]`` floating,
+            from the one that there is. Compiled like ``unmask``; of several mechanisms each is told what the one
+            before it says.
+        ends: where one of ``switches`` is on, positions ``[B, S]`` bool that are taken for an end of the response. It
+            is asked at the first step of each block, and told of the masks whose likeliest token is an end of sequence
+            (the ``candidates``) and how likely each is (``sure``). The response then ends with the block of the first
+            of them: what is behind is not decoded, and ``call.wanted`` is ``False`` there. Compiled like ``unmask``;
+            of several mechanisms any may say an end.
         methods: values of ``method``, each with the options it stands for.
         presets: values of ``preset``, likewise.
         checks: of all options, a sentence that refuses them, or ``None``.
@@ -218,11 +234,14 @@ class Mechanism:
     narrows: Rows | None = None
     reach: Rows | None = None
     refresh: Rows | None = None
+    present: Rows | None = None
     visible: Rows | None = None
     salient: Callable[[Contexts], torch.Tensor] | None = None
     skips: Skipping | None = None
     unmask: Callable[[Confidences], torch.Tensor] | None = None
     candidates: Callable[[Confidences], torch.Tensor] | None = None
+    threshold: Callable[[Confidences], torch.Tensor] | None = None
+    ends: Callable[[Confidences], torch.Tensor] | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     checks: tuple[Callable[[Any], str | None], ...] = ()

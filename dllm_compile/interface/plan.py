@@ -24,6 +24,7 @@ class Call:
         changed: ``[B, S]`` bool, positions that hold another token than at the call before.
         filling: ``[B, S]`` bool, positions that the sampler fills from this call; ``None`` where it does not say.
         notes: by layer, what :class:`AfterLayer` noted at the last step that ran the layer.
+        wanted: ``[B, S]`` bool, positions that are of use to the sampler; ``None`` where it does not say.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Call:
     changed: torch.Tensor
     filling: torch.Tensor | None = None
     notes: Mapping[Any, Any] = field(default_factory=dict)
+    wanted: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

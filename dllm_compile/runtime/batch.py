@@ -379,7 +379,9 @@ class Batch:
         again = ids is None or (self.past is not None and torch.equal(ids, self.past.ids))
         return known if known is not None and again and known.fit(late) else None
 
-    def call(self, ids: torch.Tensor, caller: object, filling: torch.Tensor | None) -> Call:
+    def call(
+        self, ids: torch.Tensor, caller: object, filling: torch.Tensor | None, wanted: torch.Tensor | None = None
+    ) -> Call:
         """What happened since the last call, for the schedule."""
         masked, past = ids == self.mask_id, self.past
         before = ids if past is None else past.ids
@@ -390,7 +392,7 @@ class Batch:
         repeat = repeat and not bool(changed.any())
         last = self.last
         notes = {**last.past.notes, **last.noted} if last is not None else {}
-        return Call(number, repeat, masked, filled, changed, filling, notes)
+        return Call(number, repeat, masked, filled, changed, filling, notes, wanted)
 
     def expect(self, program: Program) -> None:
         """While it is undecided whether these calls are a loop, keep the returned logits, to compare the tokens filled

@@ -4,7 +4,7 @@ A token-wise call costs the same for every row, so its count for all ``S`` rows,
 ``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
 per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
 selected rows, ``A`` active rows, ``s`` salient rows, ``E`` entries kept by eviction, ``F`` those of fresh rows beside
-them, ``R`` readable rows.
+them, ``R`` readable rows, ``W`` rows that are present in a full step that leaves some out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dllm_compile.core.rows import ALL, RowSet
 from dllm_compile.core.state import outside_shape, shape
 from dllm_compile.core.units import Attention, Unit
 
-B, S, P, G, N, A, T, E, F, R = sympy.symbols("B S P G n A s E F R", positive=True, integer=True)
+B, S, P, G, N, A, T, E, F, R, W = sympy.symbols("B S P G n A s E F R W", positive=True, integer=True)
 ROWS = {
     "all": S,
     "none": sympy.Integer(0),

@@ -35,7 +35,7 @@ def positions_of_call(
             that are readable then.
         capacity: rows that there is memory for of attention over the keys outside; also the place of no row.
     """
-    varying = partial(positions, least=2, multiple=multiple)
+    varying = partial(positions, least=2, multiple=1 if plan.assignment.alone else multiple)  # those are not recorded
     readable = torch.ones_like(call.masked) if every else readable_rows(call.masked, shift)
     rows: dict[str, torch.Tensor] = {}
     tokens = none = readable.shape[1]
@@ -53,9 +53,14 @@ def positions_of_call(
         return {**rows, "readable": varying(readable)}
     later = {"readable later": varying(readable)} if every_later else {}
     active, readable = varying(plan.active, empty=False), varying(readable & plan.active)
+    rank = plan.active.long().cumsum(1) - 1
+    if (
+        plan.assignment.alone and plan.block is not None and plan.fresh is not None
+    ):  # entries are chosen by their places among the active rows
+        rows["outside"] = positions(plan.active & ~plan.fresh, 2, empty=False)
+        rows |= {name: _at(rank, rows[name], active.shape[1]) for name in ("block", "outside", "fresh")}
     kept = _at(plan.written, active, False)  # the others are there for samplers alone, and leave nothing behind
     written = torch.where(kept, _at(slots, active, none), none)
-    rank = plan.active.long().cumsum(1) - 1
     rows |= {"active": active, "written": written, "stored": torch.where(kept, active, tokens), "readable": readable}
     rows |= later
     rows["readable@active"] = _at(rank, readable, active.shape[1])

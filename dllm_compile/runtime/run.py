@@ -179,11 +179,7 @@ class GraphCall:
         self.full = step.past.schedule.variants[0]
         self.rest = step.assignment
         self.first = step.past.schedule.first or self.rest
-        if (
-            step.anew
-            or step.deeper_rows
-            or (step.assignment.enter != ALL and not (self._known() and self._kept_whole(self._read())))
-        ):
+        if step.anew or step.deeper_rows or (step.assignment.enter != ALL and not self._can_narrow()):
             self.first = self.rest = self.full
         self.only_decides = step.repeat and program.decision is not None and self._kept_whole(self._read(), True)
 
@@ -245,11 +241,22 @@ class GraphCall:
         self.stored.add(node)
         return read_all(kept, layout)
 
+    def _can_narrow(self) -> bool:
+        """Whether the planned step, which carries the stream for fewer rows, has what it reads of the others."""
+        if not self.step.assignment.alone:
+            return self._known() and self._kept_whole(self._read())
+        layers = [code for unit, code in zip(self.program.units, self.program.codes, strict=True) if unit.is_layer]
+        variants = self.step.past.schedule.variants  # a layer that was never called is first tried on every row
+        return self._once() and all(code.narrows and code.writable(variants) for code in layers)
+
+    def _once(self) -> bool:
+        """Whether each layer runs once in a step."""
+        keys = set(self.keys.values())
+        return len(keys) == len(self.keys) and not keys & (self.step.seen | self.batch.session.tied)
+
     def _known(self) -> bool:
         """Whether each layer has rows kept and runs once, so that the others need not be computed."""
-        keys = set(self.keys.values())
-        once = len(keys) == len(self.keys) and not keys & (self.step.seen | self.batch.session.tied)
-        return once and keys <= self.batch.layers.keys()
+        return self._once() and set(self.keys.values()) <= self.batch.layers.keys()
 
     def _read(self) -> list[torch.fx.Node]:
         """What the decision and the caller read of layers and head."""
@@ -279,7 +286,8 @@ class GraphCall:
     def is_partial(self) -> bool:
         """Whether the layers compute fewer rows than all."""
         step = self.step
-        return not step.repeat and step.assignment.evict is None and self.full not in (step.assignment, self.rest)
+        whole = step.repeat or step.assignment.evict is not None or self.rest.alone
+        return not whole and self.full not in (step.assignment, self.rest)
 
     def unrecordable(self) -> str | None:
         """Why the launches of a partial step cannot be recorded; ``None`` where they can."""
@@ -377,9 +385,11 @@ class GraphCall:
         key = self.keys[id(unit)]
         if key in self.step.seen:
             self.batch.session.tied.add(key)  # what ran in this step already has no rows of its own
-        if key in self.step.seen or not wanted.keep:
+        if key in self.step.seen or not (wanted.keep or wanted.alone):
             return _exact(wanted)
         self.step.seen.add(key)
+        if wanted.alone:
+            return _entering(wanted, self._at_hand(unit))
         if wanted.evict is None and key not in self.batch.layers:
             wanted = self.full
         elif self.step.repeat and wanted != self.full and wanted.keep >= FEATURES:

@@ -39,11 +39,12 @@ class Stats:
         steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits. A step in
             which no layer had rows kept ran every row, and is called ``"full"``.
         rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
-        refreshes: steps in which sequences refreshed (all their rows, or all of the response), by the first reason of
-            each: ``"block"``, a block or a sequence begins, also anew where weights or inputs changed; ``"edit"``, a
-            token changed that no partial step computes; ``"rule"``, the rule's own ``refresh``; ``"interval"``,
-            ``"prompt"`` or ``"response"``, the interval is over; ``"steps"``, a further one of several full steps
-            (``delay``, ``full_steps``), or along with another sequence; ``"after_layer"``, decided in mid-step.
+        refreshes: steps in which sequences refreshed (all their rows that are present, or those of the response), by
+            the first reason of each: ``"block"``, a block or a sequence begins, also anew where weights or inputs
+            changed; ``"edit"``, a token changed that no partial step computes; ``"present"``, a row came back that no
+            step since the last refresh computed; ``"rule"``, the rule's own ``refresh``; ``"interval"``, ``"prompt"``
+            or ``"response"``, the interval is over; ``"steps"``, a further one of several full steps (``delay``,
+            ``full_steps``), or along with another sequence; ``"after_layer"``, decided in mid-step.
         layers: ``"seen"``, layers that ran in all of them, and ``"cached"``, those that read rows kept of other steps.
         graphs: calls of graphs that those steps were made of.
         flops_whole, flops: of those calls, had they computed every row, and as they ran; see :class:`Tally`. Graphs
@@ -80,7 +81,8 @@ class Stats:
     def count(self, step: Any) -> None:
         """Note a step whose first graph has run: as a full one, until a layer runs the variant that was planned."""
         planned = "repeat" if step.repeat else step.assignment.name
-        reads = step.assignment.reads_kept or step.assignment.evict is not None
+        chosen = step.assignment
+        reads = chosen.reads_kept or chosen.alone or chosen.evict is not None
         self.refreshes.update(() if step.repeat else step.refresh)
         step.counted = "full" if planned != "repeat" and reads and not step.own else planned
         self._add(step.counted, step, 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dllm_compile.core.assignment import EXACT
-from dllm_compile.declared import to_be_filled
+from dllm_compile.declared import to_be_filled, wanted
 from dllm_compile.interface.plan import Call, Exact, Plan, copied, rows_before
 from dllm_compile.passes.flashblock import renewing
 
@@ -61,13 +61,14 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     assert past is not None
     device = read.on_device.device
     caller = program if read.same_late.get(batch, False) else None
-    call = batch.call(read.ids, caller, to_be_filled(read.ids.shape))
+    said = to_be_filled(read.ids.shape), wanted(read.ids.shape)
+    call = batch.call(read.ids, caller, *said)
     if call.repeat and past.number == 0 and session.weights.written_anywhere():
         session.weights.sum()  # a few numbers differ of which the sample has none
         batch.begin_anew()
         past = batch.past
         assert past is not None
-        call = batch.call(read.ids, caller, call.filling)
+        call = batch.call(read.ids, caller, *said)
     if call.repeat and last is not None and not last.delivered and program in batch.outputs:
         # an interrupt came between the step and its result
         return replace(last, repeat=True, layer=0, depth=0, seen=set())
@@ -76,7 +77,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     missed = False
     if past.missed and evidence.is_loop:  # the schedule begins here
         plans = batch.new_schedule()
-        call = Call(0, False, call.masked, call.filled, call.changed, call.filling)
+        call = replace(call, number=0, repeat=False, notes={})
     else:
         plans = copied(past.schedule)
     if batch.whole and lossy:

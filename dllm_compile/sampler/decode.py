@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.declared import known_ids
+from dllm_compile.declared import known_ids, wanting
 
 from .progress import Progress, StepFunction
 from .stops import Stops
@@ -60,7 +60,8 @@ def decode(
 
     A sequence whose masks all lie behind an end that is written is done. Its masks stay until all sequences are done
     and are then filled with that end: a cache that follows the ids would take so many new tokens for a new block. So it
-    is with stopping criteria, but for the tokens behind their end: all are replaced.
+    is with stopping criteria, but for the tokens behind their end: all are replaced. Where mechanisms find that a
+    response ends with an earlier block, it is done with that; what is behind becomes the first of ``eos``.
 
     Args:
         x: ``[B, S]`` int64, prompts and masks.
@@ -84,8 +85,10 @@ def decode(
     alone = streamer is None and stops is None  # nobody else's code runs between two calls
     calls = idle = 0
     while (writable := progress.writable(masked & ~cut & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
-        with known_ids(x, known if alone else None):
-            x = step(x, writable.to(x.device))
+        with known_ids(x, known if alone else None), wanting(~masked | progress.inside()):
+            x, ends = step(x, writable.to(x.device))
+        if ends is not None:
+            progress.cut(ends.cpu())
         calls += 1
         host = known = x.cpu()
         before = masked
@@ -102,6 +105,8 @@ def decode(
     filled = int(start.sum()) - int(masked.sum())
     behind, end = _ends_before(host, masked, prompt, eos)
     host = torch.where(behind & masked & ~cut, end, host)
+    if eos:
+        host = torch.where((host == mask_id) & ~cut & ~progress.inside(), eos[0], host)
     history[-1] = x = host.to(x.device)
     stream.put(host, host == mask_id)
     stream.end()

@@ -6,6 +6,8 @@ so the same generator gives the same tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .progress import Writable
@@ -54,7 +56,9 @@ def draw_step(
     else:
         counted = writable.count, writable.most, settings.threshold, settings.factor
         allowed = settings.allowed.rule if settings.allowed is not None else None
-        taken = written(sure, rows, masked, *counted, rule=settings.rule, allowed=allowed)
+        moved = settings.moved.bound if settings.moved is not None else None
+        asked: dict[str, Any] = {"block": writable.block, "rule": settings.rule, "allowed": allowed, "moved": moved}
+        taken = written(sure, rows, masked, *counted, **asked)
     return torch.where(taken, token, x)
 
 

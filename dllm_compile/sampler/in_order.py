@@ -33,7 +33,7 @@ class InOrder:
         self.open: torch.Tensor | None = None  # candidates of the last writable: within a block they only grow fewer
         self.draws = torch.empty(0)
 
-    def __call__(self, x: torch.Tensor, writable: Writable) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model and write."""
         new = writable.candidates if self.open is None else writable.candidates & ~self.open
         begins = new.any(1, keepdim=True)

@@ -27,22 +27,30 @@ class Writable:
         count: ``[B]`` int64, how many of them; ``None`` leaves it to threshold, factor or share.
         most: the largest entry of ``count``, 1, or what :meth:`Progress.hold` holds it to.
         share: ``[B]`` float32, the probability of each candidate to be written (Dream's ``origin``).
+        block: ``[B, S]`` bool, positions of the block that each sequence is at, for mechanisms that ask for it.
+        waiting: ``[B, S]`` bool, masks of all blocks that are still to be filled, likewise.
     """
 
     candidates: torch.Tensor
     count: torch.Tensor | None = None
     most: int | None = None
     share: torch.Tensor | None = None
+    block: torch.Tensor | None = None
+    waiting: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Writable:
         """The same with its tensors on ``device``."""
         count = None if self.count is None else sent(self.count, device)
         share = None if self.share is None else sent(self.share, device)
-        return replace(self, candidates=sent(self.candidates, device), count=count, share=share)
+        block = None if self.block is None else sent(self.block, device)
+        waiting = None if self.waiting is None else sent(self.waiting, device)
+        candidates = sent(self.candidates, device)
+        return replace(self, candidates=candidates, count=count, share=share, block=block, waiting=waiting)
 
 
-StepFunction = Callable[[torch.Tensor, Writable], torch.Tensor]
-"""Maps ids ``[B, S]`` and a writable on their device to new ids."""
+StepFunction = Callable[[torch.Tensor, Writable], "tuple[torch.Tensor, torch.Tensor | None]"]
+"""Maps ids ``[B, S]`` and a writable on their device to new ids, and to positions ``[B, S]`` bool that mechanisms take
+for the end of the response, if there are any that look for one."""
 
 
 def quota(first: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
@@ -87,6 +95,7 @@ class Progress:
         self.block, self.step, self.first = torch.zeros(3, batch, dtype=torch.int64)
         self.most = 1
         self.response: torch.Tensor | None = None  # what was masked at the first step
+        self.end = torch.full_like(self.block, tokens)  # of each response, where it was found to end
         self.timed = shift if settings.schedule is None else settings.schedule == "time"
         published, blocked = settings.as_published, settings.block_length is not None
         self.leads = published and shift and blocked
@@ -100,6 +109,7 @@ class Progress:
             masked: ``[B, S]`` bool on the CPU, what is masked before the step.
         """
         self.response = masked.clone() if self.response is None else self.response
+        masked = masked & self.inside()
         left = self._advance(masked)
         live = self.block < self.blocks
         if not live.any():
@@ -110,6 +120,10 @@ class Progress:
         if self.leads:
             candidates &= (self.step > 0).unsqueeze(1) | (self.position == self._start().unsqueeze(1))
         writable = self._count(candidates, left)
+        if self.settings.asks:
+            start = self.prompt + self.block * self.length
+            block = self._reach() & (self.position >= start.unsqueeze(1))
+            writable = replace(writable, block=block, waiting=masked)
         self.step = self.step + live.long()
         return writable
 
@@ -169,6 +183,22 @@ class Progress:
                 return left
             self.block = self.block + over.long()
             self.step = self.step.masked_fill(over, 0)
+
+    def inside(self) -> torch.Tensor:
+        """Positions ``[B, S]`` bool before the end of each response."""
+        return self.position < self.end.unsqueeze(1)
+
+    def cut(self, ends: torch.Tensor) -> None:
+        """End each response whose block has just begun with the block of the first of its ``ends``.
+
+        Args:
+            ends: ``[B, S]`` bool on the CPU, as of the step behind the last :meth:`writable`.
+        """
+        first = torch.where(ends, self.position, self.end.max()).amin(1)
+        last = (first - self.prompt).div(self.length, rounding_mode="floor").clamp(min=0)
+        found = ends.any(1) & (self.step == 1)  # its first step was counted
+        end = torch.minimum(self.prompt + (last + 1) * self.length, self.end)
+        self.end = torch.where(found, end, self.end)
 
     def _start(self) -> torch.Tensor:
         """First position ``[B]`` of each block; masks inside a prompt belong to the first block."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -69,16 +68,27 @@ def confidence(probability: torch.Tensor, token: torch.Tensor, remasking: str) -
     return probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From confidence ``[B, S]``, candidates and masked positions, both ``[B, S]`` bool, to those to write."""
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""From confidence ``[B, S]``, and ``[B, S]`` bool each, candidates, masked positions and those of the block, to the
+positions to write, ``[B, S]`` bool."""
+Bound = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""From a threshold ``[B, 1]`` and what a rule gets to another threshold."""
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """The candidates that mechanisms leave, and the names of the mechanisms."""
+    """What mechanisms say together, such as the candidates that they leave, and the names of the mechanisms."""
 
     names: tuple[str, ...]
     rule: Rule
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The threshold as mechanisms change it, and the options that turn them on."""
+
+    options: tuple[str, ...]
+    bound: Bound
 
 
 def _surest(sure: torch.Tensor) -> torch.Tensor:
@@ -86,11 +96,13 @@ def _surest(sure: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(sure, dtype=torch.bool).scatter(1, sure.topk(1, 1).indices, True)
 
 
-def by_rule(rule: Rule, sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+def by_rule(
+    rule: Rule, sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor, block: torch.Tensor | None = None
+) -> torch.Tensor:
     """Which candidates ``[B, S]`` bool to write by a mechanism's rule: those it says; the surest where it says none."""
     sure = torch.where(candidates, sure, -torch.inf)
     best = _surest(sure)
-    taken = rule(sure, candidates, masked) & candidates
+    taken = rule(sure, candidates, masked, block) & candidates
     return taken | (best & candidates & ~taken.any(1, keepdim=True))
 
 
@@ -98,17 +110,30 @@ def written(
     sure: torch.Tensor,
     candidates: torch.Tensor,
     masked: torch.Tensor,
-    *counted: Any,
+    count: torch.Tensor | None = None,
+    most: int | None = None,
+    threshold: float | None = None,
+    factor: float | None = None,
+    *,
+    block: torch.Tensor | None = None,
     rule: Rule | None = None,
     allowed: Rule | None = None,
+    moved: Bound | None = None,
 ) -> torch.Tensor:
-    """Which candidates ``[B, S]`` bool to write: by a mechanism's ``rule``, or as :func:`chosen` says by ``counted``.
+    """Which candidates ``[B, S]`` bool to write: by a mechanism's ``rule``, or as :func:`chosen` says.
 
-    Where mechanisms restrict the candidates, ``allowed`` says those that are left.
+    Where mechanisms restrict the candidates, ``allowed`` says those that are left; where they change the threshold,
+    ``moved`` says to what. ``block`` ``[B, S]`` bool are the positions of the block, which these may ask for.
     """
     if allowed is not None:
-        candidates = candidates & allowed(torch.where(candidates, sure, -torch.inf), candidates, masked)
-    return chosen(sure, candidates, *counted) if rule is None else by_rule(rule, sure, candidates, masked)
+        candidates = candidates & allowed(torch.where(candidates, sure, -torch.inf), candidates, masked, block)
+    if rule is not None:
+        return by_rule(rule, sure, candidates, masked, block)
+    bound: float | torch.Tensor | None = threshold
+    if moved is not None and threshold is not None:
+        told = torch.where(candidates, sure, -torch.inf), candidates, masked, block
+        bound = moved(torch.full_like(sure[:, :1], threshold), *told)
+    return chosen(sure, candidates, count, most, bound, factor)
 
 
 def chosen(
@@ -116,7 +141,7 @@ def chosen(
     candidates: torch.Tensor,
     count: torch.Tensor | None = None,
     most: int | None = None,
-    threshold: float | None = None,
+    threshold: float | torch.Tensor | None = None,
     factor: float | None = None,
 ) -> torch.Tensor:
     """Which candidates to write: the ``count`` surest, of these the surest one and all at or above ``threshold``.
@@ -129,7 +154,7 @@ def chosen(
         candidates: ``[B, S]`` bool, the positions to choose from.
         count: ``[B]`` int64; ``None`` for all candidates.
         most: the largest entry of ``count``; required with it.
-        threshold, factor: in the unit of ``sure``; ``None`` for none.
+        threshold, factor: in the unit of ``sure``; ``None`` for none. A threshold may be ``[B, 1]``.
 
     Returns:
         ``[B, S]`` bool.

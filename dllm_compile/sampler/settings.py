@@ -10,7 +10,7 @@ from dllm_compile.interface.blocks import FindBlock
 from dllm_compile.interface.mechanism import count, flag, is_number, nearest, one_of, token_id
 from dllm_compile.options import all_names
 
-from .rules import RULES, Allowed, Rule
+from .rules import RULES, Allowed, Moved, Rule
 
 SYNONYMS = {
     "max_new_tokens": "gen_length",
@@ -23,7 +23,7 @@ SYNONYMS = {
     "mask_token_id": "mask_id",
     "eos_token_id": "eos_id",
 }
-PRESET_SETTINGS: dict[str, dict[str, Any]] = {"fastest": {"threshold": 0.9}}
+PRESET_SETTINGS: dict[str, dict[str, Any]] = {name: {"threshold": 0.9} for name in ("fastest", "streaming-dllm")}
 """What a preset of the backend says about sampling."""
 
 RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": "topk_margin", "neg_entropy": "entropy"}
@@ -74,6 +74,8 @@ class Settings:
         allowed: which candidates mechanisms leave, likewise.
         block: where the block is that a step writes into, likewise; blocks then have no fixed places.
         skips: mechanisms that skip rows in deeper layers: candidates without logits of the step are held back.
+        moved: how mechanisms change the threshold from step to step, likewise.
+        ends: where mechanisms take a response to end, likewise.
 
     Raises:
         ValueError: a value is out of range, or two of them contradict each other.
@@ -100,6 +102,8 @@ class Settings:
     allowed: Allowed | None = None
     block: FindBlock | None = None
     skips: tuple[str, ...] = ()
+    moved: Moved | None = None
+    ends: Allowed | None = None
 
     def __post_init__(self) -> None:
         one_of("remasking", self.remasking, RULES)
@@ -137,6 +141,16 @@ class Settings:
                 f"{' and '.join(self.allowed.names)} may hold tokens back, so that a step cannot write a fixed number; "
                 "give threshold or factor"
             )
+        if self.moved is not None and self.threshold is None:
+            raise ValueError(
+                f"{' and '.join(self.moved.options)} changes the threshold from step to step, and there is none; give "
+                "threshold=0.9 too, or leave it out"
+            )
+        if self.ends is not None and not self.eos:
+            raise ValueError(
+                f"{' and '.join(self.ends.names)} looks for the end of a response, and no token is known to end one; "
+                "give eos_id"
+            )
         rule = "threshold" if self.threshold is not None else "factor"
         if self.parallel and self.remasking == "origin":
             raise ValueError(f"remasking='origin' has no confidence to hold against a {rule}; leave out one of them")
@@ -167,6 +181,11 @@ class Settings:
     def holds_back(self) -> tuple[str, ...]:
         """Names of the mechanisms by which a step may write fewer tokens than there are to write."""
         return (*(self.allowed.names if self.allowed is not None else ()), *self.skips)
+
+    @property
+    def asks(self) -> bool:
+        """Whether mechanisms have a say in which tokens are written, or how many."""
+        return any(each is not None for each in (self.rule, self.allowed, self.moved, self.ends))
 
     @property
     def parallel(self) -> bool:
@@ -255,7 +274,7 @@ def _from_config(config: Any, prompt: int) -> dict[str, Any]:
     return own
 
 
-_OF_MECHANISMS = ("rule", "allowed", "block", "skips")
+_OF_MECHANISMS = ("rule", "allowed", "block", "skips", "moved", "ends")
 SETTINGS = tuple(each.name for each in fields(Settings) if each.name not in _OF_MECHANISMS)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .check import check_step, logits_in
-from .rules import Rule, confidence, gumbel, written
+from .rules import Bound, Rule, confidence, gumbel, written
 
 Model = Callable[..., Any]
 
@@ -112,7 +112,7 @@ def denoise_step(
     how |= {"cfg_scale": cfg_scale, "threshold": threshold, "factor": factor}
     tensors: dict[str, Any] = {"given": given, "noise": noise, "draws": draws}
     check_step(model, x, candidates, count, most, {**how, **tensors, "inputs": inputs})
-    return surest(model, x, candidates, count, most, **how, **tensors, **inputs)
+    return surest(model, x, candidates, count, most, **how, **tensors, **inputs)[0]
 
 
 def surest(
@@ -132,13 +132,18 @@ def surest(
     given: torch.Tensor | None,
     noise: torch.Tensor | None,
     draws: torch.Tensor | None,
+    block: torch.Tensor | None = None,
+    waiting: torch.Tensor | None = None,
     rule: Rule | None = None,
     allowed: Rule | None = None,
+    moved: Bound | None = None,
+    ends: Rule | None = None,
+    eos: tuple[int, ...] = (),
     stamp: torch.Tensor | None = None,
     **inputs: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`denoise_step` of arguments that are known to be right; mechanisms may choose the tokens, see
-    :func:`dllm_compile.sampler.rules.written`.
+    :func:`dllm_compile.sampler.rules.written`, and look for the end, see :func:`ending`.
 
     With ``stamp`` ``[1]`` int64, a number above 0 that no call before had, only candidates are written whose logits are
     of this call: a row of logits that is kept of an earlier one bears its number.
@@ -165,4 +170,27 @@ def surest(
     if stamp is not None:  # compared with what is made of the ids: behind the head, for all rows
         candidates = candidates & (token * 0 + stamp == torch.where(x == mask_id, stamp, 0))
     counted = count, most, threshold, factor
-    return torch.where(written(sure, candidates, x == mask_id, *counted, rule=rule, allowed=allowed), token, x)
+    asked: dict[str, Any] = {"block": block, "rule": rule, "allowed": allowed, "moved": moved}
+    masked = x == mask_id if waiting is None else waiting
+    new = torch.where(written(sure, candidates, masked, *counted, **asked), token, x)
+    return new, None if ends is None else ending(logits, masked, eos, ends, block)
+
+
+def ending(
+    logits: torch.Tensor, masked: torch.Tensor, eos: tuple[int, ...], ends: Rule, block: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions ``[B, S]`` bool that mechanisms take for the end of a response.
+
+    Args:
+        logits: ``[B, S, V]``, row ``i`` predicts token ``i``.
+        masked: ``[B, S]`` bool, positions that hold the mask.
+        eos: ids that end a response.
+        ends: what the mechanisms say of the positions whose likeliest token is one of these.
+        block: ``[B, S]`` bool, positions of the block that each sequence is at.
+    """
+    best, likely = logits.argmax(-1), logits.softmax(-1).amax(-1)
+    found = best == eos[0]
+    for token in eos[1:]:
+        found = found | (best == token)
+    found = found & masked
+    return ends(torch.where(found, likely, -torch.inf), found, masked, block) & found

@@ -14,7 +14,7 @@ from .family import Family, vocabulary
 from .in_order import InOrder, any_order
 from .progress import StepFunction, Writable
 from .settings import Settings
-from .step import Model, guided_logits, read_logits, surest
+from .step import Model, ending, guided_logits, read_logits, surest
 
 
 def stepper(
@@ -48,8 +48,13 @@ def stepper(
     if settings.draws_rows(kind.shift):
         read = partial(compiled(read_logits, model, options) if options else read_logits, model)
 
-        def step(x: torch.Tensor, writable: Writable) -> torch.Tensor:
-            return draw_step(guided_logits(read, x, **fixed), x, x == kind.mask_id, writable, settings, generator)
+        def step(x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, torch.Tensor | None]:
+            logits = guided_logits(read, x, **fixed)
+            masked = x == kind.mask_id if writable.waiting is None else writable.waiting
+            found = None
+            if settings.ends is not None:
+                found = ending(logits, masked, settings.eos, settings.ends.rule, writable.block)
+            return draw_step(logits, x, masked, writable, settings, generator), found
     else:
         columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
         denoise = compiled(surest, model, options) if options and not settings.cfg_scale else surest
@@ -58,15 +63,20 @@ def stepper(
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
         fixed.update(threshold=settings.threshold, factor=settings.factor, rule=settings.rule)
         fixed.update(allowed=settings.allowed.rule if settings.allowed is not None else None)
+        fixed.update(moved=settings.moved.bound if settings.moved is not None else None)
+        fixed.update({"ends": settings.ends.rule, "eos": settings.eos} if settings.ends is not None else {})
         calls = count(1) if settings.skips and denoise is not surest else None
 
-        def step(x: torch.Tensor, writable: Writable) -> torch.Tensor:
+        def step(x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, torch.Tensor | None]:
             noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
             draws = uniform(x.shape) if settings.remasking == "random" else None
             drawn: dict[str, Any] = {"noise": noise, "draws": draws}
+            drawn |= {"block": writable.block, "waiting": writable.waiting}
             if calls is not None:
                 drawn["stamp"] = torch.full((1,), next(calls), device=x.device)
-            new: torch.Tensor = denoise(model, x, writable.candidates, writable.count, writable.most, **drawn, **fixed)
+            new: tuple[torch.Tensor, torch.Tensor | None] = denoise(
+                model, x, writable.candidates, writable.count, writable.most, **drawn, **fixed
+            )
             return new
 
     return step if within is None else InOrder(step, uniform)

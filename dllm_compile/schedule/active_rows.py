@@ -2,7 +2,7 @@
 
 Each sequence of a batch is at one of three levels, and the call is written for the rows of all of them:
 
-    full       every row               a block begins (and ``delay`` steps after it), or a refresh is due
+    full       every row present       a block begins (and ``delay`` steps after it), or a refresh is due
     response   the response            where a prompt interval keeps the prompt longer than that
     partial    what the cache leaves   otherwise; with a saliency threshold, the salient ones among those
 """
@@ -20,7 +20,7 @@ from dllm_compile.interface.mechanism import Facts, Rows, asked
 from dllm_compile.interface.plan import Call, Plan, with_row_before
 from dllm_compile.mechanisms import rule_of, turned_on
 from dllm_compile.options import Options
-from dllm_compile.passes.block_cache import BLOCK, FULL
+from dllm_compile.passes.block_cache import BLOCK, FULL, of_present
 from dllm_compile.passes.eviction import entries, evicted, evicting, has_gaps, unkept
 from dllm_compile.passes.saliency import choosing, salient, with_contexts
 
@@ -48,6 +48,8 @@ class ActiveRows:
         self.before = options.shift is not False and not self.wide and not (options.shift and self.rule.shifts)
         self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
         self.mechanisms = turned_on(options)
+        self.leaves_out = any(each.present is not None for each in self.mechanisms)
+        self.current = torch.zeros_like(response)  # rows computed since a refresh; kept where rows may be left out
         self.blocks = blocks_of(options, response)
         full, self.part = FULL, BLOCK
         self.salient: Assignment | None = None  # a partial step that computes the salient of its rows
@@ -75,10 +77,12 @@ class ActiveRows:
         self.settled = True
 
     def _variants(self) -> tuple[Assignment, ...]:
-        partial = (self.part,) if self.salient is None else (self.part, self.salient)
-        if self.evict is None:
-            return self.full, *partial
-        return self.full, self.evict, *(evicted(each, gaps=False) for each in partial)
+        partial = [self.part] if self.salient is None else [self.part, self.salient]
+        whole = [self.full] if self.evict is None else [self.full, self.evict]
+        if self.evict is not None:
+            partial = [evicted(each, gaps=False) for each in partial]
+        present = map(of_present, whole) if self.leaves_out and self.after_layer is None else ()
+        return *whole, *present, *partial
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
         """New sequences refresh as at the start of a block. With eviction all sequences restart, since the kept entries
@@ -86,7 +90,7 @@ class ActiveRows:
         """
         self.response = with_row_before(response) if self.wide else response
         self.blocks.begin_anew(rows, response)
-        self.since = self.since & ~rows.unsqueeze(1)
+        self.since, self.current = self.since & ~rows.unsqueeze(1), self.current & ~rows.unsqueeze(1)
         self.refreshes.begin_anew(rows)
         return self.options.keep_ratio is None
 
@@ -99,16 +103,21 @@ class ActiveRows:
 
     def _planned(self, call: Call) -> Plan:
         part = self._partial(call)
-        full, response, why = self.refreshes.next(call.number, self._begins(call, part))
+        present = self._present(call)
+        part = part if present is None else part & present
+        full, response, why = self.refreshes.next(call.number, self._begins(call, part, present))
         self.since = self.since & ~(full | response)
         if bool((full | self.blocks.done).all()):
-            return replace(self._full(call, part), refresh=why)
+            return replace(self._full(call, part, present), refresh=why)
         written = part | full | (response & self.response)
         active = with_row_before(written) if self.before else written
+        if present is not None:
+            written, active = written & present, active & present
+            self.current = torch.where(full, present, self.current | written)
         exact = full | response
         same = self.settled and not bool(exact.any()) and call.filling is None
         self.settled = True
-        plan = Plan(self.part, active=active, written=written, refreshed=exact, refresh=why, same=same)
+        plan = Plan(self.part, active=active, written=written, refreshed=exact, refresh=why, same=same, visible=present)
         if self.skips is not None:
             plan = replace(plan, going=self._going(call, active, exact))
         if self.salient is not None and self.follows and not bool(exact.all()):
@@ -132,6 +141,15 @@ class ActiveRows:
         for _, more in self._each("widens by rows", "widens", call, call.masked):
             rows = rows | more
         for _, some in self._each("narrows to rows", "narrows", call, call.masked):
+            rows = rows & some
+        return rows
+
+    def _present(self, call: Call) -> torch.Tensor | None:
+        """The rows ``[B, S]`` bool that no mechanism leaves out; ``None`` where none does so."""
+        if not self.leaves_out:
+            return None
+        rows = torch.ones_like(call.masked)
+        for _, some in self._each("says present rows", "present", call, call.masked):
             rows = rows & some
         return rows
 
@@ -161,11 +179,17 @@ class ActiveRows:
     def _said(self, what: str, rows: Rows, call: Call, like: torch.Tensor) -> torch.Tensor:
         return asked(f"the rule {self.rule.name!r} says {what}", rows, self._facts(call), like)
 
-    def _begins(self, call: Call, part: torch.Tensor) -> dict[str, torch.Tensor]:
-        """By the reason, which sequences, ``[B, 1]`` bool, begin a block, were edited where no partial step sees it, or
-        refresh as the rule says.
+    def _begins(self, call: Call, part: torch.Tensor, present: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """By the reason, which sequences, ``[B, 1]`` bool, begin a block, were edited where no partial step sees it,
+        have rows that no step has computed, or refresh as the rule says.
         """
         missed = call.changed & ~part
+        new = torch.zeros_like(part)
+        if present is not None:
+            missed &= present
+            self.current = self.current & ~(call.changed & ~present)
+            computed = part if self.salient is None else new  # saliency compares with contexts that are there
+            new = present & ~(self.current | computed)
         if self.rule.leaves_filled:
             missed &= ~call.filled
         if self.chosen is not None and self.chosen.fresh is not None:
@@ -175,24 +199,36 @@ class ActiveRows:
         if self.rule.refresh is not None:
             reasons["rule"] = self._said("refreshes", self.rule.refresh, call, self.blocks.moved)
         reasons |= self._each("says refreshes", "refresh", call, self.blocks.moved)
-        reasons["edit"] = self.edited
+        reasons |= {"edit": self.edited, "present": new.any(1, keepdim=True)}
         reasons = {name: where & ~self.blocks.done for name, where in reasons.items()}
         for begins in reasons.values():
             self.edited = self.edited & ~begins
         return reasons
 
-    def _full(self, call: Call, reach: torch.Tensor) -> Plan:
-        """A call that computes every row; the last of several chooses what is kept beside rows within ``reach``."""
+    def _full(self, call: Call, reach: torch.Tensor, present: torch.Tensor | None) -> Plan:
+        """A call that computes every row that is present; the last of several chooses what is kept beside rows within
+        ``reach``.
+        """
         self.follows = self.evict is None
         self.chosen = None
+        plan = Plan(self.full, same=False, visible=present)
+        if present is not None:
+            self.current = present
+        some = present is not None and not bool(present.all()) and self.after_layer is None
+        if some:
+            plan = replace(plan, assignment=of_present(self.full), active=present, written=present)
         if self.evict is None or bool((self.refreshes.left > 0).any()):
-            return Plan(self.full, same=False)
+            return plan
         assert self.options.keep_ratio is not None
         if self.rule.reach is not None:
             reach = reach | self._said("reach", self.rule.reach, call, call.masked)
         for _, more in self._each("says reach", "reach", call, call.masked):
             reach = reach | more
-        self.settled, self.gaps = False, has_gaps(reach, self.options.keep_ratio)
-        kept = entries(reach, self.options.keep_ratio)
-        self.chosen = Plan(self.evict, block=self.blocks.active, fresh=reach, kept=kept, same=False)
+        block, absent = self.blocks.active, torch.zeros_like(reach)
+        if present is not None:
+            reach, block, absent = reach & present, block & present, ~present
+        self.settled, self.gaps = False, has_gaps(reach | absent, self.options.keep_ratio)
+        kept = entries(reach | absent, self.options.keep_ratio)
+        assignment = of_present(self.evict) if some else self.evict
+        self.chosen = replace(plan, assignment=assignment, block=block, fresh=reach, kept=kept)
         return self.chosen

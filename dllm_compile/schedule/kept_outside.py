@@ -28,7 +28,12 @@ class KeptOutside:
         self.steps, self.interval = steps, interval
         self.variants: tuple[Assignment, ...] = (
             *steps.variants,
-            *(made(each) for each in steps.variants if each.query != ALL for made in (renewing, inside)),
+            *(
+                made(each)
+                for each in steps.variants
+                if each.query != ALL and not each.alone
+                for made in (renewing, inside)
+            ),
         )
         self.first: Assignment | None = steps.first
         self.after_layer: AfterLayer | None = steps.after_layer

@@ -27,7 +27,7 @@ def schedule(options: Options, response: torch.Tensor) -> Schedule:
         options: what the user chose.
         response: ``[B, S]`` bool, the rows of the response.
     """
-    hiding = [mechanism for mechanism in turned_on(options) if mechanism.visible is not None]
+    hiding = [each for each in turned_on(options) if each.visible is not None or each.present is not None]
     steps = _rows(options, response)
     steps = VisibleKeys(steps, hiding, options, response) if hiding else steps
     return KeptOutside(steps, options.outside_interval, response) if options.keep_outside else steps
