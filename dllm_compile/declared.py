@@ -75,6 +75,30 @@ def _words() -> tuple[Declared, ...]:
     return words
 
 
+class NoDrafts(ValueError):
+    """A call inside of :func:`drafting` is of no sequence that has something kept for it."""
+
+
+@contextmanager
+def drafting() -> Iterator[None]:
+    """Say that the calls made inside, on this thread, are of drafts: ids ``[D, S]``, possible next ids of one sequence
+    whose last call was made in the same :func:`loop`. They read what is kept of it, and leave nothing behind.
+
+    A call raises :class:`NoDrafts` where there is no such sequence, or its next step would not compute its block alone.
+    """
+    before = drafts()
+    _NOW.drafts = True
+    try:
+        yield
+    finally:
+        _NOW.drafts = before
+
+
+def drafts() -> bool:
+    """Whether a call made now is of drafts."""
+    return getattr(_NOW, "drafts", False)
+
+
 @contextmanager
 def _saying(what: str, rows: torch.Tensor) -> Iterator[None]:
     before = getattr(_NOW, what, None)

@@ -110,7 +110,7 @@ def _run(
     stops = None if stopping is None else Stops(stopping, how.eos, x, prompt.shape[1])
     progress, how = _progress(how, x == kind.mask_id, kind.shift, cached, bool(options))
     inputs = model_inputs(model, attention_mask, x.shape[1], kind.shift)
-    step = stepper(model, x, kind, how, options, inputs, generator)
+    step = stepper(model, x, kind, how, options, inputs, generator, progress)
     with loop():
         return decode(x, prompt.shape[1], kind.mask_id, how.eos, step, progress, streamer, output_history, stops)
 

@@ -105,6 +105,37 @@ def _flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...],
     return 2 * batch * heads * rows * key[2] * (width + value[3])
 
 
+def shared_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: int,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Part:
+    """:func:`attention_part` of several sequences over the entries of one: their queries are rows of one product.
+
+    Args:
+        query: ``[D, H, Q, h]``.
+        key, value: ``[1, Hkv, E, h]`` and ``[1, Hkv, E, h_v]``.
+        positions: ``[D, E]`` int64, the same for all.
+        tokens, scale: as there.
+        mask: ``[D or 1, H or 1, Q or 1, S]``, the same for all.
+
+    Returns:
+        :data:`Part` of ``D`` sequences.
+    """
+    drafts, heads, rows, width = query.shape
+    folded = query.transpose(0, 1).reshape(1, heads, drafts * rows, width)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))[:1]
+        mask = mask if mask.shape[2] == 1 else mask.repeat(1, 1, drafts, 1)
+    context, total = attention_part(folded, key, value, positions[:1], tokens, mask, scale)
+    context = context.view(heads, drafts, rows, context.shape[3]).transpose(0, 1)
+    return context, total.view(heads, drafts, rows).transpose(0, 1)
+
+
 def joined(
     one: torch.Tensor, one_total: torch.Tensor, two: torch.Tensor, two_total: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -13,15 +13,27 @@ too. Its keys and values are not cached: other rows see its old ones, as if it h
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from dllm_compile.core.assignment import ACTIVE, KEYS, Assignment
 from dllm_compile.interface.mechanism import Facts, Mechanism, Option, RowRule, count
+from dllm_compile.kernels.attention_part import attention_part, joined, shared_part
 
 FULL = Assignment("full", keep=KEYS)
 BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, keep=KEYS)
+
+
+@cache
+def of_drafts(partial: Assignment) -> Assignment:
+    """A partial step of several possible next ids of one sequence, whose keys and values they share.
+
+    Between two refreshes of a block these depend on its tokens alone, and so do the keys and values of all rows that
+    are computed: nothing has to be kept.
+    """
+    return replace(partial, name="drafts", keys=ACTIVE, attend=attention_part, shared=(shared_part, joined), keep=KEYS)
 
 
 def of_present(full: Assignment) -> Assignment:

@@ -245,11 +245,11 @@ def _drop_state() -> None:
 
 def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
     """FLOPs of an average step of ``row``, from the closed forms, relative to a full step of the plain model; as they
-    were counted where deeper layers skip rows.
+    were counted where deeper layers skip rows, or a call is of several drafts.
     """
     if not row.steps:
         return 1.0
-    if any(mechanism.skips is not None for mechanism in turned_on(Options.of(options))):
+    if "drafts" in row.steps or any(each.skips is not None for each in turned_on(Options.of(options))):
         return row.counted
     found = explain(model, job.ids, **{"mask_id": job.mask_id, **options})
     lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}

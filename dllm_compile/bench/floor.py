@@ -104,7 +104,7 @@ def main() -> None:
     for prompt in PROMPTS:
         setting = replace(SETTING, prompt=prompt)
         model, job = random_model(setting), job_of(setting)
-        for contender in contenders(setting)[3:-1]:
+        for contender in contenders(setting)[3:-3]:
             kinds: dict[str, list[tuple[float, float]]] = {}
             for kind, step, floor in partial_steps(contender, model, contender.within(job)):
                 kinds.setdefault(kind, []).append((step, floor))

@@ -159,8 +159,8 @@ def job_of(setting: Setting, batch: int = 1, device: torch.device | str = "cpu")
 
 
 def contenders(setting: Setting) -> list[Contender]:
-    """Baselines, the neutral setting, and each method; the last but one frees four tokens a call, and the last as many
-    as its rule says.
+    """Baselines, the neutral setting, and each method. Of the last three the first frees four tokens a call, the next
+    as many as its rule says, and the last as many as its drafts are right about.
     """
     intervals = {"prompt_interval": setting.prompt_interval, "response_interval": setting.response_interval}
     blocks = {"method": "fast-dllm", "block_length": setting.cache_block}
@@ -183,4 +183,5 @@ def contenders(setting: Setting) -> list[Contender]:
         Contender("streaming-dllm", streaming, warm=max(setting.response - window, setting.cache_block) + 2),
         Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
         Contender("fast-dllm++", {**PRESETS["fast-dllm++"], "block_length": setting.cache_block}, settings={}),
+        Contender("dual, 4 drafts", dual, settings={"drafts": 4}),
     ]

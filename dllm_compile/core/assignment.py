@@ -74,6 +74,9 @@ class Assignment:
             call of a layer; what it returns is a further output of the layer.
         outside: attention in two parts, by ``attend``, which is then
             :func:`dllm_compile.kernels.attention_part.attention_part`. ``None`` for one over all ``keys``.
+        shared: the operations that attend to the keys outside where several sequences read those of one, and that join
+            this to attention over the keys of their own, which enter no state; see
+            :func:`dllm_compile.kernels.attention_part.shared_part`.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Assignment:
     measure: Operation | None = None
     outside: Outside | None = None
     judge: Operation | None = None
+    shared: tuple[Operation, Operation] | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -133,7 +137,7 @@ class Assignment:
     @cached_property
     def stored(self) -> frozenset[str]:
         """The roles whose rows enter the state as they are computed; eviction writes keys and values itself."""
-        return self.keep if self.evict is None else self.keep - KEYS
+        return self.keep if self.evict is None and self.shared is None else self.keep - KEYS
 
     def sets(self) -> set[RowSet]:
         """The row sets that occur, with their parents."""

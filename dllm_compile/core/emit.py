@@ -221,6 +221,8 @@ class _Writer:
         mask, entries = given.attn_mask, None
         if self.assignment.outside is not None:
             return self._in_two_parts(node, given, self.assignment.outside)
+        if self.assignment.shared is not None:
+            return self._beside_shared(node, given, *self.assignment.shared)
         if self.assignment.keys == KEYED:
             if mask is not None or self.assignment.gaps or self.assignment.hides:
                 entries = self.entries if self.entries is None else self._seen(self.entries)
@@ -283,6 +285,24 @@ class _Writer:
         part = self._both(self._call(attend, (*own, self._seen(at), *more)))
         return self._call(outside.joined, (*part, *self._both(kept), self.axes.fake[node].dtype))
 
+    def _beside_shared(
+        self, node: torch.fx.Node, given: Attended, attend_outside: Callable[..., Any], join: Callable[..., Any]
+    ) -> torch.fx.Node:
+        """Attention over the keys computed now, joined to that over the state of one sequence, which stays as it is."""
+        attend, layer = self.assignment.attend, next(each for each in self.unit.attentions if each.node is node)
+        assert attend is not None
+        outside_shape(layer, self.axes)
+        read = attention_arguments(node.args, node.kwargs)
+        whole = [
+            self._moved(start, end, self._call(row_ops.read_all, (self.state[start], self._layout(start))), int)
+            for start, end in ((layer.key, read.key), (layer.value, read.value))
+        ]
+        at, more = self.slot["index:stored"], (self._tokens(), given.attn_mask, given.scale)
+        others = self._seen(self._call(row_ops.other_rows, (at, self._tokens())))
+        part = self._both(self._call(attend, (*given[:3], self._seen(at), *more)))
+        kept = self._both(self._call(attend_outside, (given.query, *whole, others, *more)))
+        return self._call(join, (*part, *kept, self.axes.fake[node].dtype))
+
     def _both(self, pair: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
         return self._call(operator.getitem, (pair, 0)), self._call(operator.getitem, (pair, 1))
 
@@ -313,14 +333,23 @@ class _Writer:
             self.changed = self._call(row_ops.changed_rows, (self.state[anchor], at, fresh, layout))
         return self.changed
 
-    def _moved(self, start: torch.fx.Node, end: torch.fx.Node, value: torch.fx.Node) -> torch.fx.Node:
-        """``value``, in place of ``start``, through the views and repeats up to ``end``."""
+    def _moved(
+        self,
+        start: torch.fx.Node,
+        end: torch.fx.Node,
+        value: torch.fx.Node,
+        sequences: Callable[[int], Any] | None = None,
+    ) -> torch.fx.Node:
+        """``value``, in place of ``start``, through the views and repeats up to ``end``; ``sequences`` says sizes of so
+        many times its sequences, where these are not those of the step.
+        """
         if end is start:
             return value
         (before,) = [n for n in end.all_input_nodes if n in self.axes.live]
-        moved = self._moved(start, before, value)
+        moved = self._moved(start, before, value, sequences)
         args, kwargs = torch.fx.map_arg((end.args, end.kwargs), lambda n: moved if n is before else self._plain(n))
-        args = open_sizes(end, args, self._layout(end), self._batch) if end in self.axes.layout else args
+        batch = self._batch if sequences is None else sequences
+        args = open_sizes(end, args, self._layout(end), batch) if end in self.axes.layout else args
         return self.graph.create_node(end.op, end.target, args, kwargs)
 
     def _evict(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,7 @@ class Batch:
         self.whole = False  # some part of the model cannot run for fewer rows
         self.stale = False  # what is kept is not good for the next call
         self.last: Step | None = None
+        self.drafts_of: Batch | None = None  # the batch whose rows are read, where these are drafts
         self.layers_seen = 0  # of a step
         self.told_unskipped = False
         self.drop_rows()
@@ -199,6 +201,24 @@ class Batch:
     def new_schedule(self) -> Schedule:
         """The schedule of a sequence that begins."""
         return Exact() if self.whole else schedule(self.options, self.response)
+
+    def of_drafts(self, count: int, model: Signature) -> Batch:
+        """A batch of ``count`` copies of the one sequence, which reads its rows and has none of its own."""
+        assert self.past is not None
+        new = copy(self)
+        new.drop_rows()
+        new.layers, new.drafts_of, new.model, new.last = self.layers, self, model, None
+        new.first, new.response = self.first.expand(count, -1), self.response.expand(count, -1)
+        new._locate()
+
+        def repeated(value: torch.Tensor) -> torch.Tensor:
+            return value.expand(count, *value.shape[1:])
+
+        past = self.past
+        plans = copied(past.schedule, repeated)
+        ids, on_device = repeated(past.ids), repeated(past.on_device)
+        new.past = replace(past, ids=ids, on_device=on_device, schedule=plans, history=(), caller=None)
+        return new
 
     def drop_rows(self) -> None:
         """Free all that is kept of earlier calls but their ids."""

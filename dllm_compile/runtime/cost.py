@@ -90,6 +90,9 @@ def _node(node: torch.fx.Node, axes: Axes, rows: str, assignment: Assignment) ->
         if assignment.outside is not None and assignment.keys == ALL:  # and over those computed in the step
             found[rows, rows] = Fraction(heads * query.shape[-1])
             mixed.append((rows, rows))
+        if assignment.shared is not None:  # and over those of the sequence that these are drafts of
+            found[rows, ALL.name] = Fraction(heads * query.shape[-1])
+            mixed.append((rows, ALL.name))
         for names in mixed:
             found[names] = found.get(names, Fraction(0)) + heads * value.shape[-1]
         return found

@@ -63,14 +63,15 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         with torch.no_grad():
             program.first(dict(zip(program.index, args, strict=True)))
     call, stats = GraphCall(program, args, batch, step), batch.session.stats
+    whole = program.flops / (1 if batch.drafts_of is None else len(step.past.ids))  # a full step of the one sequence
     if step.repeat and program in batch.outputs and program.decision is None:
-        stats.ran(step, call.tally, program.flops)
+        stats.ran(step, call.tally, whole)
         return call.answer(batch.outputs[program], step)
     if step.repeat and (kept := call.kept_results()) is not None:
-        stats.ran(step, call.tally, program.flops)
+        stats.ran(step, call.tally, whole)
         return call.answer(kept, step)
     layer, depth, seen, indices = step.layer, step.depth, set(step.seen), step.indices
-    if not (batch.session.records and call.is_partial()):
+    if not (batch.session.records and call.is_partial() and batch.drafts_of is None):
         call.compute()
     elif (why := call.unrecordable()) is not None:
         note(stats.cuda_graphs, why)
@@ -84,7 +85,7 @@ def run(program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         step.indices, step.going = indices, None  # none is skipped: all that is kept of them is written
         first, call = call, _made(program, batch, args, step)
         call.tally.flops += first.tally.flops
-    stats.ran(step, call.tally, program.flops)
+    stats.ran(step, call.tally, whole)
     note_step(step.number, step.assignment.name, step.indices, call.selected, call.computed)
     results = call.results
     if call.head is not None or program.ids is not None:
@@ -244,7 +245,7 @@ class GraphCall:
     def _can_narrow(self) -> bool:
         """Whether the planned step, which carries the stream for fewer rows, has what it reads of the others."""
         if not self.step.assignment.alone:
-            return self._known() and self._kept_whole(self._read())
+            return self._known() and self._rows_are_kept()
         layers = [code for unit, code in zip(self.program.units, self.program.codes, strict=True) if unit.is_layer]
         variants = self.step.past.schedule.variants  # a layer that was never called is first tried on every row
         return self._once() and all(code.narrows and code.writable(variants) for code in layers)
@@ -265,6 +266,10 @@ class GraphCall:
         units = [*self.program.layers, *([self.head] if self.head is not None else [])]
         made = {n for unit in units for n in unit.outputs}
         return [n for n in dict.fromkeys(read) if n in made]
+
+    def _rows_are_kept(self) -> bool:
+        """Whether the rows that are not computed are kept of what is read; nobody reads those of drafts."""
+        return self.batch.drafts_of is not None or self._kept_whole(self._read())
 
     def _kept_whole(self, nodes: list[torch.fx.Node], current: bool = False) -> bool:
         """Whether each of ``nodes`` that may be computed for fewer rows has a buffer with all of its rows; with

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from dllm_compile.declared import Declared, ExactCalls, Loop, declared, ids_on_host
+from dllm_compile.declared import Declared, ExactCalls, Loop, NoDrafts, declared, drafts, ids_on_host
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
+from dllm_compile.passes.block_cache import BLOCK, of_drafts
 
 from .batch import Batch, Past, Step, bytes_of
 from .evidence import SHORT, Evidence, begins_masked
@@ -144,6 +145,8 @@ class Session:
         moved = self.weights.moved()
         if moved:
             self._weights_changed()
+        if drafts():
+            return self._drafts(ids, side_inputs, program, word)
         candidates = [each for each in self.batches if self._could_be(each, ids, side_inputs, program, word)]
         read = self._read(ids, side_inputs, late, candidates, moved)
         if read.weights_written:
@@ -169,8 +172,43 @@ class Session:
         step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
         return batch, step
 
+    def _drafts(
+        self, ids: torch.Tensor, side_inputs: Sequence[torch.Tensor], program: Program, word: Declared | None
+    ) -> tuple[Batch, Step]:
+        """The step of a call with possible next ids ``[D, S]`` of one sequence under way.
+
+        Raises:
+            NoDrafts: there is no such sequence, or the step after its last call is none that reads its rows.
+        """
+        count = len(ids)
+        for each in reversed(self.batches):
+            past, index = each.past, torch.zeros(count, dtype=torch.int64)
+            alike = past is not None and past.ids.shape == (1, ids.shape[1]) and each.word is word
+            inputs = each.inputs.of_sequences(index, 1) if alike and not each.interrupted else None
+            if inputs is None or each.model.family != program.signature.family or not inputs.fit(side_inputs):
+                continue
+            if any(map(bool, inputs.differ(side_inputs))) or not each.layers:
+                continue
+            batch = each.of_drafts(count, program.signature)
+            batch.inputs = inputs
+            step = next_step(
+                self, batch, Read(ids.detach().cpu().long(), ids.detach().long(), {}, {}, {}, False), program
+            )
+            if step.assignment != BLOCK or step.refresh or program.head(self.vocabulary) is None:
+                break
+            step.assignment, step.late = of_drafts(step.assignment), Inputs(())
+            return batch, step
+        raise NoDrafts(
+            "drafts are of a sequence whose next step computes its block alone, in a model that is one graph, and "
+            "there is none"
+        )
+
     def commit(self, batch: Batch, step: Step) -> None:
         """A step has run, or the first of its graphs has: it is now the last one of its sequences."""
+        if batch.drafts_of is not None:
+            batch.last = step
+            self.stats.count(step)
+            return
         batch.past, batch.late, batch.last, batch.finished = step.past, step.late, step, False
         if batch not in self.batches:
             self.stats.sequences += 1

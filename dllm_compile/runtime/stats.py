@@ -47,8 +47,9 @@ class Stats:
             ``full_steps``), or along with another sequence; ``"after_layer"``, decided in mid-step.
         layers: ``"seen"``, layers that ran in all of them, and ``"cached"``, those that read rows kept of other steps.
         graphs: calls of graphs that those steps were made of.
-        flops_whole, flops: of those calls, had they computed every row, and as they ran; see :class:`Tally`. Graphs
-            that run on plain Inductor, what precedes the first layer and what a sampler computes are in neither.
+        flops_whole, flops: of those calls, had they computed every row (where they are of several drafts, of one), and
+            as they ran; see :class:`Tally`. Graphs that run on plain Inductor, what precedes the first layer and what a
+            sampler computes are in neither.
         salient: rows that layers of saliency steps found salient, the most of a batch, all told.
         salient_layers: how many layers that were.
         cuda_graphs: calls of graphs in partial steps, where they may be recorded, by how they were launched:

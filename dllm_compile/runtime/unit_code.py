@@ -214,4 +214,6 @@ class UnitCode:
         if at > last or (at == last and not assignment.compact):
             return (Size((BATCH,)), Size(("held",), 1, 1), *map(int, value.shape[2:]))
         rows = Size(("entries" if assignment.compact and at < len(keys) else TOKENS,), 1, 1)
+        if assignment.shared is not None:
+            return (1, rows, *map(int, value.shape[2:]))
         return (Size((BATCH,)), rows, *map(int, value.shape[2:]))

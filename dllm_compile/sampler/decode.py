@@ -21,7 +21,8 @@ class Generated:
         sequences: ``[B, P + gen_length]`` int64, prompts and responses.
         nfe: forward calls of the model; one with guidance is one.
         tokens_per_forward: masks filled a sequence and forward call.
-        history: ``[nfe + 1, B, P + gen_length]`` int64, the ids before the first call and after each; or ``None``.
+        history: ``[nfe + 1, B, P + gen_length]`` int64, the ids before the first call and after each; or ``None``. With
+            ``drafts`` those before and after each step, of which one call makes several.
     """
 
     sequences: torch.Tensor
@@ -110,6 +111,7 @@ def decode(
     history[-1] = x = host.to(x.device)
     stream.put(host, host == mask_id)
     stream.end()
+    calls = getattr(step, "forwards", calls)
     rate = filled / max(calls * x.shape[0], 1)
     return Generated(x, calls, rate, torch.stack(history) if output_history else None)
 

@@ -33,7 +33,7 @@ SCHEDULES = ("equal", "time")
 _SCALE = {"fits": lambda v: is_number(v) and v >= 0, "wanted": "a number of at least 0"}
 _SHARE = {"fits": lambda v: is_number(v) and 0 < v <= 1, "wanted": "a share above 0 and up to 1"}
 _VALUES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("gen_length", "block_length", "steps", "top_k"), count("32")),
+    **dict.fromkeys(("gen_length", "block_length", "steps", "top_k", "drafts"), count("32")),
     **dict.fromkeys(("temperature", "cfg_scale", "factor", "alg_temp"), _SCALE),
     **dict.fromkeys(("top_p", "eps"), _SHARE),
     **dict.fromkeys(("shift", "as_published"), flag()),
@@ -68,6 +68,9 @@ class Settings:
         schedule: tokens a step: ``"equal"`` parts of a block (LLaDA), or by ``"time"`` (Dream). ``None`` follows the
             model: by time where it is shifted. DyLLM's authors fill equal parts on Dream, too.
         eps: where the schedule by time ends.
+        drafts: states that a call of the model looks at together, at least 1: the next ones of the loop, as the logits
+            of the state before have it. The ids are those without, from fewer calls (FreeDave). One sequence, at
+            temperature 0, with ``cache="dual"``, ``"prefix"`` or none. ``None`` for one.
         as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
             :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
         rule: which tokens to write, as a mechanism has it that an option switched on; no argument of ``generate``.
@@ -97,6 +100,7 @@ class Settings:
     alg_temp: float | None = None
     schedule: str | None = None
     eps: float = 1e-3
+    drafts: int | None = None
     as_published: bool = False
     rule: Rule | None = None
     allowed: Allowed | None = None

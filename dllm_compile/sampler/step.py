@@ -60,6 +60,29 @@ def guided_logits(
     return torch.cat([logits[:, :1], logits[:, :-1]], 1) if shift else logits
 
 
+def proposals(
+    model: Model, x: torch.Tensor, *, mask_id: int, shift: bool, remasking: str, **inputs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model once on ids ``[N, S]`` int64.
+
+    Args:
+        model: maps ids to logits.
+        x: the ids.
+        mask_id, shift, remasking: as in :func:`denoise_step`.
+        inputs: of the model; tensors of one sequence serve all.
+
+    Returns:
+        The best token of each position, ``[N, S]`` int64, and how sure one is of it, ``[N, S]`` floating.
+    """
+
+    def read(ids: torch.Tensor, **more: Any) -> torch.Tensor:
+        return read_logits(model, ids, **more)
+
+    logits = guided_logits(read, x, mask_id=mask_id, shift=shift, cfg_scale=0.0, given=None, **inputs)
+    token = logits.argmax(-1)
+    return token, confidence(logits.softmax(-1), token, remasking)
+
+
 def denoise_step(
     model: Model,
     x: torch.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 
 from .compiled import compiled
+from .drafts import Drafts, check
 from .draw import draw_step
 from .family import Family, vocabulary
 from .in_order import InOrder, any_order
-from .progress import StepFunction, Writable
+from .progress import Progress, StepFunction, Writable
 from .settings import Settings
-from .step import Model, ending, guided_logits, read_logits, surest
+from .step import Model, ending, guided_logits, proposals, read_logits, surest
 
 
 def stepper(
@@ -25,6 +27,7 @@ def stepper(
     options: dict[str, Any],
     inputs: dict[str, Any],
     generator: torch.Generator | None,
+    progress: Progress,
 ) -> StepFunction:
     """The step of one generation.
 
@@ -36,10 +39,14 @@ def stepper(
         options: of the backend; empty runs the model as it is.
         inputs: of the model, beside the ids.
         generator: source of random numbers.
+        progress: of the loop.
 
     Raises:
-        ValueError: the cache needs to be told what is filled, and confidence decides that after the call.
+        ValueError: the cache needs to be told what is filled, and confidence decides that after the call; or drafts
+            cannot repeat such a loop.
     """
+    if settings.drafts is not None:
+        return _drafts(model, x, kind, settings, options, inputs, progress)
     uniform = partial(torch.rand, generator=generator, device=x.device)
     within = any_order(settings, options)
     settings = within or settings
@@ -80,6 +87,33 @@ def stepper(
             return new
 
     return step if within is None else InOrder(step, uniform)
+
+
+def _drafts(
+    model: Model,
+    x: torch.Tensor,
+    kind: Family,
+    settings: Settings,
+    options: dict[str, Any],
+    inputs: dict[str, Any],
+    progress: Progress,
+) -> Drafts:
+    """The step of a generation that looks at several states a call."""
+    shared = check(settings, options, len(x), kind.shift)
+    read: Callable[..., Any] = compiled(proposals, model, options) if options else proposals
+    how = {"mask_id": kind.mask_id, "shift": kind.shift, "remasking": settings.remasking}
+
+    def propose(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given = {
+            name: value.repeat(len(states), *(1 for _ in value.shape[1:]))
+            if isinstance(value, torch.Tensor) and value.shape[:1] == (1,)
+            else value
+            for name, value in inputs.items()
+        }
+        found: tuple[torch.Tensor, torch.Tensor] = read(model, states, **how, **given)
+        return found
+
+    return Drafts(propose, settings, progress, kind.mask_id, shared)
 
 
 def _columns(model: Model, x: torch.Tensor, inputs: dict[str, Any]) -> int:
