@@ -94,7 +94,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("captured")
 @pytest.mark.filterwarnings("error:dllm. steps run without a CUDA graph")
-@pytest.mark.parametrize("name", ["dual", "intervals", "eviction", "saliency", "eviction and saliency", "decoded"])
+@pytest.mark.parametrize(
+    "name", ["dual", "intervals", "eviction", "saliency", "eviction and saliency", "skipping", "decoded"]
+)
 def test_a_recorded_step_neither_reads_nor_copies(name: str) -> None:
     seen = drive.run(name, 1, cuda_graphs=True, dtype=torch.float64)
     assert Graph.played > 1
