@@ -47,10 +47,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "saliency": {"method": "dyllm", "saliency_threshold": 0.9, "shift": False, "full_steps": 2},
     "eviction and saliency": {"method": "sparse-dllm", "saliency_threshold": 0.9, "full_steps": 1, "block_length": 8},
     "skipping": {"method": "es-dllm", "block_length": 8, "row_shares": (0.5,), "row_depths": (0.5,)},
-    "skipping, eviction and saliency": {
-        **{"method": "sparse-dllm", "saliency_threshold": 0.9, "full_steps": 1, "block_length": 8},
-        **{"row_shares": (0.5,), "row_depths": (0.5,)},
-    },
     "decoded": {"method": "dkv-cache", "shift": False},
     "greedy": {"method": "dkv-cache", "cache": "greedy", "delay": 0, "refresh_interval": 2, "window_size": 4},
 }

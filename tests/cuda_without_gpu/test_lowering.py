@@ -52,7 +52,7 @@ PADDED = {
 """Methods that are lowered with padding too, and steps of each."""
 
 
-@pytest.mark.parametrize("name", drive.METHODS)
+@pytest.mark.parametrize("name", [name for name in drive.METHODS if name != "skipping"])  # its layers are those of dual
 def test_each_step_of_a_method_compiles_and_launches_no_more_than_it_may(name: str) -> None:
     seen = drive.run(name, lowering=True)
     assert not seen.refused
