@@ -96,6 +96,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     "refreshes of the response": {"cache": "dual", "refresh_interval": 3, "prompt_interval": 5},
     "delay": {"cache": "dual", "delay": 1},
     "decoded": {"cache": "decoded", "refresh_interval": 4},
+    "suffix window": {"cache": "dual", "suffix_window": 1},
+    "suffix window, prefix": {"cache": "prefix", "suffix_window": 1, "refresh_interval": 3},
+    "sliding block": {"method": "dsb", "rows_before": 2},
+    "vicinity": {"method": "dinfer", "rows_before": 1, "rows_behind": 2, "warmup_steps": 1},
     "keys": {"cache": "dual", "seen": 3},
     "rows": {"cache": "dual", "some": 3},
 }
@@ -133,7 +137,7 @@ def test_computed_at_every_step_it_changes_nothing(beside: dict[str, Any]) -> No
     """Attention in two parts is attention: to rounding, each step is that of the cache alone."""
     model = Model(SHAPE)
     calls = list(filled(start(7, 8, 2), 4, [1, 2], 0))
-    block = {} if beside["cache"] == "decoded" else {"block_length": 4}
+    block = {} if beside.get("cache") == "decoded" else {"block_length": 4}
     runs = []
     for more in ({}, {"keep_outside": True, "outside_interval": 1}):
         call = fresh(model, **beside, **block, **more)
@@ -266,3 +270,17 @@ def test_models_of_transformers_equal_the_cache_where_nothing_is_kept_for_long(n
 def test_what_has_no_meaning_is_refused(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         dllm_compile.Options.of(given)
+
+
+@pytest.mark.parametrize("interval", [None, 1])
+def test_generate_with_a_threshold(interval: int | None) -> None:
+    """What is kept goes with any number of tokens a call; where it is kept for no step, the tokens are the cache's."""
+    model, prompt = models.build("llama"), start(7, 1, 2)[:, :7]
+    more: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 0.5, "lowering": "eager", "mask_id": MASK}
+    dual = dllm_compile.generate(model, prompt, method="fast-dllm", cache="dual", **more)
+    dllm_compile.reset()
+    got = dllm_compile.generate(model, prompt, method="flashblock", outside_interval=interval, **more)
+    assert not bool((got == MASK).any())
+    if interval == 1:
+        assert torch.equal(got, dual)
+    assert ("inside" in dllm_compile.stats(model)["steps"]) == (interval is None)
