@@ -30,7 +30,7 @@ class Tool:
     """A way to quantize linear layers.
 
     Attributes:
-        package: what it needs to be installed.
+        package: the module that it needs.
         quantize: changes those of a model, given by name, in place.
     """
 
@@ -51,7 +51,7 @@ def _torchao(config: str, home: str = "torchao.quantization", **settings: Any) -
         quantize_ = importlib.import_module("torchao.quantization").quantize_
         quantize_(model, how, filter_fn=lambda _, name: name in chosen)
 
-    return Tool("torchao", quantize)
+    return Tool(home, quantize)
 
 
 def _quanto(model: torch.nn.Module, chosen: Linears) -> None:
