@@ -9,6 +9,8 @@ block, ``r`` is 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dllm_compile.interface.mechanism import Confidences, Mechanism, Option, share_of
@@ -28,6 +30,12 @@ def falling(told: Confidences) -> torch.Tensor:
     return lower.to(told.threshold.dtype)
 
 
+def _is_filled(options: Any) -> str | None:
+    if options.threshold_fall is None or options.sliding is None:
+        return None
+    return "threshold_fall is by how far a block is filled, and sliding ones move on instead; leave out one of them"
+
+
 MECHANISM = Mechanism(
     "falling-threshold",
     "Streaming-dLLM, arXiv 2601.17917",
@@ -42,6 +50,7 @@ MECHANISM = Mechanism(
     ),
     switches=("threshold_fall",),
     threshold=falling,
+    checks=(_is_filled,),
     presets={
         "streaming-dllm": {
             **{"method": "streaming-dllm", "suffix_window": 96, "block_length": 32},

@@ -35,7 +35,11 @@ def wanted(facts: Facts) -> torch.Tensor:
 
 
 def _has_blocks(options: Any) -> str | None:
-    if options.length_cut is None or options.cache != "none":
+    if options.length_cut is None:
+        return None
+    if options.sliding is not None:
+        return "length_cut ends a response with a block, and sliding ones have no fixed ends; leave out one of them"
+    if options.cache != "none":
         return None
     return (
         f"length_cut is {options.length_cut!r}, which leaves out what is behind a block, and there is no cache of "

@@ -129,3 +129,10 @@ def test_it_needs_an_end_and_a_cache() -> None:
         ValueError, match=r"length_cut is 0\.9, which leaves out what is behind a block, and there is no"
     ):
         run(model, prompt, length_cut=0.9)
+    with pytest.raises(
+        ValueError, match=r"length_cut is 0\.9, by which the mechanism 'length-cut' decides which tokens"
+    ):
+        torch.compile(model, backend="dllm", options={"length_cut": 0.9, "cache": "dual", "mask_id": MASK})(prompt)
+    for option in ("length_cut", "threshold_fall"):
+        with pytest.raises(ValueError, match=f"{option} .* sliding ones .*; leave out one of them"):
+            dllm_compile.Options(**{option: 0.5}, cache="dual", sliding="greedy")

@@ -216,6 +216,9 @@ def test_saliency_compares_with_rows_that_are_there() -> None:
         {"cache": "prefix", "keep_ratio": 0.5, "saliency_threshold": 0.9, "full_steps": 1},
         {"cache": "dual", "keep_ratio": 0.5, "prompt_interval": 5, "delay": 0},
         {"cache": "dual", "saliency_threshold": 0.9, "full_steps": 2, "prompt_interval": 3},
+        {"cache": "dual", "keep_outside": True},
+        {"cache": "dual", "rows_before": 2, "rows_behind": 2},
+        {"cache": "rolling", "row_shares": (0.5,), "row_depths": (0.5,)},
     ],
     ids=str,
 )

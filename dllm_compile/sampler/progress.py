@@ -123,6 +123,8 @@ class Progress:
         if self.settings.asks:
             start = self.prompt + self.block * self.length
             block = self._reach() & (self.position >= start.unsqueeze(1))
+            if self.settings.block is not None:
+                block = self.settings.block(masked, self.response, self.settings.block_length)
             writable = replace(writable, block=block, waiting=masked)
         self.step = self.step + live.long()
         return writable
