@@ -1,4 +1,4 @@
-"""``python -m dllm_compile demo | bench | explain``."""
+"""``python -m dllm_compile demo | bench | explain | lm_eval``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from .bench.command import Parser, dispatch, leave, picture, require, whole
 
 ABOUT = "what the compiler finds in a model, or the least time of a step of a published size on a GPU"
+ABOUT_LM_EVAL = "lm-evaluation-harness, which then knows --model dllm; all words behind it are its own"
 OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response", "picture"), ("device", "length", "batch")
 """Flags of ``explain`` without ``--shape``, and with it."""
 
@@ -99,6 +100,17 @@ def _checkpoint(parser: Parser, name: str) -> Any:
         parser.error(f"argument --model: transformers cannot load {name!r}: {reason}")
 
 
+def lm_eval_main(argv: list[str]) -> None:
+    """``lm_eval``: lm-evaluation-harness with ``--model dllm``, as it finds no models of other packages by itself."""
+    require(Parser(prog="dllm_compile lm_eval"), "eval", "lm_eval", "transformers")
+    from lm_eval.__main__ import cli_evaluate
+
+    from . import evaluation  # noqa: F401  # it registers the model
+
+    sys.argv = ["lm_eval", *argv]
+    cli_evaluate()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a subcommand; ``argv`` are the words behind ``python -m dllm_compile``."""
     try:
@@ -108,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             "demo": (demo.main, demo.ABOUT),
             "bench": (bench.main, bench.ABOUT),
             "explain": (explain_main, ABOUT),
+            "lm_eval": (lm_eval_main, ABOUT_LM_EVAL),
         }
         dispatch(commands, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
