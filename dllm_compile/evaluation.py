@@ -230,9 +230,9 @@ class DiffusionLM(LM):  # type: ignore[misc]  # its package is not always instal
 
     def _text(self, response: list[int], until: list[str]) -> str:
         """The text of a response before the tokenizer's end and before a stop string, without special tokens."""
-        end = self.tokenizer.eos_token_id
-        if end in response:
-            response = response[: response.index(end)]
+        said = self.settings.get("eos_id", self.settings.get("eos_token_id"))
+        ends = {self.tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else (said,))}
+        response = response[: next((i for i, token in enumerate(response) if token in ends), None)]
         if _first(self.tokenizer.decode(response), until) is not None:
             lengths = range(1, len(response) + 1)
             response = response[

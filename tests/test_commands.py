@@ -182,7 +182,8 @@ def test_commands_say_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_lists_the_commands() -> None:
     text = run("-m", "dllm_compile", "--help")
-    for name, about in {"demo": demo.ABOUT, "bench": bench.ABOUT, "explain": command.ABOUT}.items():
+    abouts = {"demo": demo.ABOUT, "bench": bench.ABOUT, "explain": command.ABOUT, "lm_eval": command.ABOUT_LM_EVAL}
+    for name, about in abouts.items():
         assert f"  {name:<8} {about}\n" in text
 
 
