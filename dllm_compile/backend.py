@@ -105,9 +105,9 @@ def _tell_of_tokens(options: Options) -> None:
             f"{' and '.join(f'{name} is {getattr(options, name)!r}' for name in on)}, by which the mechanism "
             f"{each.name!r} decides which tokens dllm_compile.generate writes; a loop of your own does not ask it: "
         )
-        rows = each.widens or each.narrows or each.visible or each.refresh or each.rules
-        rows = rows or (each.present and not each.ends)  # what is behind an end that nobody looks for
-        if found or not rows:
+        rows = (each.widens, each.narrows, each.visible, each.refresh, *each.rules)
+        present = each.present and not each.ends  # what is behind an end that nobody looks for
+        if found or not (any(rows) or present):
             raise ValueError(f"{said}call dllm_compile.generate, or leave out {' and '.join(on)}")
         warnings.warn(f"dllm: {said}only its other parts apply here", stacklevel=3)
 
