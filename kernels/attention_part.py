@@ -18,8 +18,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from dllm_compile.core.rows import mask_keys
-from dllm_compile.kernels.operation import on_cuda, operation
-from dllm_compile.kernels.sparse_attention import Arguments, check
+from dllm_compile.kernels.operation import operation
+from dllm_compile.kernels.sparse_attention import Arguments, attention_flops, check, has_kernel
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Contexts ``[B, H, Q, h_v]`` and their log-sum-exps ``[B, H, Q]``, float64 for float64 input, else float32."""
@@ -90,19 +90,14 @@ def _spelled_out(
 def _attention_part(*arguments: Any) -> Part:
     """``reference`` on a CPU, and for what the Triton kernel does not take; else that, on CUDA."""
     given = Arguments(*arguments)
-    query, value = given.query, given.value
-    if not on_cuda(query) or query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > 256:
+    if not has_kernel(given.query, given.value):
         return reference(given)
     from dllm_compile.kernels.sparse_attention_triton import launch_part
 
     return launch_part(given)
 
 
-@register_flop_formula(torch.ops.dllm.attention_part)
-def _flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **more: object) -> int:
-    """FLOPs of a call by the shapes of its arguments, two a multiply-add."""
-    batch, heads, rows, width = query
-    return 2 * batch * heads * rows * key[2] * (width + value[3])
+register_flop_formula(torch.ops.dllm.attention_part)(attention_flops)
 
 
 def shared_part(

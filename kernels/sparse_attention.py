@@ -123,12 +123,16 @@ def reference(given: Arguments) -> torch.Tensor:
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
+def has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the Triton kernels attend by such queries ``[B, H, Q, h]`` to values ``[B, Hkv, E, h_v]``."""
+    return on_cuda(query) and query.dtype != torch.float64 and max(query.shape[3], value.shape[3]) <= 256
+
+
 @operation("sparse_attention", sparse_attention)
 def _sparse_attention(*arguments: Any) -> torch.Tensor:
     """``reference`` on a CPU, and for what the Triton kernels do not take; else those, on CUDA."""
     given = Arguments(*arguments)
-    query, value = given.query, given.value
-    if not on_cuda(query) or query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > 256:
+    if not has_kernel(given.query, given.value):
         return reference(given)
     from dllm_compile.kernels.sparse_attention_triton import launch
 
@@ -136,7 +140,9 @@ def _sparse_attention(*arguments: Any) -> torch.Tensor:
 
 
 @register_flop_formula(torch.ops.dllm.sparse_attention)
-def _flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **more: object) -> int:
+def attention_flops(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **more: object
+) -> int:
     """FLOPs of a call by the shapes of its arguments, two a multiply-add."""
     batch, heads, rows, width = query
     return 2 * batch * heads * rows * key[2] * (width + value[3])

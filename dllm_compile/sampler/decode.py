@@ -104,16 +104,24 @@ def decode(
         if output_history:
             history.append(x)
     filled = int(start.sum()) - int(masked.sum())
-    behind, end = _ends_before(host, masked, prompt, eos)
-    host = torch.where(behind & masked & ~cut, end, host)
-    if eos:
-        host = torch.where((host == mask_id) & ~cut & ~progress.inside(), eos[0], host)
+    host = _completed(host, masked & ~cut, prompt, eos, progress.inside())
     history[-1] = x = host.to(x.device)
     stream.put(host, host == mask_id)
     stream.end()
     calls = getattr(step, "forwards", calls)
     rate = filled / max(calls * x.shape[0], 1)
     return Generated(x, calls, rate, torch.stack(history) if output_history else None)
+
+
+def _completed(
+    x: torch.Tensor, masked: torch.Tensor, prompt: int, eos: tuple[int, ...], inside: torch.Tensor
+) -> torch.Tensor:
+    """Ids ``[B, S]`` where what is still ``masked`` behind an end is filled with it, and what is not ``inside`` of the
+    response with the first of ``eos``.
+    """
+    behind, end = _ends_before(x, masked, prompt, eos)
+    filled = torch.where(behind & masked, end, x)
+    return torch.where(masked & ~behind & ~inside, eos[0], filled) if eos else filled
 
 
 def _stuck(mechanisms: tuple[str, ...]) -> RuntimeError:
