@@ -51,11 +51,4 @@ MECHANISM = Mechanism(
     switches=("threshold_fall",),
     threshold=falling,
     checks=(_is_filled,),
-    presets={
-        "streaming-dllm": {
-            **{"method": "streaming-dllm", "suffix_window": 96, "block_length": 32},
-            "threshold_fall": 0.3,
-        }
-    },
 )
-"""Beside the preset :func:`dllm_compile.generate` takes a threshold of 0.9."""

@@ -58,5 +58,7 @@ MECHANISM = Mechanism(
     present=near,
     neutral={"cache": "dual", "suffix_window": 10**6, "refresh_interval": 1},
     methods={"streaming-dllm": {"cache": "prefix", "suffix_window": 96}},
+    presets={"streaming-dllm": {"method": "streaming-dllm", "block_length": 32, "threshold_fall": 0.3}},
     checks=(_has_blocks,),
 )
+"""With the preset :func:`dllm_compile.generate` takes a threshold of 0.9."""

@@ -61,8 +61,7 @@ def decode(
 
     A sequence whose masks all lie behind an end that is written is done. Its masks stay until all sequences are done
     and are then filled with that end: a cache that follows the ids would take so many new tokens for a new block. So it
-    is with stopping criteria, but for the tokens behind their end: all are replaced. Where mechanisms find that a
-    response ends with an earlier block, it is done with that; what is behind becomes the first of ``eos``.
+    is with stopping criteria, which replace all tokens behind, and with ends that mechanisms find: ``eos[0]`` fills.
 
     Args:
         x: ``[B, S]`` int64, prompts and masks.
@@ -78,8 +77,7 @@ def decode(
     Raises:
         RuntimeError: mechanisms restrict the candidates, and nothing was written in :data:`IDLE` calls in a row.
     """
-    stream = _Stream(streamer, x, prompt)
-    history = [x]
+    stream, history = _Stream(streamer, x, prompt), [x]
     host = known = x.cpu()
     masked = start = host == mask_id
     cut = torch.zeros_like(masked)
@@ -88,13 +86,10 @@ def decode(
     while (writable := progress.writable(masked & ~cut & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
         with known_ids(x, known if alone else None), wanting(~masked | progress.inside()):
             x, ends = step(x, writable.to(x.device))
-        if ends is not None:
-            progress.cut(ends.cpu())
-        calls += 1
+        progress.cut(ends)
         host = known = x.cpu()
-        before = masked
-        masked = host == mask_id
-        idle = idle + 1 if torch.equal(masked, before) else 0
+        before, masked = masked, host == mask_id
+        calls, idle = calls + 1, idle + 1 if torch.equal(masked, before) else 0
         if progress.settings.holds_back and idle == IDLE:
             raise _stuck(progress.settings.holds_back)
         if stops is not None:
@@ -104,7 +99,7 @@ def decode(
         if output_history:
             history.append(x)
     filled = int(start.sum()) - int(masked.sum())
-    host = _completed(host, masked & ~cut, prompt, eos, progress.inside())
+    host = _with_ends(host, masked & ~cut, _ends_before(host, masked, prompt, eos), progress.inside(), eos)
     history[-1] = x = host.to(x.device)
     stream.put(host, host == mask_id)
     stream.end()
@@ -113,23 +108,25 @@ def decode(
     return Generated(x, calls, rate, torch.stack(history) if output_history else None)
 
 
-def _completed(
-    x: torch.Tensor, masked: torch.Tensor, prompt: int, eos: tuple[int, ...], inside: torch.Tensor
-) -> torch.Tensor:
-    """Ids ``[B, S]`` where what is still ``masked`` behind an end is filled with it, and what is not ``inside`` of the
-    response with the first of ``eos``.
-    """
-    behind, end = _ends_before(x, masked, prompt, eos)
-    filled = torch.where(behind & masked, end, x)
-    return torch.where(masked & ~behind & ~inside, eos[0], filled) if eos else filled
-
-
 def _stuck(mechanisms: tuple[str, ...]) -> RuntimeError:
     names = " and ".join(map(repr, mechanisms))
     return RuntimeError(
         f"nothing was written in {IDLE} calls in a row: the candidates of the mechanism {names} hold none of "
         "the masked tokens, or the model proposes the mask for them; leave at least one in time"
     )
+
+
+def _with_ends(
+    x: torch.Tensor,
+    left: torch.Tensor,
+    ends: tuple[torch.Tensor, torch.Tensor],
+    inside: torch.Tensor,
+    eos: tuple[int, ...],
+) -> torch.Tensor:
+    """``x`` with an end in place of each mask that is ``left`` ``[B, S]`` bool behind one, or not ``inside``."""
+    behind, end = ends
+    x = torch.where(behind & left, end, x)
+    return torch.where(left & ~behind & ~inside, eos[0], x) if eos else x
 
 
 def _ends_before(

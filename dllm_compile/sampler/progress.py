@@ -190,12 +190,15 @@ class Progress:
         """Positions ``[B, S]`` bool before the end of each response."""
         return self.position < self.end.unsqueeze(1)
 
-    def cut(self, ends: torch.Tensor) -> None:
+    def cut(self, ends: torch.Tensor | None) -> None:
         """End each response whose block has just begun with the block of the first of its ``ends``.
 
         Args:
-            ends: ``[B, S]`` bool on the CPU, as of the step behind the last :meth:`writable`.
+            ends: ``[B, S]`` bool, as of the step behind the last :meth:`writable`; ``None`` where nobody looks.
         """
+        if ends is None:
+            return
+        ends = ends.to(self.position.device)
         first = torch.where(ends, self.position, self.end.max()).amin(1)
         last = (first - self.prompt).div(self.length, rounding_mode="floor").clamp(min=0)
         found = ends.any(1) & (self.step == 1)  # its first step was counted

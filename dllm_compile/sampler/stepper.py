@@ -54,36 +54,25 @@ def stepper(
     fixed = {**inputs, "mask_id": kind.mask_id, "shift": kind.shift, "cfg_scale": settings.cfg_scale, "given": given}
     if settings.draws_rows(kind.shift):
         read = partial(compiled(read_logits, model, options) if options else read_logits, model)
-
-        def step(x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, torch.Tensor | None]:
-            logits = guided_logits(read, x, **fixed)
-            masked = x == kind.mask_id if writable.waiting is None else writable.waiting
-            found = None
-            if settings.ends is not None:
-                found = ending(logits, masked, settings.eos, settings.ends.rule, writable.block)
-            return draw_step(logits, x, masked, writable, settings, generator), found
+        step = _drawn(partial(guided_logits, read, **fixed), kind.mask_id, settings, generator)
     else:
         columns = _columns(model, x, inputs) if settings.temperature > 0 else 0
         denoise = compiled(surest, model, options) if options and not settings.cfg_scale else surest
         if options and settings.cfg_scale:  # the model's ids are made inside of the step: compile the model alone
             model = partial(compiled(read_logits, model, options), model)
         fixed.update(remasking=settings.remasking, temperature=settings.temperature)
-        fixed.update(threshold=settings.threshold, factor=settings.factor, rule=settings.rule)
-        fixed.update(allowed=settings.allowed.rule if settings.allowed is not None else None)
-        fixed.update(moved=settings.moved.bound if settings.moved is not None else None)
-        fixed.update({"ends": settings.ends.rule, "eos": settings.eos} if settings.ends is not None else {})
+        fixed.update(threshold=settings.threshold, factor=settings.factor, **_of_mechanisms(settings))
         calls = count(1) if settings.skips and denoise is not surest else None
 
         def step(x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, torch.Tensor | None]:
             noise = uniform((*x.shape, columns), dtype=torch.float64) if columns else None
             draws = uniform(x.shape) if settings.remasking == "random" else None
             drawn: dict[str, Any] = {"noise": noise, "draws": draws}
-            drawn |= {"block": writable.block, "waiting": writable.waiting}
+            drawn.update(block=writable.block, waiting=writable.waiting)
             if calls is not None:
                 drawn["stamp"] = torch.full((1,), next(calls), device=x.device)
-            new: tuple[torch.Tensor, torch.Tensor | None] = denoise(
-                model, x, writable.candidates, writable.count, writable.most, **drawn, **fixed
-            )
+            drawn.update(candidates=writable.candidates, count=writable.count, most=writable.most)
+            new: tuple[torch.Tensor, torch.Tensor | None] = denoise(model, x, **drawn, **fixed)
             return new
 
     return step if within is None else InOrder(step, uniform)
@@ -114,6 +103,29 @@ def _drafts(
         return found
 
     return Drafts(propose, settings, progress, kind.mask_id, shared)
+
+
+def _drawn(
+    read: Callable[..., torch.Tensor], mask_id: int, settings: Settings, generator: torch.Generator | None
+) -> StepFunction:
+    """A step that draws in eager, from the logits that ``read`` gives for ids."""
+
+    def step(x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits, masked = read(x), x == mask_id if writable.waiting is None else writable.waiting
+        new = draw_step(logits, x, masked, writable, settings, generator)
+        if settings.ends is None:
+            return new, None
+        return new, ending(logits, masked, settings.eos, settings.ends.rule, writable.block)
+
+    return step
+
+
+def _of_mechanisms(settings: Settings) -> dict[str, Any]:
+    """What mechanisms say about which tokens are written, as arguments of a step."""
+    said: dict[str, Any] = {"rule": settings.rule}
+    said["allowed"] = settings.allowed.rule if settings.allowed is not None else None
+    said["moved"] = settings.moved.bound if settings.moved is not None else None
+    return said | ({} if settings.ends is None else {"ends": settings.ends.rule, "eos": settings.eos})
 
 
 def _columns(model: Model, x: torch.Tensor, inputs: dict[str, Any]) -> int:
