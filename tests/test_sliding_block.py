@@ -164,7 +164,7 @@ def run(call: Any, calls: list[torch.Tensor]) -> list[torch.Tensor]:
         ({"rows_before": 100, "rows_behind": 100}, lambda s, e: (0, PROMPT + RESPONSE)),
         ({"cache": "prefix", "rows_before": 2}, lambda s, e: (s - 2, PROMPT + RESPONSE)),
     ],
-    ids=str,
+    ids=["before", "behind", "all", "prefix"],
 )
 def test_a_window_of_rows_is_computed_beside_the_block(window: dict[str, Any], rows: Any) -> None:
     model, calls = llama(), loop_in_blocks(start())
