@@ -77,7 +77,7 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
         {"sliding": "greedy", "refresh_tokens": 3},
         "refresh_tokens is 3, but no mechanism reads it; give sliding='greedy'",
     ),
-    ({"cache": "dual", "rows_before": -1}, "prefix_window is -1; give a whole number of at least 0"),
+    ({"cache": "dual", "rows_before": -1}, "rows_before is -1; give a whole number of at least 0"),
     ({"rows_behind": 3}, "the mechanism 'vicinity' widens the rows of a cache of blocks; give cache='dual' too"),
     ({"cache": "dual", "warmup_steps": 0.5}, "warmup_steps is 0.5; give a whole number of at least 0"),
     ({"whole_interval": 0, "saliency_threshold": 0.9}, "whole_interval is 0; give a whole number of at least 1"),
