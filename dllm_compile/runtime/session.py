@@ -7,6 +7,7 @@ ids, and behind them a few truth values and sums that were computed there.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -405,7 +406,7 @@ def sessions() -> list[Session]:
 
 
 def _forget(session: weakref.ref[Session]) -> None:
-    """A weight died: free the rows kept for it."""
+    """A weight died: free the rows kept for it. Where Python itself ends, everything is freed anyway."""
     alive = session()
-    if alive is not None:
+    if alive is not None and not sys.is_finalizing():
         alive.drop()
