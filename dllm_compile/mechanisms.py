@@ -1,4 +1,4 @@
-"""The mechanisms there are, those of the package and what others register, and all that is made of them."""
+"""All mechanisms, those of the package and registered ones, and the tables of names that are made of them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Options:
             one thing, or an option that nothing reads beside the others.
     """
 
-    if TYPE_CHECKING:  # what ``DECLARED`` says; a test compares the names
+    if TYPE_CHECKING:  # what ``DECLARED`` says
         method: str
         prompt_interval: int | None
         response_interval: int | None
@@ -79,6 +79,9 @@ class Options:
         confidence_weight: float
         unskipped_interval: int | None
         suffix_window: int | None
+        threshold_fall: float | None
+        frechet_delta: float | None
+        length_cut: float | None
         mask_id: int | None
         shift: bool | None
         readable: str

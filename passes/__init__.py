@@ -6,12 +6,17 @@
 4. (``core.axes.follow``)  where batch and tokens sit in every value
 5. ``unmask``              in a graph that also samples: what is read of a vocabulary becomes one value a row
 6. ``regions``             stem, layers, head and decision, and the roles in a layer
-7. ``feature_cache``, ``block_cache``, ``decoded_rows``, ``eviction``, ``saliency``, ``early_skipping``,
-   ``sliding_block``, ``vicinity``, ``suffix_window``, ``falling_threshold``, ``frechet``, ``length_cut``   a mechanism
-                           each: its options, row sets of the roles, and which rows those are; schedules put them
-                           together, and ``core.emit`` writes them; the last three say which tokens are written
+7. a mechanism each: its options, the row sets of the roles, and which rows those are. Schedules put them together, and
+   ``core.emit`` writes them
 
-:func:`analyzed` runs 1 to 6. Passes never import each other; only this page names them all.
+   - rows                  ``feature_cache``, ``block_cache``, ``decoded_rows``, ``sliding_block``, ``vicinity``,
+                           ``suffix_window``
+   - rows of a layer       ``saliency``, ``early_skipping``
+   - keys                  ``eviction``, ``flashblock``
+   - what is written       ``falling_threshold``, ``frechet``, ``length_cut``
+
+:func:`analyzed` runs 1 to 6; ``causal`` looks at the values of attention masks, at the first call. Passes never import
+each other; only this page names them all.
 """
 
 from __future__ import annotations

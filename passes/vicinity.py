@@ -2,7 +2,7 @@
 
 Of what a block cache leaves stale, the tokens beside the block matter most: those filled last, and those filled next.
 
-    source                      rows of a partial step                               full steps
+    source                      rows of a partial step                             full steps
     dInfer, arXiv 2510.08666    ``rows_before`` before the block, the block, and   those of the cache, and the first
                                 ``rows_behind`` behind it                          ``warmup_steps`` of a sequence
     DSB, arXiv 2602.05992       ``rows_before`` before a block that slides, or     those of the cache
