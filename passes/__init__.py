@@ -15,8 +15,8 @@
    - keys                  ``eviction``, ``flashblock``
    - what is written       ``falling_threshold``, ``frechet``, ``length_cut``
 
-:func:`analyzed` runs 1 to 6; ``causal`` looks at the values of attention masks, at the first call. Passes never import
-each other; only this page names them all.
+:func:`analyzed` runs 1 to 6. ``causal`` looks at the values of attention masks. Passes never import each other; only
+this page names them all.
 """
 
 from __future__ import annotations
