@@ -220,6 +220,7 @@ APART: list[tuple[str, ...]] = [
     ("dual", "skipping"),
     ("rolling", "skipping"),
     ("prefix", "skipping"),
+    ("suffix", "skipping"),
     ("dual", "saliency", "skipping"),
     ("intervals", "dual"),
     ("intervals", "saliency"),

@@ -291,6 +291,19 @@ def test_rows_that_come_back_are_computed_before_they_are_read() -> None:
     assert dllm_compile.stats(model)["refreshes"] == {"block": 1, "present": 1}
 
 
+def test_rows_that_come_into_the_block_are_computed_by_every_layer() -> None:
+    """Also where deeper layers skip rows of the block: attention reads no keys that nobody has computed."""
+    skipping = {"row_shares": (0.3,), "row_depths": (0.5,), "block_length": BLOCK}
+    call = fresh(Model(SHAPE), cache="dual", sliding="constant", refresh_tokens=99, suffix_window=0, **skipping)
+    ids = start()
+    for number in range(RESPONSE - BLOCK):
+        call(ids)
+        for keys, *_ in under_way().layers.values():
+            assert keys[0, : PROMPT + number + BLOCK].abs().amax((1, 2)).min() > 0, number
+        ids = ids.clone()
+        ids[0, PROMPT + number] = 7
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe", "modernbert", "esm", "llama-cache", "roberta"])
 def test_any_model_leaves_rows_out(name: str) -> None:
     """Experts and windows of attention too; what cannot be narrowed computes every row."""

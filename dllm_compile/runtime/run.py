@@ -482,7 +482,7 @@ class GraphCall:
     def _skip(self, unit: Unit, number: int, which: int) -> None:
         """Keep the hidden states that enter a layer, and choose the rows that go on, if not all do.
 
-        Nothing is skipped before every row of both hidden states and confidences is known.
+        Nothing is skipped before both hidden states and confidences are known of every row that is present.
         """
         step, kept = self.step, self.batch.kept
         stream, rows = unit.stream, self._at_hand(unit)
@@ -490,16 +490,15 @@ class GraphCall:
             return
         layout = opened(self.program.axes.layout[stream])
         value, place = self.env[stream], ("skipping", number)
-        if place not in kept and rows == ALL:
+        begins = place not in kept and (rows == ALL or self.rest.alone)  # every row that the sequences have
+        if begins:
             self.batch.recordings.clear()
             (kept[place],) = allocate([stream], self.program.axes, step.shape, step.counts.device)
-            store_rows(kept[place], value, layout)
-            return
         old = kept.get(place)
         if old is None or (rows not in (ALL, ACTIVE)):
             return
         fresh = rows_first(value, layout, step.shape[0])
-        chooses = step.going is not None and self.rest != self.full and "active" in step.indices
+        chooses = not begins and step.going is not None and self.rest != self.full and "active" in step.indices
         at = step.indices["active"] if chooses or rows == ACTIVE else None
         places = None
         if chooses and CONFIDENCE in kept:

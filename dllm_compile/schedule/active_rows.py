@@ -188,7 +188,8 @@ class ActiveRows:
         if present is not None:
             missed &= present
             self.current = self.current & ~(call.changed & ~present)
-            computed = part if self.salient is None else new  # saliency compares with contexts that are there
+            whole = self.salient is None and self.skips is None  # these compute a row in some layers alone
+            computed = part if whole else new
             new = present & ~(self.current | computed)
         if self.rule.leaves_filled:
             missed &= ~call.filled
