@@ -362,3 +362,16 @@ def test_traces_in_fixed_blocks_are_not_repeated_in_others() -> None:
         dllm_compile.generate(
             callers.build(), callers.start()[:, :6], gen_length=8, mask_id=MASK, threshold=0.9, as_published=True, **DSB
         )
+
+
+def test_a_model_that_proposes_the_mask_alone_does_not_run_for_ever() -> None:
+    """Fixed blocks have a last step; one that slides moves on where something was written."""
+
+    def only_masks(input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.full_like(input_ids, MASK), MASK + 1).double()
+
+    how = {"gen_length": 4, "block_length": 2, "threshold": 0.9, "mask_id": MASK, "shift": False}
+    given = torch.tensor([[5, 6]])
+    assert dllm_compile.generate(only_masks, given, **how).tolist() == [[5, 6, MASK, MASK, MASK, MASK]]
+    with pytest.raises(RuntimeError, match="proposes the mask for every candidate of the block"):
+        dllm_compile.generate(only_masks, given, sliding="constant", **how)

@@ -75,7 +75,8 @@ def decode(
         stops: stopping criteria.
 
     Raises:
-        RuntimeError: mechanisms restrict the candidates, and nothing was written in :data:`IDLE` calls in a row.
+        RuntimeError: mechanisms restrict the candidates or move the block, and nothing was written in :data:`IDLE`
+            calls in a row.
     """
     stream, history = _Stream(streamer, x, prompt), [x]
     host = known = x.cpu()
@@ -90,7 +91,7 @@ def decode(
         host = known = x.cpu()
         before, masked = masked, host == mask_id
         calls, idle = calls + 1, idle + 1 if torch.equal(masked, before) else 0
-        if progress.settings.holds_back and idle == IDLE:
+        if idle == IDLE and (progress.settings.holds_back or progress.settings.block is not None):
             raise _stuck(progress.settings.holds_back)
         if stops is not None:
             cut = stops.behind(x, masked)
@@ -110,6 +111,11 @@ def decode(
 
 def _stuck(mechanisms: tuple[str, ...]) -> RuntimeError:
     names = " and ".join(map(repr, mechanisms))
+    if not mechanisms:
+        return RuntimeError(
+            f"nothing was written in {IDLE} calls in a row: the model proposes the mask for every candidate of the "
+            "block, which therefore does not move on; leave out the option that moves it, such as sliding"
+        )
     return RuntimeError(
         f"nothing was written in {IDLE} calls in a row: the candidates of the mechanism {names} hold none of "
         "the masked tokens, or the model proposes the mask for them; leave at least one in time"
