@@ -55,7 +55,7 @@ LOSSY: tuple[dict[str, Any], ...] = (
     {"cache": "dual", "keep_ratio": 0.5, "saliency_threshold": 0.95, "full_steps": 2, "block_length": 4},
     {"method": "dsb", "block_length": 4, "rows_before": 2},
     {"method": "dinfer", "block_length": 4, "rows_before": 2, "rows_behind": 2, "warmup_steps": 1},
-    {"method": "es-dllm", "block_length": 4, "row_depths": (0.3, 0.5), "unskipped_interval": 3},
+    {"method": "es-dllm", "block_length": 4, "unskipped_interval": 3},
 )
 """Settings at which it is not."""
 

@@ -72,6 +72,19 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
     ({"unskipped_interval": 0}, "unskipped_interval is 0; give a whole number of at least 1"),
     ({"cache": "dual", "unskipped_interval": 4}, "unskipped_interval is 4, but no mechanism reads it; give row_shares"),
     ({"frechet_delta": 1}, "frechet_delta is 1; give a probability, such as 0.25, from 0 and below 1"),
+    ({"cache": "dual", "suffix_window": -1}, "suffix_window is -1; give a whole number of at least 0"),
+    (
+        {"suffix_window": 8},
+        "suffix_window is 8, tokens behind the active block, and there are no blocks; give cache='prefix' too, or "
+        "method='streaming-dllm'",
+    ),
+    ({"length_cut": 0}, "length_cut is 0; give a probability, such as 0.95, above 0 and up to 1"),
+    ({"threshold_fall": 2}, "threshold_fall is 2; give "),
+    ({"keep_outside": 1, "cache": "dual"}, "keep_outside is 1; give True or False"),
+    (
+        {"keep_outside": True, "cache": "dual", "outside_interval": 0},
+        "outside_interval is 0; give a whole number of at least 1",
+    ),
     ({"sliding": "both"}, 'sliding is \'both\'; give "greedy" or "constant"'),
     (
         {"sliding": "greedy", "refresh_tokens": 3},

@@ -15,6 +15,7 @@ from dllm_compile import Generated, denoise_step, generate
 from dllm_compile.sampler.compiled import _COMPILED, compiled
 from dllm_compile.sampler.family import Family, family
 from dllm_compile.sampler.rules import chosen
+from dllm_compile.sampler.step import surest
 
 from . import models
 from .sampling_loops import END, MASK, Streamer, ids, run, seeded, start, toy
@@ -116,7 +117,7 @@ def test_known_kinds_of_models_need_no_facts(kind: str, mask: int, shift: bool) 
 )
 def test_a_step_is_one_graph_and_stays_it(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, counter = models.build("llama"), CompileCounter()
-    traced = torch.compile(denoise_step, backend=counter, fullgraph=True)
+    traced = torch.compile(surest, backend=counter, fullgraph=True)
     monkeypatch.setattr("dllm_compile.sampler.stepper.compiled", lambda *_: traced)
     more = {"gen_length": 8, "mask_id": models.MASK, **more}
     want = run(model, ids(1, 5), generator=seeded(), **more)

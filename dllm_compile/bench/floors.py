@@ -62,6 +62,7 @@ LAUNCHES = {
         ("stem", "exact"): 1,
         ("layer", "exact"): 13,
         ("layer", "block"): 13,
+        ("layer", "block, some keys hidden"): 14,
         ("layer", "select"): 20,
         ("layer", "response"): 15,
         ("layer", "sparse"): 14,
@@ -74,6 +75,7 @@ LAUNCHES = {
         ("stem", "exact"): 1,
         ("layer", "exact"): 14,
         ("layer", "block"): 14,
+        ("layer", "block, some keys hidden"): 17,
         ("layer", "select"): 21,
         ("layer", "response"): 16,
         ("layer", "sparse"): 15,
@@ -136,7 +138,8 @@ class Traced:
                 part = "mlp" if not unit.attentions else "layer" if mlp else "attention"
                 chosen = chosen if chosen.keep else EXACT
                 times = 1 if unit in layers[: len(layers) // 2] else self.setting.layers - 1
-            yield Run(unit, chosen, times, (part, chosen.name))
+            name = f"{chosen.name}, some keys hidden" if chosen.hides else chosen.name
+            yield Run(unit, chosen, times, (part, name))
 
     def flops(self, runs: list[Run]) -> sympy.Expr:
         """FLOPs of a step, in the symbols of :mod:`dllm_compile.runtime.cost`."""

@@ -107,9 +107,11 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
 def _evidence(session: Session, batch: Batch, read: Read, call: Call, past: Past) -> Evidence:
     """What is known of a run of calls behind this one. The tokens that its masks were filled with are noted."""
     evidence = past.evidence
-    if call.number > 0 and not session.mask_seen(batch.mask_id) and bool(call.filled.any()):
+    if not (past.number >= 0 or past.missed):  # there was no call before
+        return evidence
+    if not session.mask_seen(batch.mask_id) and bool(call.filled.any()):
         session.filled_with.setdefault(batch.mask_id, set()).update(read.ids[call.filled].tolist())
-    if call.number and bool(call.filled.any()) and not evidence.is_loop:
+    if bool(call.filled.any()) and not evidence.is_loop:
         found = read.found.get(batch)
         evidence = evidence.after(past.ids == batch.mask_id, call.masked, found, session.vocabulary or 2)
         if evidence.sure and not evidence.is_loop and not past.evidence.sure:

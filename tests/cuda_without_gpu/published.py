@@ -105,6 +105,8 @@ def _argument(name: str, unit: Unit, model: floors.Traced, assignment: Assignmen
     tensors = {"counts": torch.int64, "bound": torch.float32, "renew": torch.bool}
     if name in tensors:
         return made((1, 1), tensors[name])
+    if name == "visible":
+        return made((1, TOKENS), torch.bool)
     numbers = {"tokens": TOKENS, "batch": 1, "selected": sizes[cost.N], "entries": rows_of("keyed")}
     return {**numbers, "held": rows_of("active")}[name]
 
