@@ -75,8 +75,7 @@ def decode(
         stops: stopping criteria.
 
     Raises:
-        RuntimeError: mechanisms restrict the candidates or move the block, and nothing was written in :data:`IDLE`
-            calls in a row.
+        RuntimeError: mechanisms hold candidates back or move the block, and :data:`IDLE` calls in a row wrote nothing.
     """
     stream, history = _Stream(streamer, x, prompt), [x]
     host = known = x.cpu()
