@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -80,33 +81,28 @@ class NoDrafts(ValueError):
 
 
 @contextmanager
-def drafting() -> Iterator[None]:
+def _saying(what: str, value: Any) -> Iterator[None]:
+    """Say something of the calls made inside, on this thread."""
+    before = getattr(_NOW, what, None)
+    setattr(_NOW, what, value)
+    try:
+        yield
+    finally:
+        setattr(_NOW, what, before)
+
+
+def drafting() -> AbstractContextManager[None]:
     """Say that the calls made inside, on this thread, are of drafts: ids ``[D, S]``, possible next ids of one sequence
     whose last call was made in the same :func:`loop`. They read what is kept of it, and leave nothing behind.
 
     A call raises :class:`NoDrafts` where there is no such sequence, or its next step would not compute its block alone.
     """
-    before = drafts()
-    _NOW.drafts = True
-    try:
-        yield
-    finally:
-        _NOW.drafts = before
+    return _saying("drafts", True)
 
 
 def drafts() -> bool:
     """Whether a call made now is of drafts."""
-    return getattr(_NOW, "drafts", False)
-
-
-@contextmanager
-def _saying(what: str, rows: torch.Tensor) -> Iterator[None]:
-    before = getattr(_NOW, what, None)
-    setattr(_NOW, what, rows.cpu())
-    try:
-        yield
-    finally:
-        setattr(_NOW, what, before)
+    return bool(getattr(_NOW, "drafts", False))
 
 
 def _said(what: str, shape: torch.Size) -> torch.Tensor | None:
@@ -116,7 +112,7 @@ def _said(what: str, shape: torch.Size) -> torch.Tensor | None:
 
 def filling(rows: torch.Tensor) -> AbstractContextManager[None]:
     """Say that the positions ``rows`` ``[B, S]`` bool are filled from the calls made inside, on this thread."""
-    return _saying("filled", rows)
+    return _saying("filled", rows.cpu())
 
 
 def to_be_filled(shape: torch.Size) -> torch.Tensor | None:
@@ -126,7 +122,7 @@ def to_be_filled(shape: torch.Size) -> torch.Tensor | None:
 
 def wanting(rows: torch.Tensor) -> AbstractContextManager[None]:
     """Say that all but the positions ``rows`` ``[B, S]`` bool are of no use any more, on this thread."""
-    return _saying("wanted", rows)
+    return _saying("wanted", rows.cpu())
 
 
 def wanted(shape: torch.Size) -> torch.Tensor | None:
@@ -134,8 +130,7 @@ def wanted(shape: torch.Size) -> torch.Tensor | None:
     return _said("wanted", shape)
 
 
-@contextmanager
-def known_ids(ids: torch.Tensor, host: torch.Tensor | None) -> Iterator[None]:
+def known_ids(ids: torch.Tensor, host: torch.Tensor | None) -> AbstractContextManager[None]:
     """Say what the ids of the calls made inside are, on this thread, so that the device need not be read again.
 
     It also says that weights and inputs are what they were at the call before, but for writes that PyTorch counts.
@@ -144,12 +139,7 @@ def known_ids(ids: torch.Tensor, host: torch.Tensor | None) -> Iterator[None]:
         ids: ``[B, S]`` int64, the tensor that the model is called with.
         host: the same on the host; ``None`` says nothing.
     """
-    before = getattr(_NOW, "ids", None)
-    _NOW.ids = None if host is None else (ids, host)
-    try:
-        yield
-    finally:
-        _NOW.ids = before
+    return _saying("ids", None if host is None else (ids, host))
 
 
 def ids_on_host(ids: torch.Tensor) -> torch.Tensor | None:

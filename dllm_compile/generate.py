@@ -200,6 +200,12 @@ def _named(options: Options) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(options, name) for name in tables().options})
 
 
+def _switches(mechanisms: tuple[Mechanism, ...]) -> tuple[str, ...]:
+    """The options that turn ``mechanisms`` on, in the order of all."""
+    on = {name for each in mechanisms for name in each.switches}
+    return tuple(name for name in tables().switches if name in on)
+
+
 @cache
 def _allowed(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
     """The candidates that all ``mechanisms`` leave."""
@@ -228,8 +234,7 @@ def _ends(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
             found = found | each(sure, candidates, masked, block)
         return found
 
-    on = {name for each in mechanisms for name in each.switches}
-    return Allowed(tuple(name for name in tables().switches if name in on), rule)
+    return Allowed(_switches(mechanisms), rule)
 
 
 @cache
@@ -253,8 +258,7 @@ def _moved(mechanisms: tuple[Mechanism, ...], options: Options) -> Moved:
         return threshold
 
     bound(torch.ones(2, 1), torch.rand(2, 5), every, every, every)
-    on = {name for each in mechanisms for name in each.switches}
-    return Moved(tuple(name for name in tables().switches if name in on), bound)
+    return Moved(_switches(mechanisms), bound)
 
 
 PLAIN = inspect.signature(generate)

@@ -218,7 +218,6 @@ class Options:
                 f"cache {self.cache!r} recomputes the layers behind one, and the mechanism {skipping[0]!r} skips rows "
                 "of them; leave out one of them"
             )
-
         if skipping and self.keep_outside:
             raise ValueError(
                 f"keep_outside keeps attention of every row of the block, and the mechanism {skipping[0]!r} skips "

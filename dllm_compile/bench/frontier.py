@@ -53,6 +53,22 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
     return out
 
 
+def drawn_to_files() -> Any:
+    """matplotlib, which needs no screen then.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib: pip install 'dllm-compile[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib
+
+
 def draw(rows: list[Row], path: str, problems: int = PROBLEMS) -> None:
     """Write the picture: one marker a method, with the standard error of its accuracy over the ``problems``, and a line
     through the settings that no other beats in both speed and accuracy.
@@ -60,13 +76,8 @@ def draw(rows: list[Row], path: str, problems: int = PROBLEMS) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'dllm-compile[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    matplotlib = drawn_to_files()
+    pyplot = matplotlib.pyplot
     figure, axes = pyplot.subplots(figsize=(11, 6.5))
     places = {row.name: (row.vs_eager, 100 * (row.accuracy or 0.0)) for row in rows}
     labels: list[tuple[str, tuple[float, float], Any]] = []

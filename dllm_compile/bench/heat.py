@@ -12,6 +12,8 @@ from dllm_compile.debug import Ran, steps
 from dllm_compile.declared import loop
 from dllm_compile.quota_loop import quota_loop
 
+from .frontier import drawn_to_files
+
 
 def ran(model: torch.nn.Module, ids: torch.Tensor, mask_id: int, block: int, options: dict[str, Any]) -> list[Ran]:
     """The steps of LLaDA's loop, one token a call.
@@ -38,13 +40,7 @@ def draw(found: Sequence[Ran], title: str, path: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'dllm-compile[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawn_to_files().pyplot
     layers = max(len(step.computed) for step in found)
     rows = [[step.computed.get(layer, 0) for step in found] for layer in range(layers)]
     figure, axes = pyplot.subplots(figsize=(11, 1.5 + 0.25 * layers))
