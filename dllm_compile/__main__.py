@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from typing import Any
 
-from .bench.command import Parser, dispatch, leave, picture, require, whole
+from .bench.command import Parser, dispatch, leave, picture, require, target, whole
 
 ABOUT = "what the compiler finds in a model, or the least time of a step of a published size on a GPU"
 ABOUT_LM_EVAL = "lm-evaluation-harness, which then knows --model dllm; all words behind it are its own"
-OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response", "picture"), ("device", "length", "batch")
+OF_A_MODEL, OF_A_SIZE = ("model", "mask_id", "prompt", "response", "picture", "html"), ("device", "length", "batch")
 """Flags of ``explain`` without ``--shape``, and with it."""
 
 
@@ -23,6 +24,7 @@ def explain_main(argv: list[str]) -> None:
     from .bench.model import SHAPES
     from .explain import explain
     from .options import Options
+    from .page import page
 
     parser = _explain_parser([*floors.LAUNCHES], [*floors.GPUS])
     given = parser.parse_args(argv)
@@ -53,11 +55,27 @@ def explain_main(argv: list[str]) -> None:
         found = explain(model, ids, method=given.method or "dllm-cache", mask_id=int(mask_id))
     except ValueError as error:
         parser.error(str(error))
-    print(found)
+    _print(found)
+    if not (given.picture or given.html):
+        return
+    method = given.method or "dllm-cache"
+    seen = heat.ran(model, ids, int(mask_id), _block(response), {"method": method})
     if given.picture:
-        method = given.method or "dllm-cache"
-        seen = heat.ran(model, ids, int(mask_id), _block(response), {"method": method})
         heat.draw(seen, f"{method}: rows that each layer computes, {prompt} + {response} tokens", given.picture)
+    if given.html:
+        text = page(f"{method} on {type(model).__name__}, {prompt} + {response} tokens", found, seen)
+        with open(given.html, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _print(found: Any) -> None:
+    """Print what ``explain`` found: on a terminal with colours, where rich is installed."""
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        import rich
+
+        rich.print(found)
+    else:
+        print(found)
 
 
 def _block(response: int) -> int:
@@ -74,6 +92,9 @@ def _explain_parser(shapes: list[str], devices: list[str]) -> Parser:
     parser.add_argument("--response", type=whole(), help="tokens of the response; likewise")
     parser.add_argument(
         "--picture", type=picture, help="also run a loop, and draw the rows that each layer computes to this PNG file"
+    )
+    parser.add_argument(
+        "--html", type=target, help="also run a loop, and write all that is known to this file, as a page for a browser"
     )
     sizes = parser.add_argument_group("a model of a published size, without weights: the least time of a step on a GPU")
     sizes.add_argument("--shape", choices=shapes, help="whose size")

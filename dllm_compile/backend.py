@@ -20,7 +20,7 @@ from .core.arguments import attention
 from .core.errors import GraphRefused, refusing
 from .core.graph import numbers
 from .core.stand_ins import StandIns
-from .debug import log
+from .debug import labelled, log
 from .declared import ExactCalls, declared
 from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
@@ -202,7 +202,8 @@ class Backend:
     def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         begins, done, before, depth = batch.last is not step, False, step.layer, step.depth
         try:
-            result = run(program, args, batch, step)
+            with labelled("step {}, {}", step.number, step.assignment.name):
+                result = run(program, args, batch, step)
             step.layer, step.depth = before + len(program.layers), depth + program.depth
             if begins:
                 batch.session.commit(batch, step)

@@ -124,6 +124,11 @@ def traced() -> bool:
     return any(isinstance(handler, LazyTraceHandler) for handler in trace_log.handlers)
 
 
+def profiled() -> bool:
+    """Whether a profiler of PyTorch runs."""
+    return torch.autograd.profiler._is_profiler_enabled
+
+
 def uncompiled(model: Any) -> Any:
     """The module that ``torch.compile`` was given, of what it returned; anything else is itself."""
     return getattr(model, "_orig_mod", model)

@@ -2,6 +2,7 @@
 
 ``DLLM_DEBUG=<folder>`` keeps both there, graphs in files that are numbered in the order they were written, and times in
 ``log.txt``; ``TORCH_LOGS="+dllm_compile"`` logs the times, and ``TORCH_TRACE=<folder>`` keeps the graphs for tlparse.
+On a terminal, :func:`compiling` shows what is being compiled. A profiler sees the ranges of :func:`labelled`.
 :func:`steps` records what each step computed.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from .compat import trace_structured, traced
+from .compat import profiled, trace_structured, traced
 
 log = logging.getLogger("dllm_compile")
 
@@ -48,6 +50,60 @@ def timed(what: str) -> Iterator[None]:
             if folder is not None:
                 with (folder / "log.txt").open("a") as file:
                     file.write(f"{line}\n")
+
+
+@dataclass
+class _Compiled:
+    """What was compiled so far in this process: how many times, in how many seconds."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+_COMPILED = _Compiled()
+
+
+@contextmanager
+def compiling(unit: str, variant: str) -> Iterator[None]:
+    """Time the block as :func:`timed` does, and show meanwhile, on a terminal, what is compiled.
+
+    The line stands on standard error and is wiped off behind the block. ``DLLM_PROGRESS=0`` turns it off; where
+    standard error is no terminal, or something else took its place (a notebook, a live display), there is none.
+
+    Args:
+        unit: the name of the unit.
+        variant: the name of the assignment that it is compiled for.
+    """
+    out, begin = sys.stderr, time.perf_counter()
+    shown = out is sys.__stderr__ and out is not None and out.isatty() and os.environ.get("DLLM_PROGRESS") != "0"
+    if shown:
+        done = f"{_COMPILED.count} before in {_COMPILED.seconds:.0f} s"
+        out.write(f"\r\x1b[Kdllm: compiling {unit} for {variant} ({done}) ...")
+        out.flush()
+    try:
+        with timed(f"compile {unit} for {variant}"):
+            yield
+    finally:
+        _COMPILED.count += 1
+        _COMPILED.seconds += time.perf_counter() - begin
+        if shown:
+            out.write("\r\x1b[K")
+            out.flush()
+
+
+def labelled(label: str, *values: object) -> AbstractContextManager[object]:
+    """A range of this name in the traces of ``torch.profiler``; nothing where no profiler runs.
+
+    Args:
+        label: a format string, filled in with ``values`` only where a profiler runs.
+        values: for its fields.
+    """
+    if not profiled():
+        return _NOTHING
+    return torch.profiler.record_function(f"dllm: {label.format(*values)}")
+
+
+_NOTHING = nullcontext()
 
 
 def asked() -> bool:

@@ -11,6 +11,9 @@ import torch
 from .backend import Backend
 from .core.arguments import attention
 from .core.assignment import EXACT, Assignment
+from .core.axes import Axes
+from .core.demand import find_demand
+from .core.rows import NONE
 from .core.units import Unit
 from .interface.plan import Call
 from .mechanisms import turned_on
@@ -23,6 +26,25 @@ from .runtime.program import Program
 from .runtime.run import HEAD
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
 from .schedule.method import schedule
+
+_HEADS = "variant", "query", "key", "value", "FLOPs relative to full"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of a layer that depends on the tokens.
+
+    Attributes:
+        name: of its node in the graph.
+        operation: what computes it.
+        reads: names of the values of the layer that it is computed from.
+        rows: by the name of a variant, the row set it is computed for; ``none`` where it is not computed.
+    """
+
+    name: str
+    operation: str
+    reads: tuple[str, ...]
+    rows: dict[str, str]
 
 
 @dataclass
@@ -42,6 +64,7 @@ class Explanation:
         variants: of a step, by name.
         first: the variant of the first layer, where it is always the same.
         more: a sentence for whatever else happens in a step.
+        layers: by the name of a kind of layer, its values in order.
     """
 
     graphs: list[str] = field(default_factory=list)
@@ -54,14 +77,39 @@ class Explanation:
     variants: dict[str, Assignment] = field(default_factory=dict)
     first: str | None = None
     more: list[str] = field(default_factory=list)
+    layers: dict[str, list[Value]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [*self.graphs]
-        lines += [f"runs on plain Inductor: {reason}" for reason in self.refused]
-        if self.variants:
-            lines += ["", f"{'variant':<15}{'query':<17}{'key':<17}{'value':<10}FLOPs relative to full"]
-        for name, a in self.variants.items():
-            lines.append(f"{name:<15}{a.query.name:<17}{a.key.name:<17}{a.value.name:<10}{self.relative[name]:.3f}")
+        rows = [[name, *cells] for name, cells in self._rows().items()]
+        lines = [f"{a:<15}{b:<17}{c:<17}{d:<10}{e}" for a, b, c, d, e in [_HEADS, *rows]] if rows else []
+        return "\n".join([*self._above(), *([""] if lines else []), *lines, *self._below()])
+
+    def __rich__(self) -> Any:
+        """The same for ``rich.print``, with a table in colours."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*_HEADS, title="kinds of steps, and the rows that they compute")
+        for name, cells in self._rows().items():
+            table.add_row(name, *cells, style="bold" if self.relative[name] < 1 else "")
+        above, below = Text("\n".join(self._above())), Text("\n".join(self._below()))
+        return Group(above, *([table] if self.variants else []), below)
+
+    def _above(self) -> list[str]:
+        """Lines before the table."""
+        return [*self.graphs, *(f"runs on plain Inductor: {reason}" for reason in self.refused)]
+
+    def _rows(self) -> dict[str, tuple[str, str, str, str]]:
+        """Of the table, by the name of a variant."""
+        return {
+            name: (a.query.name, a.key.name, a.value.name, f"{self.relative[name]:.3f}")
+            for name, a in self.variants.items()
+        }
+
+    def _below(self) -> list[str]:
+        """Lines behind the table."""
+        lines = []
         if self.variants:
             first = f"the first layer is always {self.first}; " if self.first else ""
             lines.append(f"({first}the head computes the readable rows)")
@@ -71,7 +119,7 @@ class Explanation:
         lines += [f"peak bytes {name} ~ {count}" for name, count in self.peak_bytes.items()]
         if self.lengths:
             lines.append("at " + ", ".join(f"{name} = {value}" for name, value in self.lengths.items()))
-        return "\n".join(lines)
+        return lines
 
 
 def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any) -> Explanation:
@@ -154,6 +202,21 @@ def _describe(program: Program) -> str:
     return "\n".join(lines)
 
 
+def _values(unit: Unit, axes: Axes, variants: dict[str, Assignment]) -> list[Value]:
+    """The values of a layer, with the rows that each variant computes."""
+    computed = {name: find_demand(unit, axes, variant).computed for name, variant in variants.items()}
+    live = [node for node in unit.nodes if node in axes.live]
+    return [
+        Value(
+            node.name,
+            str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)),
+            tuple(operand.name for operand in node.all_input_nodes if operand in axes.live),
+            {name: found.get(node, NONE).name for name, found in computed.items()},
+        )
+        for node in live
+    ]
+
+
 def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, options: Options) -> None:
     mask_id = options.mask_id if options.mask_id is not None else infer_mask_id(ids.cpu())
     masked = ids.cpu() == mask_id if mask_id is not None else torch.zeros(ids.shape, dtype=torch.bool)
@@ -181,6 +244,7 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     if not any(program.layers for program in programs):
         return
     out.variants = {variant.name: variant for variant in method.variants}
+    out.layers = {u.name: _values(u, p.axes, out.variants) for p in programs for u in p.layers}
     out.first = method.first.name if method.first else None
     if method.after_layer is not None:
         measure, decide = (

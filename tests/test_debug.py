@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -126,3 +127,65 @@ with torch.no_grad():
     artifacts = re.findall(r'"artifact": \{"name": "dllm_(\w+)', trace.read_text())
     assert artifacts[:2] == ["traced", "normalized"]
     assert "part" in artifacts
+
+
+class Terminal(io.StringIO):
+    """Standard error as a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, replaced: bool = False) -> str:
+    """What a terminal is sent while code is compiled."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    if not replaced:
+        monkeypatch.setattr(sys, "__stderr__", terminal)
+    run()
+    return terminal.getvalue()
+
+
+def test_a_terminal_shows_what_is_compiled_and_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = on_a_terminal(monkeypatch)
+    lines = sent.split("\r\x1b[K")
+    assert (lines[0], lines[-1]) == ("", "")
+    said = [re.fullmatch(rf"dllm: compiling {UNIT} for (\w+) \((\d+) before in \d+ s\) \.\.\.", x) for x in lines[1::2]]
+    assert None not in said
+    assert [found[2] for found in said if found is not None and found[1] == "layer"] == [
+        *("exact", "full", "select", "response")
+    ]
+    numbers = [int(found[3]) for found in said if found is not None]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert {*lines[2::2]} == {""}  # each is wiped off
+
+
+@pytest.mark.parametrize("off", ["by the environment", "something took its place"])
+def test_a_terminal_is_left_alone(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if off == "by the environment":
+        monkeypatch.setenv("DLLM_PROGRESS", "0")
+    assert on_a_terminal(monkeypatch, replaced=off != "by the environment") == ""
+
+
+def test_a_profiler_sees_steps_layers_and_variants() -> None:
+    call = models.compiled(model(), **PARTIAL)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        steps(call)
+    events = [event for event in profile.events() if event.name.startswith("dllm: ")]
+    names = [event.name.removeprefix("dllm: ") for event in sorted(events, key=lambda e: e.time_range.start)]
+    ran = [name for name in names if name.startswith("step ")]
+    assert ran[:3] == ["step 0, full", "step 1, select", "step 2, select"]
+    second = names[names.index(ran[1]) : names.index(ran[2])]
+    assert [name for name in second if name.startswith("layer ")] == ["layer 0", "layer 1", "layer 2"]
+    variants = [name for name in second if re.fullmatch(rf"{UNIT} for \w+", name)]
+    assert sum("for select" in name for name in variants) == 2  # the first layer runs in full
+    assert "head" in second
+
+
+def test_without_a_profiler_no_label_is_written() -> None:
+    class Unwritable:
+        def __format__(self, _: str) -> str:
+            raise AssertionError("the label was written")
+
+    with debug.labelled("step {}", Unwritable()):
+        pass

@@ -37,7 +37,7 @@ from dllm_compile.core.rows import (
 )
 from dllm_compile.core.state import allocate, allocate_outside, grown
 from dllm_compile.core.units import Unit, weights_key
-from dllm_compile.debug import note_step
+from dllm_compile.debug import labelled, note_step
 from dllm_compile.interface.plan import Measured
 from dllm_compile.passes.feature_cache import KEEP
 from dllm_compile.passes.saliency import thorough
@@ -337,9 +337,11 @@ class GraphCall:
         if self.only_decides and (unit.is_layer or unit is self.head):
             outs, rows = [None] * len(unit.outputs), [NONE] * len(unit.outputs)
         elif unit.is_layer:
-            outs, rows = self._layer(unit, code)
+            with labelled("layer {}", self.step.layer):
+                outs, rows = self._layer(unit, code)
         elif unit is self.head:
-            outs, rows = self._head(unit, code)
+            with labelled("head"):
+                outs, rows = self._head(unit, code)
         else:
             outs, rows = self._other(unit, code)
         for node, value, at in zip(unit.outputs, outs, rows, strict=False):

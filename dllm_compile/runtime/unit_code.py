@@ -16,7 +16,7 @@ from dllm_compile.core.errors import GraphRefused, refusing
 from dllm_compile.core.rows import ALL
 from dllm_compile.core.sizes import BATCH, TOKENS, Extent, Size, of_constant, of_layout
 from dllm_compile.core.units import Unit
-from dllm_compile.debug import keep, timed
+from dllm_compile.debug import compiling, keep, labelled
 
 from .batch import Step
 from .lower import Code, SizesFixed, lower
@@ -26,8 +26,8 @@ from .trial import rows_are_independent
 class Variant:
     """Compiled code of a unit for one assignment, and where its arguments lie in a call's values."""
 
-    def __init__(self, code: Code, emitted: Emitted, pick: Pick) -> None:
-        self.code, self.pick = code, pick
+    def __init__(self, name: str, code: Code, emitted: Emitted, pick: Pick) -> None:
+        self.code, self.pick, self.name = code, pick, name
         self.rows = emitted.leaves
         self.computed = emitted.rows
         self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
@@ -35,7 +35,8 @@ class Variant:
 
     def __call__(self, values: Values) -> Any:
         """Run it; returns the unit's outputs, then ``extras``."""
-        return self.code.run(*self.pick(values.flat))
+        with labelled("{}", self.name):
+            return self.code.run(*self.pick(values.flat))
 
 
 class Values:
@@ -148,7 +149,7 @@ class UnitCode:
             extents = [self._extents(n, value, assignment, step) for n, value in zip(emitted.takes, args, strict=True)]
             keep(f"{self.unit.name}-{assignment.name}", emitted.module)
             try:
-                with timed(f"compile {self.unit.name} for {assignment.name}"):
+                with compiling(self.unit.name, assignment.name):
                     code = lower(emitted.module, args, self.lowering, extents, writes, fixed)
                 break
             except SizesFixed as found:
@@ -162,7 +163,7 @@ class UnitCode:
                 fixed |= names  # the compiler fails with symbols; what it does without them is to be seen
         variants = self.variants.setdefault(assignment, [])
         del variants[: 1 - MOST]
-        variants.append(Variant(code, emitted, pick))
+        variants.append(Variant(f"{self.unit.name} for {assignment.name}", code, emitted, pick))
         for listener in LISTENERS:
             listener(assignment.name)
         return variants[-1]
