@@ -17,7 +17,7 @@ from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
 from .compat import CompileContext, FakeTensor, is_traceable_wrapper_subclass, tree_leaves
 from .core.arguments import attention
-from .core.errors import GraphRefused, refusing
+from .core.errors import GraphRefused, TokensUnseen, refusing
 from .core.graph import numbers
 from .core.stand_ins import StandIns
 from .debug import labelled, log
@@ -190,7 +190,7 @@ class Backend:
             try:
                 result = self._run_step(program, args, *chain.found)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
-                self._refuse(refusal)
+                self._refuse(refusal, args)
                 self.programs = {key: None if known is program else known for key, known in self.programs.items()}
                 chain.found[0].session.drop()
                 chain.found = None  # the graphs behind this one belong to no step
@@ -226,7 +226,7 @@ class Backend:
             with refusing("analyzed"):
                 program.check(args)
         except GraphRefused as refusal:
-            self._refuse(refusal)
+            self._refuse(refusal, args)
             program = None
         self.programs = dict([*self.programs.items()][1 - PROGRAMS :]) | {key: program}
         self._tell_of_break(program, args)
@@ -294,7 +294,7 @@ class Backend:
         try:
             program = self._analyzed(shown)
         except GraphRefused as refusal:
-            self._refuse(refusal)
+            self._refuse(refusal, shown)
             return True
         self.ready[self._key([program.axes.fake[node] for node in program.index], shown)] = program
         return False
@@ -307,12 +307,16 @@ class Backend:
         part = program is not None and program.ids is None and bool(program.layers)
         if self.broke is not None and (handed or part):
             found = chain.found if chain is not None else None
-            tell_of(
-                self.broke, cut=any(found is not None and a.shape[-1] == found[0].session.vocabulary for a in handed)
-            )
+            heads = [found is not None and a.shape[-1] == found[0].session.vocabulary for a in handed]
+            tell_of(self.broke, args, cut=any(heads))
 
-    def _refuse(self, refusal: GraphRefused) -> None:
-        """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted."""
+    def _refuse(self, refusal: GraphRefused, args: Sequence[Any]) -> None:
+        """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted.
+
+        Args:
+            refusal: the reason; that no tokens are seen has one of its own, where a graph broke.
+            args: what the graph is called with.
+        """
         if self.options.verify and refusal.__cause__ is not None and not isinstance(refusal.__cause__, GraphRefused):
             raise refusal.__cause__
         reason = str(refusal)
@@ -320,7 +324,10 @@ class Backend:
             return
         self.refused.append(reason)
         _REFUSED.append(reason)
-        if any(node.target in _WORTH_SAYING for node in self.module.graph.nodes):
+        worth = any(node.target in _WORTH_SAYING for node in self.module.graph.nodes)
+        if worth and self.broke is not None and isinstance(refusal, TokensUnseen):
+            tell_of(self.broke, args)
+        elif worth:
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
 
     def _session_of(self, program: Program, args: Sequence[Any]) -> Session:
@@ -341,7 +348,7 @@ class Backend:
             found = session.begin_hidden(stream, side_inputs, program)
             if found is None and session.mask_id is None:
                 reason = "no graph of this model saw its token ids, and its hidden state does not show what is masked"
-                self._refuse(GraphRefused(reason))
+                self._refuse(TokensUnseen(reason), args)
         if found is None:
             return None
         batch, step = found

@@ -9,14 +9,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import compat
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")
 _TOLD: set[str] = set()
+_PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights of models that ``prepare`` did what it can for
 
 
-def last_break() -> str | None:
+class Break(NamedTuple):
+    """Where a graph broke.
+
+    Attributes:
+        place: file and line.
+        said: the same, with the function, the lines that led there, and Dynamo's reason.
+    """
+
+    place: str
+    said: str
+
+
+def prepared(model: torch.nn.Module) -> None:
+    """From now on do not tell of ``prepare`` where this model's graph breaks."""
+    _PREPARED.update(dict.fromkeys(model.parameters()))
+
+
+def last_break() -> Break | None:
     """Where and why the graph of a function that runs now broke, of the innermost such; ``None`` if none did.
 
     What lies behind a break, and what is called at it, is compiled when it is reached; the function that was cut, or
@@ -30,32 +52,32 @@ def last_break() -> str | None:
         code = frame.f_code
         here = [each for each in broken if _holds(code, each.user_stack[0])]
         if here:
-            return f"{_place(here[0].user_stack)} ({here[0].reason.splitlines()[0]})"
+            stack = here[0].user_stack
+            said = f"{_place(stack)} ({here[0].reason.splitlines()[0]})"
+            return Break(f"{stack[-1].filename}:{stack[-1].lineno}", said)
         found = failed.get((code.co_filename, code.co_firstlineno))
         if found is not None and found.fail_user_frame_lineno and found.fail_reason:
-            return (
-                f"{found.fail_user_frame_filename}:{found.fail_user_frame_lineno} ({found.fail_reason.splitlines()[0]})"
-            )
+            place = f"{found.fail_user_frame_filename}:{found.fail_user_frame_lineno}"
+            return Break(place, f"{place} ({found.fail_reason.splitlines()[0]})")
         frame = frame.f_back
     return None
 
 
-def tell_of(where: str, cut: bool) -> None:
+def tell_of(where: Break, given: Sequence[Any], cut: bool = False) -> None:
     """Warn, once a place.
 
     Args:
         where: of :func:`last_break`.
+        given: what the graph behind it is called with, weights among it.
         cut: whether the choice of tokens lies behind it, and the head before.
     """
-    what = (
-        "the choice of tokens is cut from the head, and reads every row of the logits"
-        if cut
-        else ("the model is compiled and cached part by part")
-    )
-    text = f"dllm: a graph broke at {where}: {what}. If it is logging, call dllm_compile.prepare(model) before"
-    if text not in _TOLD:
-        _TOLD.add(text)
-        warnings.warn(text, stacklevel=2)
+    if where.place in _TOLD:
+        return
+    _TOLD.add(where.place)
+    what = " and cut the choice of tokens from the head" if cut else ""
+    known = any(each in _PREPARED for each in given if isinstance(each, torch.Tensor))
+    advice = "" if known else ". Call dllm_compile.prepare(model) before: it mends log calls, and blocks of experts"
+    warnings.warn(f"dllm: a graph broke{what} at {where.said}{advice}", stacklevel=2)
 
 
 def forget() -> None:

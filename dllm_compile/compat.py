@@ -26,6 +26,9 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException as Dynamic
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # a tensor without numbers
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # makes them, and what is computed of them
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode as GuardOnDataDependentSymNode,  # a branch on a number that depends on values
+)
 from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic  # whether a size may change
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv  # symbols of sizes, and what is assumed of them
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every ATen call
@@ -60,6 +63,10 @@ clear_caches: Callable[[], None]
 """Inductor forgets what it compiled in this process."""
 fresh_cache: Callable[[], AbstractContextManager[object]]
 """And has an empty folder."""
+graph_break: Callable[[], None]
+"""Breaks the graph where Dynamo traces it."""
+TorchDynamoException: type[Exception]
+"""Dynamo cannot trace something whole."""
 dynamo_config: Any
 """Read and written: ``ignore_logging_functions``."""
 inductor_config: Any
@@ -71,6 +78,8 @@ LATE = {
     "counters": "torch._dynamo.utils",
     "get_compilation_metrics": "torch._dynamo.utils",
     "graph_break_reasons": "torch._dynamo.utils",
+    "TorchDynamoException": "torch._dynamo.exc",
+    "graph_break": "torch._dynamo",
     "dynamo_config": "torch._dynamo.config",
     "compile_fx": "torch._inductor.compile_fx",
     "clear_caches": "torch._inductor.utils",
@@ -137,6 +146,12 @@ def uncompiled(model: Any) -> Any:
 def is_erased(node: torch.fx.Node) -> bool:
     """Whether a node was taken out of its graph."""
     return node._erased
+
+
+def of_values(value: Any) -> bool:
+    """Whether a size of a tensor that Dynamo traced, or a number, depends on the values of a tensor."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat))]
+    return any(bool(symbolic_shapes.free_unbacked_symbols(leaf)) for leaf in leaves)
 
 
 def likely(number: torch.SymInt) -> int:

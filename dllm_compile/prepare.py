@@ -1,17 +1,22 @@
-"""Log calls in a model's code, which break its graph where Dynamo meets them, are left out where it traces."""
+"""What breaks a model's graph where Dynamo meets it: log calls are left out, ``dir`` is spelled out, and blocks whose
+rows are independent become one call.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
 from . import compat
+from .breaks import prepared
+from .opaque_blocks import CALL_FAILS, Told, prepare_blocks, some_ids
 
 Anything = TypeVar("Anything")
 Functions = frozenset[Callable[..., Any]]
@@ -30,16 +35,25 @@ def without_logs() -> Iterator[None]:
         compat.dynamo_config.ignore_logging_functions = before
 
 
-def prepare(model: Anything) -> Anything:
-    """Let a model's code log without breaking its graph. Call it before the model is first called compiled.
+def prepare(model: Anything, ids: torch.Tensor | None = None, **more: Any) -> Anything:
+    """Mend what breaks the graph of a model, where that can be. Call it before the model is first called compiled.
 
-    A log call in a forward (a deprecated property of a configuration will do) makes Dynamo cut the graph in two, and a
-    sampler that is compiled with the model is cut from its head. From now on, in the thread that calls this, Dynamo
-    leaves out what is logged below an error by the loggers of the packages that the model's and its configuration's
-    classes come from: in compiled code they say nothing. ``generate`` does so by itself while it runs.
+    - Log calls. A log call in a forward (a deprecated property of a configuration will do) makes Dynamo cut the graph
+      in two, and a sampler that is compiled with the model is cut from its head. From now on, in the thread that calls
+      this, Dynamo leaves out what is logged below an error by the loggers of the packages that the model's and its
+      configuration's classes come from: in compiled code they say nothing. ``generate`` does so by itself while it
+      runs.
+    - ``dir(self)``. Dynamo reads the names of a module's attributes from now on, and sees to it that they stay.
+    - Experts, and whatever else breaks the graph inside of a layer though each of its rows depends on the same row
+      alone. Such a block becomes one call, which runs in eager, if a trial proves it of all that it returns
+      (``docs/what-it-takes.md``). A warning names each block that breaks the graph and stays as it is, with the reason.
+
+    The model is called once in eager for the last.
 
     Args:
-        model: a module, compiled or not.
+        model: a module, compiled or not; what is trained or copied is what it was.
+        ids: ``[B, S]`` token ids of the call, ``[2, 12]`` random ones by default.
+        more: what else the model is called with.
 
     Returns:
         The same object, so that ``prepare(model).compile(backend="dllm")`` reads well.
@@ -51,7 +65,60 @@ def prepare(model: Anything) -> Anything:
         raise TypeError(f"prepare takes a torch.nn.Module, not a {type(model).__name__}")
     functions = frozenset().union(*map(_methods, _loggers(model)))
     compat.dynamo_config.ignore_logging_functions = compat.dynamo_config.ignore_logging_functions | functions
+    trace_dir()
+    whole = compat.uncompiled(model)
+    if ids is None:
+        _prepare_without_ids(whole, more)
+    else:
+        _tell(prepare_blocks(whole, ids, more))
+    prepared(whole)
     return model
+
+
+def _prepare_without_ids(model: torch.nn.Module, more: dict[str, Any]) -> None:
+    """Make up ids for a model that takes some; say so where it cannot be called with them."""
+    ids = some_ids(model)
+    if ids is None:
+        return
+    try:
+        told = prepare_blocks(model, ids, more)
+    except CALL_FAILS as error:
+        said = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"dllm: prepare could not call the model with random ids, and looked at no blocks ({said}); "
+            "hand it ids, and what else the model is called with",
+            stacklevel=3,
+        )
+    else:
+        _tell(told)
+
+
+def _tell(found: Sequence[Told]) -> None:
+    for each in found:
+        warnings.warn(
+            f"dllm: the graph breaks at {each.place}, in {each.name}, which cannot be one call: {each.reason}",
+            stacklevel=4,
+        )
+
+
+@cache
+def trace_dir() -> None:
+    """Let Dynamo trace ``dir`` of a module in this process."""
+    torch.compiler.substitute_in_graph(dir, skip_signature_check=True)(names_of)
+
+
+def names_of(value: Any) -> list[str]:
+    """``dir`` of a module, spelled out for Dynamo, which guards what is read here; of others it breaks the graph."""
+    if not isinstance(value, torch.nn.Module) or type(value).__dir__ is not torch.nn.Module.__dir__:
+        compat.graph_break()
+    found: dict[str, None] = {}
+    for held in (*[base.__dict__ for base in type(value).__mro__], value.__dict__):
+        for name in held:
+            found[name] = None
+    for held in (value._parameters, value._buffers, value._modules):
+        for name in held:
+            found[name] = None
+    return sorted([name for name in found if not name[0].isdigit()])
 
 
 def _methods(owner: object) -> Functions:

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from dllm_compile.core.arguments import attention, attention_arguments
-from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.errors import TokensUnseen
 from dllm_compile.core.graph import output_node, placeholders
 from dllm_compile.core.layout import Factor, Layout
 from dllm_compile.core.units import closure
@@ -21,7 +21,7 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
     It is what attention's values are made of: keys and queries also read positions, values read the tokens alone.
 
     Raises:
-        GraphRefused: there is none, or more than one.
+        TokensUnseen: there is none, or more than one.
     """
     names = placeholders(graph)
     calls = [node for node in graph.nodes if node.target is attention]
@@ -41,8 +41,8 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
         batch, tokens, width = tensors[hidden[0]].shape
         return hidden[0], ((Factor("B", batch),), (Factor("T", tokens),), (Factor("", width),))
     if not ids and not hidden:
-        raise GraphRefused("no input looks like token ids or a hidden state")
-    raise GraphRefused(f"{len(hidden)} inputs look like a hidden state: {', '.join(n.name for n in hidden)}")
+        raise TokensUnseen("no input looks like token ids or a hidden state")
+    raise TokensUnseen(f"{len(hidden)} inputs look like a hidden state: {', '.join(n.name for n in hidden)}")
 
 
 def _is_input(value: Any) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from dllm_compile.compat import schema, tree_leaves
 
+from . import opaque
 from .layout import Factor, Layout, holds, plain, position, regroup, size
 
 aten = torch.ops.aten
@@ -246,6 +247,14 @@ def _gather(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch
     return [index] if fine and not holds(source[at], "T") and not holds(source[at], "B") else None
 
 
+def _opaque(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Sequence[Layout] | None:
+    """A block that was tried to be row-wise."""
+    layout, weights = known.of(args[0]), any(known.of(weight) is not None for weight in args[1])
+    if layout is None or weights or [[factor.kind for factor in dim] for dim in layout] != [["B"], ["T"], [""]]:
+        return None
+    return opaque.layouts(layout, args[3])
+
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias), _view),
     **dict.fromkeys((aten.clone, aten._to_copy, aten.detach, aten.alias, aten.lift_fresh, aten.empty_like), _same),
@@ -262,4 +271,5 @@ RULES: dict[Any, Rule] = {
     aten.squeeze: _squeeze,
     aten.embedding: _embedding,
     aten.gather: _gather,
+    torch.ops.dllm.by_row: _opaque,
 }

@@ -30,6 +30,10 @@ class GraphRefused(Exception):
         super().__init__(f"{reason} (at {describe(node)})" if node is not None else reason)
 
 
+class TokensUnseen(GraphRefused):
+    """A part of a model that says nothing of its tokens; where a graph broke, that is why."""
+
+
 class FunctionFailed(RuntimeError):
     """A function that was brought from outside raised an exception: the cause of this one, which reaches the user."""
 

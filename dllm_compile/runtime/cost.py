@@ -108,7 +108,7 @@ def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
         count = 2 * (x.numel() // x.shape[-1]) * weight.shape[0] * weight.shape[1]
     else:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: axes.fake[n])
-        counter = _Counter()  # type: ignore[no-untyped-call]
+        counter = Counter()  # type: ignore[no-untyped-call]
         with compat.compile_lock, axes.mode, counter, torch.no_grad():  # fake tensors are of one thread at a time
             run_node(node, args, kwargs)
         count = counter.flops
@@ -116,7 +116,7 @@ def _by_row(node: torch.fx.Node, axes: Axes) -> Fraction:
     return found
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as ``torch.utils.flop_counter`` does, without its hooks on all modules, which other threads would see."""
 
     flops = 0

@@ -19,6 +19,7 @@ from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import fingerprint, output_node, placeholders, refuse_unfollowed, target_name
 from dllm_compile.core.layout import position, size
+from dllm_compile.core.opaque import calls_opaque
 from dllm_compile.core.outline import outline
 from dllm_compile.core.stand_ins import StandIns, at_values
 from dllm_compile.core.units import Unit, closure
@@ -183,6 +184,11 @@ class Program:
             GraphRefused: attention is causal by its mask.
         """
         refuse_causal_masks(self.masks, dict(zip(self.index, args, strict=True)))
+
+    @cached_property
+    def opaque(self) -> bool:
+        """Whether a block of the model is one call, which runs in eager and may read values."""
+        return any(calls_opaque(node) for unit in self.units for node in unit.nodes)
 
     @memoized
     def head(self, vocabulary: int | None) -> Unit | None:

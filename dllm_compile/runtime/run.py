@@ -46,7 +46,7 @@ from .batch import Batch, Step
 from .cost import terms
 from .output_buffers import OutputBuffers
 from .program import Program
-from .recordings import COUNTED, DECIDED, PARTS, note
+from .recordings import COUNTED, DECIDED, EAGER, PARTS, note
 from .skipping import CONFIDENCE, asked_score, going_on, judged, layers_at, narrowed, told
 from .stats import Tally
 from .unit_code import UnitCode, Values, Variant
@@ -300,6 +300,8 @@ class GraphCall:
             return PARTS
         if self.after_layer is not None:
             return DECIDED
+        if self.program.opaque:
+            return EAGER
         return COUNTED if self.capacity is None and self.step.assignment.salient else None
 
     def compute(self) -> None:

@@ -1,0 +1,283 @@
+"""Find the blocks of a model that break its graph and whose rows are independent, and make each one call in a graph.
+
+Experts that look up their rows, or split them by counts that they read, break the graph inside of every layer, though
+the block as a whole makes each row of that row alone. No class is known by name: Dynamo is asked whether it can trace a
+block whole, and a trial on other rows shows what a row depends on.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from traceback import FrameSummary
+from typing import Any, NamedTuple
+
+import torch
+
+from . import compat
+from .core.opaque import Form, flat_outputs, is_opaque, make_opaque
+from .runtime.cost import Counter
+
+CLOSE = 1e-5
+"""How much of the largest number a row may move among other rows, by rounding, in float32."""
+STRANGE = 1000.0
+"""How much larger than a block's own input some of its other rows are in the trial: little of them would be seen."""
+CALL_FAILS = (RuntimeError, TypeError, ValueError, AssertionError, IndexError, AttributeError)
+"""What a call that does not fit raises."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Refused(Exception):
+    """A block cannot be one call, and why."""
+
+
+class Told(NamedTuple):
+    """A block that breaks the graph and stays as it is."""
+
+    name: str
+    place: str
+    reason: str
+
+
+def prepare_blocks(model: torch.nn.Module, ids: torch.Tensor, more: Mapping[str, Any]) -> list[Told]:
+    """Make opaque what breaks the graph inside of the layers.
+
+    Args:
+        model: called once as ``model(ids, **more)``, in eager.
+        ids: ``[B, S]``, such as the model is called with.
+        more: other arguments of the call.
+
+    Returns:
+        Blocks that break the graph and could not be made opaque: the innermost ones, one of each kind.
+    """
+    found: dict[str, str | None] = {}
+    refused: dict[torch.nn.Module, Told] = {}
+    names = {module: name for name, module in model.named_modules()}
+    with _evaluating(model):
+        for block, x in reversed(_called(model, ids, more).items()):  # those inside come first
+            inside = [each for each in block.modules() if each in refused]
+            kind = f"{type(block)} {block} {x.dtype} {[is_opaque(each) for each in block.modules()]}"
+            if kind not in found:
+                found[kind] = _where_it_breaks(block, x)
+            place = found[kind]
+            if place is None:
+                continue
+            try:
+                _make_opaque(block, x)
+            except Refused as why:
+                if not inside:
+                    refused[block] = Told(names[block], place, str(why))
+                continue
+            for each in inside:
+                del refused[each]
+    return [*{(type(block), told.place): told for block, told in refused.items()}.values()]
+
+
+def some_ids(model: torch.nn.Module) -> torch.Tensor | None:
+    """Random ids ``[2, 12]`` for a model that looks its tokens up in a table; ``None`` for another, or for no memory."""
+    table = next((each for each in model.modules() if isinstance(each, torch.nn.Embedding)), None)
+    if table is None or table.weight.is_meta:
+        return None
+    drawn = torch.randint(table.num_embeddings, (2, 12), generator=torch.Generator().manual_seed(0))
+    return drawn.to(table.weight.device)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """In ``eval()`` and without gradients, whatever it was; each module is put back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def _called(model: torch.nn.Module, ids: torch.Tensor, more: Mapping[str, Any]) -> dict[torch.nn.Module, torch.Tensor]:
+    """Modules that are called with one tensor, ``[B, S, d]``, and return one such first; in the order of the model."""
+    seen: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def look(module: torch.nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        given = [each for each in (*args, *kwargs.values()) if each is not None]
+        outs = out if isinstance(out, tuple) else (out,)
+        if len(given) == 1 and outs and all(isinstance(each, torch.Tensor) for each in (given[0], outs[0])):
+            x, first = given[0], outs[0]
+            if x.dim() == 3 and x.shape[:2] == ids.shape and x.is_floating_point() and first.shape == x.shape:
+                seen[module] = x.detach().clone()
+
+    own = [each for each in model.modules() if type(each).__module__.partition(".")[0] != "torch"]
+    hooks = [each.register_forward_hook(look, with_kwargs=True) for each in own if each is not model]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(ids, **more)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {module: seen[module] for module in model.modules() if module in seen}
+
+
+def _call(block: Callable[..., Any], x: torch.Tensor) -> Any:
+    return block(x)
+
+
+def _where_it_breaks(block: torch.nn.Module, x: torch.Tensor) -> str | None:
+    """The line that breaks the graph of a block; ``None`` if Dynamo traces it whole, with sizes that are known."""
+    unknown: list[str] = []
+
+    def look(module: torch.fx.GraphModule, _: Any) -> Any:
+        for node in module.graph.nodes:
+            if compat.of_values(node.meta.get("example_value")):
+                unknown.append(node.stack_trace or "")
+        return module.forward
+
+    call = types.FunctionType(_call.__code__.replace(), globals())  # whose code no other trace was of
+    try:
+        torch.compile(call, backend=look, fullgraph=True, dynamic=False)(block, x)
+    except (compat.TorchDynamoException, compat.GuardOnDataDependentSymNode) as error:
+        stack = getattr(error, "real_stack", None)
+        return _place(stack[-1] if stack else None, block, str(error).splitlines()[0])
+    if not unknown:
+        return None
+    lines = [line.split('"') for line in unknown[0].splitlines() if line.strip().startswith("File")]
+    at = FrameSummary(lines[-1][1], int(lines[-1][2].split()[2].rstrip(",")), "") if lines else None
+    return _place(at, block, "a size or a number depends on values")
+
+
+def _place(at: FrameSummary | None, block: torch.nn.Module, reason: str) -> str:
+    """A line, by default that of a block's forward, and what is the matter there."""
+    code = type(block).forward.__code__
+    place = (at.filename, at.lineno) if at is not None else (code.co_filename, code.co_firstlineno)
+    return f"{place[0]}:{place[1]} ({reason})"
+
+
+def _make_opaque(block: torch.nn.Module, x: torch.Tensor) -> None:
+    """Make a block one call.
+
+    Raises:
+        Refused: something forbids it.
+    """
+    if is_opaque(block):
+        raise Refused("it is one call already, and is not called as when it was prepared")
+    if "forward" in vars(block):
+        raise Refused("its forward was replaced on the object, as hooks of accelerate do")
+    held = [*block.parameters(), *block.buffers()]
+    if any(type(each) not in _PLAIN for each in held):
+        raise Refused("its weights are of a class of their own, such as quantized ones")
+    if any(isinstance(value, torch.Tensor) for each in block.modules() for value in vars(each).values()):
+        raise Refused("it holds tensors that are neither parameters nor buffers")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            _try_state(block, x)
+            wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            _try_rows(block if wide is x else copy.deepcopy(block).float(), wide)
+            form, nested = _form_of(block, x)
+    except CALL_FAILS as error:
+        raise Refused(f"it cannot be called on other rows, or in float32: {str(error).splitlines()[0]}") from error
+    make_opaque(block, x.shape[-1], x.dtype, form, nested)
+
+
+def _try_state(block: torch.nn.Module, x: torch.Tensor) -> None:
+    """See that a block keeps nothing from call to call, and draws nothing.
+
+    Raises:
+        Refused: it does.
+    """
+    before, given = _state(block), x.clone()
+    once, again = (_outs(block, given.clone())[0] for _ in range(2))
+    if _state(block) != before:
+        raise Refused("it keeps something from call to call")
+    if not all(torch.equal(a, b) for a, b in zip(once, again, strict=True)):
+        raise Refused("two calls with the same rows differ")
+    block.forward(given)
+    if not torch.equal(given, x):
+        raise Refused("it changes its input in place")
+
+
+def _state(block: torch.nn.Module) -> list[Any]:
+    """What a block holds: which objects, what is in those that hold others, and how often tensors were written to."""
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, dict):
+            return [(key, id(each)) for key, each in value.items()]
+        return [id(each) for each in value] if isinstance(value, (list, tuple, set)) else None
+
+    own = [(name, id(value), inside(value)) for each in block.modules() for name, value in vars(each).items()]
+    tensors = [each for each in (*block.parameters(), *block.buffers()) if not each.is_inference()]
+    return [own, [compat.version(each) for each in tensors], torch.get_rng_state().tolist()]
+
+
+def _outs(block: torch.nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
+    """The tensors that a block returns, one entry a row each, as ``[B S, ...]``; and what they were nested in.
+
+    Raises:
+        Refused: it returns something else.
+    """
+    found = flat_outputs(block.forward(x))
+    if found is None:
+        raise Refused("it returns more than tensors in tuples")
+    rows = x.shape[0] * x.shape[1]
+    for out in found[0]:
+        if out.shape[:2] != x.shape[:2] and out.shape[:1] != (rows,):
+            raise Refused(f"it returns {list(out.shape)} for {list(x.shape)}, which has no entry for each row")
+    return [out.reshape(rows, *out.shape[1 + (out.shape[:2] == x.shape[:2]) :]) for out in found[0]], found[1]
+
+
+def _form_of(block: torch.nn.Module, x: torch.Tensor) -> tuple[Form, Any]:
+    """What a block returns, and how it is nested."""
+    counter = Counter()  # type: ignore[no-untyped-call]
+    with counter:
+        found = flat_outputs(block.forward(x))
+    assert found is not None
+    flat = tuple([out.shape[:2] != x.shape[:2] for out in found[0]])
+    rest = tuple([tuple(out.shape[1 if each else 2 :]) for out, each in zip(found[0], flat, strict=True)])
+    return Form(flat, rest, tuple([out.dtype for out in found[0]]), counter.flops // x[..., 0].numel()), found[1]
+
+
+def _try_rows(block: torch.nn.Module, x: torch.Tensor) -> None:
+    """See that each row of what a block returns depends on the same row of its input alone, on rows ``[B, S, d]`` of
+    the model and on random ones: in another order, fewer, more, all alike, and beside others.
+
+    Raises:
+        Refused: one depends on others.
+    """
+    batch, tokens, width = x.shape
+    count = batch * tokens
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn((3, count, width), generator=generator, dtype=x.dtype).to(x.device) * x.std() + x.mean()
+    order = torch.randperm(count, generator=generator).to(x.device)
+    every = torch.arange(count, device=x.device)
+    for rows in (x.flatten(0, 1), *drawn[:2]):
+        want, _ = _outs(block, rows.view(x.shape))
+        for index, sequences in (
+            (order, batch),
+            (order.flip(0), 1),
+            (every.roll(1), batch),
+            (every[::3], 1),
+            (every[:2], 1),
+            (torch.cat([order, every]), batch),
+            (torch.zeros_like(every), 1),
+            (every[-1:].expand(4 * count), 2),
+        ):
+            _compare(_outs(block, rows[index].view(sequences, -1, width))[0], [out[index] for out in want])
+        for mine in (every % 2 == 0, every % 5 != 0):
+            for others in (drawn[2], STRANGE * drawn[2]):
+                got, _ = _outs(block, torch.where(mine[:, None], rows, others).view(x.shape))
+                _compare([out[mine] for out in got], [out[mine] for out in want])
+
+
+def _compare(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    """See that tensors are the same up to rounding.
+
+    Raises:
+        Refused: they are not.
+    """
+    for a, b in zip(got, want, strict=True):
+        same = torch.equal(a, b)
+        if not same and a.is_floating_point() and a.shape == b.shape:
+            same = bool((a - b).abs().max() <= CLOSE * b.abs().max())
+        if not same:
+            raise Refused("a row of what it returns depends on other rows")
