@@ -26,10 +26,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException as Dynamic
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor  # a tensor without numbers
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode  # makes them, and what is computed of them
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic  # whether a size may change
 from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode as GuardOnDataDependentSymNode,  # a branch on a number that depends on values
 )
-from torch.fx.experimental.symbolic_shapes import DimDynamic as DimDynamic  # whether a size may change
 from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv  # symbols of sizes, and what is assumed of them
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every ATen call
 from torch.utils._python_dispatch import (
@@ -95,6 +95,8 @@ ENTER_AUTOCAST, EXIT_AUTOCAST = "_enter_autocast", "_exit_autocast"
 """Names of the functions that Dynamo writes for ``with torch.autocast``."""
 NO_EFFECT = {"_log_api_usage_once", "_set_grad_enabled", ENTER_AUTOCAST, EXIT_AUTOCAST}
 """Names of functions in Dynamo's graphs that compute nothing."""
+NAMED = "_parameters", "_buffers", "_modules"
+"""Attributes of a module that hold others by name."""
 version: Callable[[torch.Tensor], int] = attrgetter("_version")
 """How often a tensor was written to where autograd sees it; not of inference tensors."""
 

@@ -76,7 +76,7 @@ def prepare_blocks(model: torch.nn.Module, ids: torch.Tensor, more: Mapping[str,
 
 
 def some_ids(model: torch.nn.Module) -> torch.Tensor | None:
-    """Random ids ``[2, 12]`` for a model that looks its tokens up in a table; ``None`` for another, or for no memory."""
+    """Random ids ``[2, 12]`` for a model that looks its tokens up in a table; ``None`` for another."""
     table = next((each for each in model.modules() if isinstance(each, torch.nn.Embedding)), None)
     if table is None or table.weight.is_meta:
         return None
@@ -167,6 +167,8 @@ def _make_opaque(block: torch.nn.Module, x: torch.Tensor) -> None:
     held = [*block.parameters(), *block.buffers()]
     if any(type(each) not in _PLAIN for each in held):
         raise Refused("its weights are of a class of their own, such as quantized ones")
+    if not x.isfinite().all():
+        raise Refused("the model calls it with rows that are not finite")
     if any(isinstance(value, torch.Tensor) for each in block.modules() for value in vars(each).values()):
         raise Refused("it holds tensors that are neither parameters nor buffers")
     try:
@@ -187,27 +189,31 @@ def _try_state(block: torch.nn.Module, x: torch.Tensor) -> None:
         Refused: it does.
     """
     before, given = _state(block), x.clone()
-    once, again = (_outs(block, given.clone())[0] for _ in range(2))
-    if _state(block) != before:
+    random = torch.get_rng_state()
+    once, again = (_outs(block, given)[0] for _ in range(2))
+    if not torch.equal(random, torch.get_rng_state()):
+        raise Refused("it draws random numbers")
+    if not torch.equal(given, x):
+        raise Refused("it changes its input in place")
+    after = _state(block)
+    same = (a is b or (type(a) is int and a == b) for a, b in zip(before, after, strict=True))
+    if len(before) != len(after) or not all(same):
         raise Refused("it keeps something from call to call")
     if not all(torch.equal(a, b) for a, b in zip(once, again, strict=True)):
         raise Refused("two calls with the same rows differ")
-    block.forward(given)
-    if not torch.equal(given, x):
-        raise Refused("it changes its input in place")
 
 
 def _state(block: torch.nn.Module) -> list[Any]:
-    """What a block holds: which objects, what is in those that hold others, and how often tensors were written to."""
-
-    def inside(value: Any) -> Any:
-        if isinstance(value, dict):
-            return [(key, id(each)) for key, each in value.items()]
-        return [id(each) for each in value] if isinstance(value, (list, tuple, set)) else None
-
-    own = [(name, id(value), inside(value)) for each in block.modules() for name, value in vars(each).items()]
+    """What a block holds: the objects themselves, what is in those that hold others, and how often each tensor was
+    written to.
+    """
+    found: list[Any] = []
+    for each in block.modules():
+        for name, value in vars(each).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, set)) else ()
+            found += [name, value, *inside]
     tensors = [each for each in (*block.parameters(), *block.buffers()) if not each.is_inference()]
-    return [own, [compat.version(each) for each in tensors], torch.get_rng_state().tolist()]
+    return [*found, *map(compat.version, tensors)]
 
 
 def _outs(block: torch.nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], Any]:

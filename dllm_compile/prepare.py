@@ -107,7 +107,7 @@ def trace_dir() -> None:
     torch.compiler.substitute_in_graph(dir, skip_signature_check=True)(names_of)
 
 
-def names_of(value: Any) -> list[str]:
+def names_of(value: object) -> list[str]:
     """``dir`` of a module, spelled out for Dynamo, which guards what is read here; of others it breaks the graph."""
     if not isinstance(value, torch.nn.Module) or type(value).__dir__ is not torch.nn.Module.__dir__:
         compat.graph_break()
@@ -115,8 +115,8 @@ def names_of(value: Any) -> list[str]:
     for held in (*[base.__dict__ for base in type(value).__mro__], value.__dict__):
         for name in held:
             found[name] = None
-    for held in (value._parameters, value._buffers, value._modules):
-        for name in held:
+    for kind in compat.NAMED:
+        for name in getattr(value, kind):
             found[name] = None
     return sorted([name for name in found if not name[0].isdigit()])
 

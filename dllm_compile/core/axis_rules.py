@@ -248,7 +248,7 @@ def _gather(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch
 
 
 def _opaque(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Sequence[Layout] | None:
-    """A block that was tried to be row-wise."""
+    """A module that was tried to be row-wise."""
     layout, weights = known.of(args[0]), any(known.of(weight) is not None for weight in args[1])
     if layout is None or weights or [[factor.kind for factor in dim] for dim in layout] != [["B"], ["T"], [""]]:
         return None

@@ -3,7 +3,7 @@
     before:  scores = router(x) ; where(chosen == 0) ; ...        the graph breaks, as sizes depend on values
     after:   out, scores = by_row(x, weights, number, form)       ``[B, S, d]`` to one entry a row
 
-Only a module whose rows are independent may become one, see ``opaque_blocks.py``: the call is row-wise by rule, and so
+Only a module whose rows are independent may become one, see ``prepare``: the call is row-wise by rule, and so
 runs for whichever rows a step computes. Its weights are arguments, so that they are watched as all others are. Its
 number is one, too, and no literal, so that layers which are alike share their code.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -28,13 +28,13 @@ from dllm_compile.compat import storage_id
 from .layout import Layout, plain
 
 _NUMBERS = count()
-_BLOCKS: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+_MODULES: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 _ATTRIBUTE = "one_call_in_graphs"
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a block makes of ``[B, S, d]``.
+    """What a module makes of ``[B, S, d]``.
 
     Attributes:
         flat: of each tensor whether its rows lie in one dimension, ``[B S, ...]``, and not in two.
@@ -76,10 +76,10 @@ class Form:
 
 @dataclass(frozen=True)
 class OneCall:
-    """How a block is called.
+    """How a module is called.
 
     Attributes:
-        number: int64 ``[1]``, which block it is.
+        number: int64 ``[1]``, which module it is.
         width, dtype: of the rows that it was tried with.
         form: of what it returns, as :meth:`Form.text` writes it.
         nested: what it returns, with the number of a tensor in place of each; tuples, numbers, and ``None``.
@@ -92,25 +92,25 @@ class OneCall:
     nested: Any
 
 
-def make_opaque(block: torch.nn.Module, width: int, dtype: torch.dtype, form: Form, nested: Any) -> None:
+def make_opaque(module: torch.nn.Module, width: int, dtype: torch.dtype, form: Form, nested: Any) -> None:
     """Make a module one call in the graphs that Dynamo traces in inference; elsewhere it is what it was.
 
     A copy of it, pickled or deep, is of its former class.
 
     Args:
-        block: whose rows are independent. Its class becomes one that is made of its own.
+        module: whose rows are independent. Its class becomes one that is made of its own.
         width, dtype: of rows that it takes.
         form, nested: what it returns.
     """
     which = next(_NUMBERS)
-    _BLOCKS[which] = block
+    _MODULES[which] = module
     number = torch.nn.Parameter(torch.tensor([which]), requires_grad=False)
-    vars(block)[_ATTRIBUTE] = OneCall(number, width, dtype, form.text(), nested)
-    block.__class__ = _opaque_class(type(block))
+    vars(module)[_ATTRIBUTE] = OneCall(number, width, dtype, form.text(), nested)
+    module.__class__ = _opaque_class(type(module))
 
 
 def calls_opaque(node: torch.fx.Node) -> bool:
-    """Whether a node of a graph calls an opaque block."""
+    """Whether a node of a graph calls an opaque module."""
     return node.target in (torch.ops.dllm.by_row, torch.ops.dllm.by_row.default)
 
 
@@ -120,7 +120,7 @@ def is_opaque(module: torch.nn.Module) -> bool:
 
 
 @cache
-def _opaque_class(own: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def _opaque_class(own: Any) -> Any:
     """A class like ``own`` whose forward is one call where Dynamo traces it."""
 
     def forward(self: Any, *args: Any, **more: Any) -> Any:
@@ -133,18 +133,18 @@ def _opaque_class(own: type[torch.nn.Module]) -> type[torch.nn.Module]:
         return own.forward(self, *args, **more)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, (_, *args), *state = own.__reduce_ex__(self, protocol)
+        made, (_, *args), *state = cast("tuple[Any, Any, Any]", own.__reduce_ex__(self, protocol))
         if made is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise TypeError(f"a prepared {own.__name__} cannot be copied: copy the model first, then prepare it")
         kept = {name: value for name, value in state[0].items() if name != _ATTRIBUTE}
-        return (made, (own, *args), kept, *state[1:])
+        return (object.__new__, (own, *args), kept, *state[1:])
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (own,), {**names, "forward": forward, "__reduce_ex__": reduce})
 
 
 def _fits(call: OneCall, given: Sequence[Any]) -> bool:
-    """Whether a block is called as it was tried: with rows alone, and perhaps with ``None``."""
+    """Whether a module is called as it was tried: with rows alone, and perhaps with ``None``."""
     first, *rest = given or [None]
     if not isinstance(first, torch.Tensor) or any(each is not None for each in rest):
         return False
@@ -158,7 +158,7 @@ def _nest(nested: Any, outs: Sequence[torch.Tensor]) -> Any:
 
 
 def flat_outputs(value: Any) -> tuple[list[torch.Tensor], Any] | None:
-    """What a block returned as a list of tensors, and as nested tuples of their numbers; ``None`` where it is else."""
+    """What a module returned as a list of tensors, and as nested tuples of their numbers; ``None`` where it is else."""
     outs: list[torch.Tensor] = []
 
     def numbered(each: Any) -> Any:
@@ -179,28 +179,28 @@ def flat_outputs(value: Any) -> tuple[list[torch.Tensor], Any] | None:
 
 @torch.library.custom_op("dllm::by_row", mutates_args=())
 def by_row(x: torch.Tensor, weights: list[torch.Tensor], number: torch.Tensor, form: str) -> list[torch.Tensor]:
-    """Call an opaque block.
+    """Call an opaque module.
 
     Args:
         x: ``[B, S, d]``.
         weights: its parameters and buffers, which it holds itself.
-        number: which block; on the CPU, so that reading it waits for nobody.
+        number: which module; on the CPU, so that reading it waits for nobody.
         form: of what it returns.
 
     Returns:
         Its tensors, in memory of their own.
 
     Raises:
-        RuntimeError: there is no such block any more, or it returned something else than when it was tried.
+        RuntimeError: there is no such module any more, or it returned something else than when it was tried.
     """
-    block = _BLOCKS.get(int(number))
-    if block is None:
-        raise RuntimeError("dllm: a block that a graph calls is gone with the model that was prepared")
-    found = flat_outputs(type(block).__mro__[1].forward(block, x))  # type: ignore[attr-defined]
+    module = _MODULES.get(int(number))
+    if module is None:
+        raise RuntimeError("dllm: a module that a graph calls is gone with the model that was prepared")
+    found = flat_outputs(type(module).__mro__[1].forward(module, x))  # type: ignore[attr-defined]
     wanted = Form.of_text(form)
     made = [(tuple(out.shape), out.dtype) for out in found[0]] if found is not None else []
     if found is None or made != [*zip(wanted.shapes(*x.shape[:2]), wanted.dtypes, strict=True)]:
-        raise RuntimeError(f"dllm: {type(block).__name__} returned {made}, not what it did when it was prepared")
+        raise RuntimeError(f"dllm: {type(module).__name__} returned {made}, not what it did when it was prepared")
     taken, outs = {storage_id(x), *map(storage_id, weights)}, []
     for out in found[0]:
         outs.append(out.clone() if storage_id(out) in taken else out.contiguous())
@@ -217,11 +217,11 @@ def _(x: torch.Tensor, weights: list[torch.Tensor], number: torch.Tensor, form: 
 
 @register_flop_formula(torch.ops.dllm.by_row)
 def _flops(x: Any, weights: Any, number: Any, form: str, **_: Any) -> int:
-    return prod(x[:2]) * Form.of_text(form).flops
+    return int(prod(x[:2])) * Form.of_text(form).flops
 
 
 def layouts(entering: Layout, form: str) -> list[Layout]:
-    """Where the rows are in what a block makes of ``[B, S, d]``."""
+    """Where the rows are in what a module makes of ``[B, S, d]``."""
     (batch, tokens, _), made = entering, Form.of_text(form)
     leads: list[Layout] = [((*batch, *tokens),) if flat else (batch, tokens) for flat in made.flat]
     return [(*lead, *map(plain, rest)) for lead, rest in zip(leads, made.rest, strict=True)]
