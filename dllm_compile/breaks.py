@@ -76,7 +76,7 @@ def tell_of(where: Break, given: Sequence[Any], cut: bool = False) -> None:
     _TOLD.add(where.place)
     what = " and cut the choice of tokens from the head" if cut else ""
     known = any(each in _PREPARED for each in given if isinstance(each, torch.Tensor))
-    advice = "" if known else ". Call dllm_compile.prepare(model) before: it mends log calls, and blocks of experts"
+    advice = "" if known else ". Call dllm_compile.prepare(model) before: it mends log calls, and mixtures of experts"
     warnings.warn(f"dllm: a graph broke{what} at {where.said}{advice}", stacklevel=2)
 
 

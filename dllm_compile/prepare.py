@@ -1,4 +1,4 @@
-"""What breaks a model's graph where Dynamo meets it: log calls are left out, ``dir`` is spelled out, and blocks whose
+"""What breaks a model's graph where Dynamo meets it: log calls are left out, ``dir`` is spelled out, and modules whose
 rows are independent become one call.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from . import compat
 from .breaks import prepared
-from .opaque_blocks import CALL_FAILS, Told, prepare_blocks, some_ids
+from .opaque_modules import CALL_FAILS, Told, prepare_modules, some_ids
 
 Anything = TypeVar("Anything")
 Functions = frozenset[Callable[..., Any]]
@@ -45,8 +45,8 @@ def prepare(model: Anything, ids: torch.Tensor | None = None, **more: Any) -> An
       runs.
     - ``dir(self)``. Dynamo reads the names of a module's attributes from now on, and sees to it that they stay.
     - Experts, and whatever else breaks the graph inside of a layer though each of its rows depends on the same row
-      alone. Such a block becomes one call, which runs in eager, if a trial proves it of all that it returns
-      (``docs/what-it-takes.md``). A warning names each block that breaks the graph and stays as it is, with the reason.
+      alone. Such a module becomes one call, which runs in eager, if a trial proves it of all that it returns
+      (``docs/what-it-takes.md``). A warning names each module that breaks the graph and stays as it is, with the reason.
 
     The model is called once in eager for the last.
 
@@ -70,7 +70,7 @@ def prepare(model: Anything, ids: torch.Tensor | None = None, **more: Any) -> An
     if ids is None:
         _prepare_without_ids(whole, more)
     else:
-        _tell(prepare_blocks(whole, ids, more))
+        _tell(prepare_modules(whole, ids, more))
     prepared(whole)
     return model
 
@@ -81,11 +81,11 @@ def _prepare_without_ids(model: torch.nn.Module, more: dict[str, Any]) -> None:
     if ids is None:
         return
     try:
-        told = prepare_blocks(model, ids, more)
+        told = prepare_modules(model, ids, more)
     except CALL_FAILS as error:
         said = (str(error).splitlines() or [""])[0]
         warnings.warn(
-            f"dllm: prepare could not call the model with random ids, and looked at no blocks ({said}); "
+            f"dllm: prepare could not call the model with random ids, and looked at no modules ({said}); "
             "hand it ids, and what else the model is called with",
             stacklevel=3,
         )
@@ -107,7 +107,7 @@ def trace_dir() -> None:
     torch.compiler.substitute_in_graph(dir, skip_signature_check=True)(names_of)
 
 
-def names_of(value: object) -> list[str]:
+def names_of(value: object = None, /) -> list[str]:
     """``dir`` of a module, spelled out for Dynamo, which guards what is read here; of others it breaks the graph."""
     if not isinstance(value, torch.nn.Module) or type(value).__dir__ is not torch.nn.Module.__dir__:
         compat.graph_break()

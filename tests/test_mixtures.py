@@ -158,7 +158,7 @@ def test_flops_of_experts_are_counted_by_row() -> None:
 def test_steps_of_eager_blocks_are_not_recorded() -> None:
     model = prepare(build("item"))
     call = models.compiled_loop(model, cuda_graphs=True, **METHODS["dual"])
-    with pytest.warns(UserWarning, match="a block that breaks graphs runs in eager"):
+    with pytest.warns(UserWarning, match="a module that breaks graphs runs in eager"):
         denoised(model, call)
     assert Graph.played == 0
 

@@ -56,7 +56,7 @@ def test_every_row_is_current_where_all_are_readable(name: str, form: str) -> No
     call = models.compiled(model, readable="all", **EQUAL[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
+        warnings.filterwarnings("ignore", "dllm: a graph broke at ")
         warnings.filterwarnings("ignore", "dllm: a token outside of the active block")
         for x, logits in remasking(call, start(response=12), 12):
             assert off(logits, model(x), everywhere(x)) < TOLERANCE
@@ -135,7 +135,7 @@ def test_loops_that_do_not_remask_are_told_nothing(name: str) -> None:
     call = models.compiled(model, **{**EQUAL, **METHODS}[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "dllm: a graph broke at .* part by part")
+        warnings.filterwarnings("ignore", "dllm: a graph broke at ")
         for seed in (1, 2):
             x = start(seed=seed)
             while (x == MASK).any():
@@ -261,7 +261,7 @@ def both_heads(model: Any, x: torch.Tensor) -> None:
         x = fill(want[0], x)
 
 
-@pytest.mark.filterwarnings("ignore:dllm. a graph broke at .* part by part")
+@pytest.mark.filterwarnings("ignore:dllm. a graph broke at ")
 @pytest.mark.parametrize(
     ("kind", "cut"),
     [

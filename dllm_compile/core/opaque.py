@@ -106,7 +106,7 @@ def make_opaque(module: torch.nn.Module, width: int, dtype: torch.dtype, form: F
     _MODULES[which] = module
     number = torch.nn.Parameter(torch.tensor([which]), requires_grad=False)
     vars(module)[_ATTRIBUTE] = OneCall(number, width, dtype, form.text(), nested)
-    module.__class__ = _opaque_class(type(module))
+    module.__class__ = _opaque_class(cast("Any", type(module)))
 
 
 def calls_opaque(node: torch.fx.Node) -> bool:

@@ -24,7 +24,7 @@ Made = TypeVar("Made")
 Record = Callable[[Sequence[Any], "Step"], Made]
 REPLAYED, FIRST, COUNTED = "replayed", "the first of its kind", "its salient rows are counted on the host"
 PARTS, DECIDED = "the model is more than one graph", "a rule decides behind each layer"
-EAGER = "a block that breaks graphs runs in eager"
+EAGER = "a module that breaks graphs runs in eager"
 UNLIKE = "an argument overlaps itself in memory, or is on another device"
 
 
