@@ -1,8 +1,8 @@
 """Find the modules of a model that break its graph and whose rows are independent, and make each one call in a graph.
 
 Experts that look up their rows, or split them by counts that they read, break the graph inside of every layer, though
-the module as a whole makes each row of that row alone. No class is known by name: Dynamo is asked whether it can trace a
-module whole, and a trial on other rows shows what a row depends on.
+the module as a whole makes each row of that row alone. No class is known by name: Dynamo is asked whether it can trace
+a module whole, and a trial on other rows shows what a row depends on.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def prepare(model: Anything, ids: torch.Tensor | None = None, **more: Any) -> An
     - ``dir(self)``. Dynamo reads the names of a module's attributes from now on, and sees to it that they stay.
     - Experts, and whatever else breaks the graph inside of a layer though each of its rows depends on the same row
       alone. Such a module becomes one call, which runs in eager, if a trial proves it of all that it returns
-      (``docs/what-it-takes.md``). A warning names each module that breaks the graph and stays as it is, with the reason.
+      (``docs/what-it-takes.md``). A warning names each module that breaks the graph and stays as it is, and why.
 
     The model is called once in eager for the last.
 

@@ -17,7 +17,7 @@ import torch.fx
 from dllm_compile.compat import tree_leaves
 from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes, linear
-from dllm_compile.core.errors import GraphRefused
+from dllm_compile.core.errors import GraphRefused, TokensUnseen
 from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
 from dllm_compile.core.stand_ins import expressions
@@ -70,7 +70,7 @@ def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
     for name in given._fields[:3]:
         layout = axes.layout.get(getattr(given, name))
         if layout is None or position(layout, "T") != len(layout) - 2 or position(layout, "B") is None:
-            raise GraphRefused(f"the tokens of attention's {name} cannot be followed back to the input", node)
+            raise TokensUnseen(f"the tokens of attention's {name} cannot be followed back to the input", node)
 
 
 def _check_random(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> None:
