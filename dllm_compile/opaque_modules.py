@@ -102,7 +102,7 @@ def _called(model: torch.nn.Module, ids: torch.Tensor, more: Mapping[str, Any]) 
     seen: dict[torch.nn.Module, torch.Tensor] = {}
 
     def look(module: torch.nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        given = [each for each in (*args, *kwargs.values()) if each is not None]
+        given = [*args, *kwargs.values()]
         outs = out if isinstance(out, tuple) else (out,)
         if len(given) == 1 and outs and all(isinstance(each, torch.Tensor) for each in (given[0], outs[0])):
             x, first = given[0], outs[0]

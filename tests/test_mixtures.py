@@ -36,9 +36,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _no_gradients_and_no_warnings() -> Iterator[None]:
+    before = torch._dynamo.config.ignore_logging_functions
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
+    torch._dynamo.config.ignore_logging_functions = before
 
 
 def opaque(model: torch.nn.Module) -> list[str]:

@@ -144,11 +144,10 @@ def _opaque_class(own: Any) -> Any:
 
 
 def _fits(call: OneCall, given: Sequence[Any]) -> bool:
-    """Whether a module is called as it was tried: with rows alone, and perhaps with ``None``."""
-    first, *rest = given or [None]
-    if not isinstance(first, torch.Tensor) or any(each is not None for each in rest):
+    """Whether a module is called as it was tried: with rows alone."""
+    if len(given) != 1 or not isinstance(given[0], torch.Tensor):
         return False
-    return first.dim() == 3 and first.shape[-1] == call.width and first.dtype == call.dtype
+    return given[0].dim() == 3 and given[0].shape[-1] == call.width and given[0].dtype == call.dtype
 
 
 def _nest(nested: Any, outs: Sequence[torch.Tensor]) -> Any:
