@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from .models import VOCABULARY
 
@@ -142,7 +143,10 @@ class Model(torch.nn.Module):
         return logits
 
 
-PUBLISHED = {"where": (ByWhere, False), "split": (BySplit, False), "item": (ByItem, False), "dir": (ByWhere, True)}
+TRACES_DIR = TorchVersion(torch.__version__) >= "2.13"
+"""Before, Dynamo iterates over no attributes of a module."""
+PUBLISHED = {"where": (ByWhere, False), "split": (BySplit, False), "item": (ByItem, False)}
+PUBLISHED |= {"dir": (ByWhere, True)} if TRACES_DIR else {}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Model:

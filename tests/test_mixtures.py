@@ -336,6 +336,7 @@ def test_the_warning_names_the_break_and_what_mends_it() -> None:
     assert "dllm_compile.prepare(model)" in said[0]
 
 
+@pytest.mark.skipif(not mixture_models.TRACES_DIR, reason="Dynamo cannot")
 def test_the_names_of_a_module_are_those_that_dir_gives_and_are_guarded() -> None:
     module = mixture_models.Attends(True, False).eval()
     module.register_buffer("scale", torch.ones(1))
