@@ -43,7 +43,7 @@ def prepare(model: Anything, ids: torch.Tensor | None = None, **more: Any) -> An
       this, Dynamo leaves out what is logged below an error by the loggers of the packages that the model's and its
       configuration's classes come from: in compiled code they say nothing. ``generate`` does so by itself while it
       runs.
-    - ``dir(self)``. Dynamo reads the names of a module's attributes from now on, and sees to it that they stay. (Needs torch 2.13.)
+    - ``dir(self)``. Dynamo reads the names of a module's attributes from now on, with guards (from torch 2.13 on).
     - Experts, and whatever else breaks the graph inside of a layer though each of its rows depends on the same row
       alone. Such a module becomes one call, which runs in eager, if a trial proves it of all that it returns
       (``docs/what-it-takes.md``). A warning names each module that breaks the graph and stays as it is, and why.
