@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ class Backend:
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
-        key = self._key(args)
+        begin, key = perf_counter(), self._key(args)
         programs = self.programs  # replaced as a whole by other threads
         program = programs[key] if key in programs else self._program(key, args)
         if program is None or isinstance(declared(), ExactCalls):
@@ -174,17 +175,17 @@ class Backend:
             with session.lock:
                 chain.found = self._begin(program, args, session)
                 enter(chain)
-                result = self._run(program, args, chain)
+                result = self._run(program, args, chain, begin)
         elif chain.found is None:
-            result = self._run(program, args, chain)
+            result = self._run(program, args, chain, begin)
         else:
             with chain.found[0].session.lock:
                 self._join(program, args, *chain.found)
-                result = self._run(program, args, chain)
+                result = self._run(program, args, chain, begin)
         return chain.deliver() or result  # type: ignore[func-returns-value]  # no interrupt comes inside of a line
 
-    def _run(self, program: Program, args: Sequence[Any], chain: Chain) -> Any:
-        """Run the graph, as part of the step that its chain is."""
+    def _run(self, program: Program, args: Sequence[Any], chain: Chain, begin: float) -> Any:
+        """Run the graph, called at ``begin`` by the host's clock, as part of the step that its chain is."""
         result = None
         if chain.found is not None and chain.found[1].shape == program.size:
             try:
@@ -196,6 +197,8 @@ class Backend:
                 chain.found = None  # the graphs behind this one belong to no step
         if chain.found is None or chain.found[1].shape != program.size:
             result = self._run_plain(args)
+        else:
+            chain.found[0].session.took(*chain.found, begin)
         chain.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         return result
 

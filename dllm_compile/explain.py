@@ -199,6 +199,11 @@ def _describe(program: Program) -> str:
     lines.append(
         f"  head: {(logits or head.outputs[0]).name!r}, computed for {rows}" if head else "  head: none in this graph"
     )
+    if logits in program.results:
+        lines.append(
+            f"    the loop gets logits of all rows, and each softmax or argmax of it is over {program.vocabulary} "
+            "tokens a row; generate, or a compiled step with denoise_step, makes them of readable rows alone"
+        )
     return "\n".join(lines)
 
 

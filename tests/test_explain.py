@@ -193,6 +193,14 @@ def test_explain_reads_as_text_and_names_the_roles() -> None:
         assert word in text
 
 
+def test_explain_says_what_chooses_tokens_for_readable_rows_alone() -> None:
+    x = models.start(9, 8)
+    loop = dllm_compile.explain(models.build("llama"), x, mask_id=models.MASK)
+    assert f"each softmax or argmax of it is over {models.VOCABULARY} tokens a row; generate, or" in str(loop)
+    base = dllm_compile.explain(models.build("llama").model, x, mask_id=models.MASK)  # hidden states, no logits
+    assert "softmax" not in str(base)
+
+
 def test_explain_says_why_a_causal_model_is_left_alone() -> None:
     model = models.build("llama", is_causal=True)
     explained = dllm_compile.explain(model, models.start(9, 8), mask_id=models.MASK)

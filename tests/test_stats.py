@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import dllm_compile
 from dllm_compile.runtime.ids import mask_of_changes
+from dllm_compile.runtime.unit_code import LISTENERS
 
 from . import callers, models
 from .test_explain import counted
@@ -106,6 +109,89 @@ def test_a_repeat_skips_everything() -> None:
     found = dllm_compile.stats(model)
     assert found["steps"] == {"exact": 1, "repeat": 3}
     assert found["flops_skipped"] == pytest.approx(0.75)
+
+
+REST = 0.02  # seconds
+
+
+@torch._dynamo.disable
+def rest() -> None:
+    time.sleep(REST)
+
+
+class Slow(LoopBroken):
+    """Rests before each layer, between two graphs."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            rest()
+            x, _ = layer(x, None)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+def timed(model: torch.nn.Module, rests: tuple[float, ...], loops: int = 1) -> tuple[dict[str, Any], list[float]]:
+    """Loops whose calls take turns, each of which rests before it calls again: stats, when the first call began, and
+    when each ended.
+    """
+    calls = [models.compiled_loop(model, method="exact") for _ in range(loops)]
+    xs = [models.start(PROMPT, RESPONSE, seed=i) for i in range(loops)]
+    times = [time.perf_counter()]
+    with torch.no_grad():
+        for step, seconds in enumerate((0, *rests)):
+            for call, x in zip(calls, xs, strict=True):
+                time.sleep(seconds)
+                call(x)
+                times.append(time.perf_counter())
+                x[:, PROMPT + step] = 5
+    return dllm_compile.stats(model), times
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_time_outside_of_the_model_is_what_the_loop_rests(loops: int) -> None:
+    rests = (0.0, 3 * REST, 0.0, 2 * REST)
+    found, (_, first, *_, last) = timed(models.build("llama"), rests, loops)
+    inside, outside = found["seconds_inside"], found["seconds_outside"]
+    assert inside > 0
+    assert outside >= loops * sum(rests)
+    assert inside + outside <= last - first  # loops in turns wait for one another, and no moment counts twice
+    assert found["time_outside"] == outside / (inside + outside)
+
+
+def test_what_a_model_does_between_two_of_its_graphs_is_inside() -> None:
+    found, (begin, *_, last) = timed(Slow().double().eval(), (0.0, REST))
+    assert found["graphs_per_step"] > 1
+    layers = found["layers"]["seen"] // found["sequences"] // sum(found["steps"].values())
+    assert found["seconds_inside"] >= (layers - 1) * REST * 2  # no graph runs before the first rest
+    assert found["seconds_inside"] + found["seconds_outside"] <= last - begin
+
+
+def test_no_time_is_counted_of_one_call_nor_of_one_that_compiles() -> None:
+    found, _ = timed(models.build("llama"), ())
+    assert (found["seconds_inside"], found["seconds_outside"], found["time_outside"]) == (0, 0, 0)
+    model, x = models.build("llama"), models.start(PROMPT, RESPONSE)
+    call, spent = models.compiled_loop(model, **DUAL), 0.0
+    torch.compiler.reset()
+    with torch.no_grad():
+        for step in range(3):
+            compiles, before = bool(compiled_by(lambda: call(x))), spent
+            assert compiles == (step < 2), step
+            found = dllm_compile.stats(model)
+            spent = found["seconds_inside"] + found["seconds_outside"]
+            assert (spent > before) != compiles, step
+            x[:, PROMPT + step] = 5
+
+
+def compiled_by(call: Callable[[], Any]) -> list[str]:
+    """Names of the steps that code is compiled for in a call."""
+    found: list[str] = []
+    LISTENERS.append(found.append)
+    try:
+        call()
+    finally:
+        LISTENERS.remove(found.append)
+    return found
 
 
 def test_the_mask_is_what_changed_rows_had_in_common() -> None:

@@ -89,6 +89,8 @@ class Step:
         deeper_rows: a layer was followed by the decision that those behind it compute every row.
         memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
         places: of each of them there.
+        timed: whether a graph of it has run; see :meth:`.session.Session.took`.
+        compiled: whether code was compiled for it.
         returned: positions ``[B, K]`` of the rows of logits that a sampler may read, computed now or before; ``None``
             for all. They differ more often than what the layers read, so that no recording has them.
     """
@@ -121,6 +123,8 @@ class Step:
     memory: torch.Tensor | None = None
     places: Places = ()
     returned: torch.Tensor | None = None
+    timed: bool = False
+    compiled: bool = False
 
     @classmethod
     def of(
@@ -182,6 +186,7 @@ class Batch:
         self.whole = False  # some part of the model cannot run for fewer rows
         self.stale = False  # what is kept is not good for the next call
         self.last: Step | None = None
+        self.opened: Step | None = None  # the first that ran
         self.drafts_of: Batch | None = None  # the batch whose rows are read, where these are drafts
         self.layers_seen = 0  # of a step
         self.told_unskipped = False

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from operator import is_
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Session:
         self.scored: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # see :meth:`_scores`
         self.filled_with: dict[int | None, set[int]] = {}  # by mask token, the tokens that were filled in where it was
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
+        self.left: float | None = None  # when the last call came to its end; see :meth:`took`
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
         this = weakref.ref(self)
         self.owners = [weakref.ref(weight) for weight in weights]
@@ -215,6 +217,23 @@ class Session:
             self.stats.sequences += 1
         self.batches = [*(each for each in self.batches if each is not batch), batch]
         self.stats.count(step)
+
+    def took(self, batch: Batch, step: Step, begin: float) -> None:
+        """Note what time a graph of a step has taken, and the loop before it.
+
+        Args:
+            batch: the sequences.
+            step: that the graph was a part of.
+            begin: when the graph was called, in seconds of the host's clock.
+        """
+        batch, first, step.timed = batch.drafts_of or batch, not step.timed, True
+        batch.opened = batch.opened or step
+        left, self.left = self.left, perf_counter()
+        if left is None or batch.opened is step or step.compiled:
+            return
+        begin = max(begin, left) if first else left  # what is between two graphs of a step is of the model
+        self.stats.seconds_outside += begin - left
+        self.stats.seconds_inside += self.left - begin
 
     def _could_be(
         self,

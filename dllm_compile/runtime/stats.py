@@ -47,6 +47,10 @@ class Stats:
             ``full_steps``), or along with another sequence; ``"after_layer"``, decided in mid-step.
         layers: ``"seen"``, layers that ran in all of them, and ``"cached"``, those that read rows kept of other steps.
         graphs: calls of graphs that those steps were made of.
+        seconds_inside, seconds_outside: between the first and the last call of sequences: in their calls, and between
+            one and the next; of several under way in turns, each moment once. Neither has a call in which code was
+            compiled. By the host's clock: where a device computes beside the host, a call counts until it returns, and
+            who waits for the device next, for the rest.
         flops_whole, flops: of those calls, had they computed every row (where they are of several drafts, of one), and
             as they ran; see :class:`Tally`. Graphs that run on plain Inductor, what precedes the first layer and what a
             sampler computes are in neither.
@@ -68,6 +72,8 @@ class Stats:
     refreshes: Counter[str] = field(default_factory=Counter)
     layers: Counter[str] = field(default_factory=Counter)
     graphs: int = 0
+    seconds_inside: float = 0.0
+    seconds_outside: float = 0.0
     flops_whole: float = 0.0
     flops: float = 0.0
     salient: int = 0
@@ -116,21 +122,23 @@ class Stats:
                 del counts[name]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for printing and JSON; with ``graphs_per_step`` and ``flops_skipped``, a share."""
+        """Plain data, for printing; with ``graphs_per_step``, and the shares ``flops_skipped`` and ``time_outside``."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in plain.items()}
         plain["layers"] = {name: self.layers[name] for name in ("cached", "seen")}
         plain["graphs_per_step"] = self.graphs / max(sum(self.steps.values()), 1)
         plain["flops_skipped"] = 1 - self.flops / self.flops_whole if self.flops_whole else 0.0
+        spent = self.seconds_inside + self.seconds_outside
+        plain["time_outside"] = self.seconds_outside / spent if spent else 0.0
         return plain
 
     def add(self, other: Stats) -> None:
         """Fold another session's counters in."""
         for name in ("steps", "rows", "logits", "refreshes", "layers", "cuda_graphs"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("sequences", "graphs", "flops_whole", "flops", "salient", "salient_layers"):
+        for name in ("sequences", "graphs", "seconds_inside", "seconds_outside", "flops_whole", "flops", "salient"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("overflows", "checked", "token_flips"):
+        for name in ("salient_layers", "overflows", "checked", "token_flips"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.max_logit_error = max(self.max_logit_error, other.max_logit_error)
         for row, step in other.first_divergence.items():

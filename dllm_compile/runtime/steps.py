@@ -71,7 +71,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
         call = batch.call(read.ids, caller, *said)
     if call.repeat and last is not None and not last.delivered and program in batch.outputs:
         # an interrupt came between the step and its result
-        return replace(last, repeat=True, layer=0, depth=0, seen=set())
+        return replace(last, repeat=True, layer=0, depth=0, seen=set(), timed=False)
     evidence = _evidence(session, batch, read, call, past)
     lossy = not isinstance(past.schedule, Exact)
     missed = False

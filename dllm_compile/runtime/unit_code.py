@@ -162,6 +162,7 @@ class UnitCode:
                     raise
                 fixed |= names  # the compiler fails with symbols; what it does without them is to be seen
         variants = self.variants.setdefault(assignment, [])
+        step.compiled = True
         del variants[: 1 - MOST]
         variants.append(Variant(f"{self.unit.name} for {assignment.name}", code, emitted, pick))
         for listener in LISTENERS:
