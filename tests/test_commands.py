@@ -18,7 +18,7 @@ import torch
 
 from dllm_compile import __main__ as command
 from dllm_compile import tiny
-from dllm_compile.bench import bench, demo, frontier, heat
+from dllm_compile.bench import bench, demo, frontier, heat, speed
 from dllm_compile.bench import kernels as kernel_bench
 from dllm_compile.bench import lengths as length_bench
 from dllm_compile.bench import model as bench_model
@@ -153,6 +153,46 @@ def test_the_plot_is_drawn_from_rows(tmp_path: Path) -> None:
     boxes = [text.get_window_extent() for text in pyplot.gca().texts]
     assert len(boxes) == sum(bool(label) for points in series.values() for label, _ in points)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_speeds_are_drawn_by_length(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+    from matplotlib.text import Text
+
+    names = [*shape_bench.entrants(speed.SMALL)]
+    rows = [
+        speed.Speed(name, prompt, [50.0 + i % 2, 40.0, 60.0 + i])  # ends that lie on one another
+        for i, name in enumerate(names)
+        for prompt in (64, 1024, 256)
+    ]
+    speed.draw(rows, "speeds", str(tmp_path / "speeds.png"))
+    assert (tmp_path / "speeds.png").read_bytes().startswith(b"\x89PNG")
+    axes = pyplot.gca()
+    lines = [each.lines for each in axes.containers]
+    assert [each.get_label() for each in axes.containers] == names
+    assert len({line.get_marker() for line, _, _ in lines}) == len(names)
+    for i, (line, _, (bars,)) in enumerate(lines):
+        assert line.get_xydata().tolist() == [[prompt, 50.0 + i % 2] for prompt in (64, 256, 1024)]
+        assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[40.0, 60.0 + i]] * 3
+    assert [text.get_text() for text in axes.texts] == sorted(names, key=lambda n: (names.index(n) % 2, n))
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line to the end
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_places_are_moved_apart_as_little_as_needed() -> None:
+    assert speed.spread([1.0, 5.0, 9.0], 2.0) == [1.0, 5.0, 9.0]
+    assert speed.spread([3.0, 3.0, 3.0], 1.0) == [2.0, 3.0, 4.0]
+    assert speed.spread([], 1.0) == []
+
+
+def test_speeds_are_measured_at_each_length() -> None:
+    setting = bench_model.Setting(
+        layers=2, width=32, mlp=48, heads=4, vocabulary=64, response=8, block=4, baseline_steps=3
+    )
+    dual = {"method": "fast-dllm", "cache": "dual", "block_length": 4, "shift": False, "lowering": "eager"}
+    found = [*speed.measured(setting, (5, 9), 3, [Contender("eager"), Contender("dual", dual, warm=6)])]
+    assert [(row.name, row.prompt) for row in found] == [("eager", 5), ("eager", 9), ("dual", 5), ("dual", 9)]
+    assert all(len(row.tokens_per_second) == 3 and min(row.tokens_per_second) > 0 for row in found)
 
 
 def test_rows_of_layers_are_drawn(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from . import lengths as length_bench
 from . import quantized as quantized_bench
 from . import saliency as saliency_bench
 from . import shape as shape_bench
+from . import speed as speed_bench
 from .command import Parser, interval, picture, require, target, whole
 from .contest import Row, finish, play, relative_flops
 from .model import KINDS, SHAPES, Setting, check_lengths, check_model, contenders, job_of, random_model
@@ -52,6 +54,11 @@ ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "host": (host_bench.main, "a partial step of a narrow model, and how many functions it calls"),
     "quantized": (quantized_bench.main, "weights of fewer bits, by every tool that is installed, beside float32"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
+}
+
+DRAWN: dict[str, tuple[Callable[[str, str | None], None], str]] = {
+    "--plot": (frontier.main, "accuracy against speed on the embedded model"),
+    "--plot-lengths": (speed_bench.main, "tokens/s against the length of the prompt, one line a method,"),
 }
 
 
@@ -112,9 +119,8 @@ def _parser() -> Parser:
         parser.add_argument(flag, type=kinds.get(name, whole()), default=value, choices=choices, help=about)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--json", type=target, help="also write the rows to this file")
-    parser.add_argument(
-        "--plot", type=picture, help="instead draw accuracy against speed on the embedded model to this PNG file"
-    )
+    for flag, (_, what) in DRAWN.items():
+        parser.add_argument(flag, type=picture, help=f"instead draw {what} to this PNG file")
     parser.add_argument("--kernels", action="store_true", help="instead measure each operation alone")
     for name, (_, what) in ALONE.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
@@ -132,6 +138,14 @@ def _alone(parser: Parser, given: dict[str, Any]) -> dict[str, Callable[[], None
     return found
 
 
+def _drawn(given: dict[str, Any]) -> dict[str, Callable[[str | None], None]]:
+    """Pictures that are asked for, by their flags, each drawn from rows that it also writes to a file, if one is named;
+    takes them out of what is ``given``.
+    """
+    paths = {flag: given.pop(flag[2:].replace("-", "_")) for flag in DRAWN}
+    return {flag: partial(DRAWN[flag][0], path) for flag, path in paths.items() if path}
+
+
 def main(argv: list[str]) -> None:
     """Command line."""
     parser = _parser()
@@ -139,14 +153,14 @@ def main(argv: list[str]) -> None:
     if shape:
         parser.set_defaults(**asdict(SHAPES[shape]))
     given = vars(parser.parse_args(argv))
-    report, drawn, device = given.pop("json"), given.pop("plot"), given.pop("device")
-    alone = _alone(parser, given)
+    report, device = given.pop("json"), given.pop("device")
+    alone, drawn = _alone(parser, given), _drawn(given)
     kernels = given.pop("kernels")
     setting = Setting(**{name: given.pop(name) for name in asdict(Setting())})
     del given["shape"]
-    apart = [*alone, *(["--kernels"] if kernels else []), *(["--plot"] if drawn else [])]
+    apart = [*alone, *(["--kernels"] if kernels else []), *drawn]
     if (alone or kernels) and (report or drawn or shape):
-        parser.error("--json, --plot and --shape do not go with a measurement of one thing alone")
+        parser.error("--json, --plot, --plot-lengths and --shape do not go with a measurement of one thing alone")
     if len(apart) > 1:
         parser.error(f"{' and '.join(apart)} are measurements of their own; give one of them")
     if device == "cuda" and not torch.cuda.is_available():
@@ -177,7 +191,7 @@ def main(argv: list[str]) -> None:
     elif kernels:
         kernel_bench.main(device)
     elif drawn:
-        frontier.main(drawn, report)
+        next(iter(drawn.values()))(report)
     elif shape:
         try:
             grid = shape_bench.grid_of({**given, "device": device}, setting, shape)

@@ -134,10 +134,24 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _looped(
-    call: Callable[..., Any], model: torch.nn.Module, job: Job, steps: int | None, limit: int | None, show: Show | None
+def looped(
+    call: Callable[..., Any],
+    model: torch.nn.Module,
+    job: Job,
+    steps: int | None = None,
+    limit: int | None = None,
+    show: Show | None = None,
 ) -> Run:
-    """The plain loop. What it takes to look a variant up, half a millisecond in a large model, is no part of it."""
+    """The plain loop. What it takes to look a variant up, half a millisecond in a large model, is no part of it.
+
+    Args:
+        call: maps ids to logits, as ``.logits``.
+        model: what ``call`` runs.
+        job: the generation.
+        steps: forward calls of all of it; ``None`` for one a token.
+        limit: forwards to stop behind; ``None`` for all.
+        show: called after each step with the ids.
+    """
     run = Run(job.ids.clone(), 0.0, 0)
     seen, beside = Counter(backend.stats(model)["steps"]), 0.0
 
@@ -205,7 +219,7 @@ def play(
     def run(job: Job, limit: int | None, show: Show | None) -> Run:
         if contender.settings is not None:
             return _generated(model, job, {**contender.settings, **(contender.options or {})})
-        return _looped(call, model, job, contender.steps, limit, show)
+        return looped(call, model, job, contender.steps, limit, show)
 
     first = run(jobs[0], contender.warm, None)
     if memory:
