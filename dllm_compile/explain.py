@@ -15,7 +15,7 @@ from .core.axes import Axes
 from .core.demand import find_demand
 from .core.rows import NONE
 from .core.units import Unit
-from .interface.plan import Call
+from .interface.plan import Call, Plan, Schedule
 from .mechanisms import turned_on
 from .options import Options, all_names, check_vocabulary
 from .passes.block_cache import full_steps
@@ -24,6 +24,7 @@ from .runtime import cost
 from .runtime.ids import infer_mask_id
 from .runtime.program import Program
 from .runtime.run import HEAD
+from .runtime.skipping import layers_at, widths
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
 from .schedule.method import schedule
 
@@ -230,43 +231,20 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     nothing = masked & False
     calls = options.full_steps + full_steps(options) + 4
     plans = [method.next(Call(i, False, masked, nothing, nothing)) for i in range(calls)]
-    rows = [(plan.assignment.alone, int(plan.active.sum(1).max())) for plan in plans if plan.active is not None]
-    active, present = [count for alone, count in rows if not alone], [count for alone, count in rows if alone]
-    fresh = [max(int(plan.fresh.sum(1).max()), 2) for plan in plans if plan.fresh is not None]
-    out.lengths = {
-        "B": ids.shape[0],
-        "S": tokens,
-        "P": tokens - response,
-        "G": response,
-        "n": int(response * share(options)),
-        "A": min(active, default=tokens),
-        "s": max(response // 10, 1),
-        "E": max(plan.kept for plan in plans),
-        "F": max(fresh, default=0),
-        "R": response // 2 + 1,
-        **({"W": present[0]} if present else {}),
-    }
+    out.lengths = {"B": ids.shape[0], "S": tokens, "P": tokens - response, "G": response, "R": response // 2 + 1}
+    out.lengths |= {"n": int(response * share(options)), "s": max(response // 10, 1), **_rows_of(plans, tokens)}
+    out.lengths |= _going(plans, len(method.skips.depths(options)), out.lengths["A"]) if method.skips else {}
+    present = "W" in out.lengths
     if not any(program.layers for program in programs):
         return
     out.variants = {variant.name: variant for variant in method.variants}
     out.layers = {u.name: _values(u, p.axes, out.variants) for p in programs for u in p.layers}
     out.first = method.first.name if method.first else None
-    if method.after_layer is not None:
-        measure, decide = (
-            getattr(f, "__name__", repr(f)) for f in (method.after_layer.measure, method.after_layer.decide)
-        )
-        out.more.append(f"behind each layer: {measure}, then {decide} may have deeper layers compute every row")
-    if method.skips is not None:
-        depths = ", ".join(f"{depth:g}" for depth in method.skips.depths(options))
-        out.more.append(f"from depth {depths} on, layers compute fewer rows in partial steps; FLOPs are of all rows")
-    leaving = [each.name for each in turned_on(options) if each.present is not None]
-    if leaving:
-        out.more.append(f"no step computes or reads the rows that {' or '.join(leaving)} leaves out")
-    hiding = [mechanism.name for mechanism in turned_on(options) if mechanism.visible is not None]
-    if hiding:
-        out.more.append(f"attention reads only the keys that {' and '.join(hiding)} leave visible")
+    skipped = _skipped(programs, method, options)
+    out.more += _also(method, options, skipped, out.lengths)
     for name, assignment in out.variants.items():
-        work = sum((_step(p, assignment, method.first or assignment) for p in programs), sympy.Integer(0))
+        fewer = skipped if skips_rows(assignment) else {}
+        work = sum((_step(p, assignment, method.first or assignment, fewer) for p in programs), sympy.Integer(0))
         out.flops[name] = sympy.expand(work.subs(cost.A, cost.W) if assignment.alone and present else work)
     layers = [(u, p) for p in programs for u in p.layers if method.first is None or not p.is_first(u)]
     out.state_bytes = sympy.expand(
@@ -276,10 +254,52 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     whole = out.flops[method.variants[0].name].subs({**numbers, cost.R: tokens})
     kept = int(out.state_bytes.subs(numbers))
     for name, assignment in out.variants.items():
-        out.relative[name] = float(out.flops[name].subs(numbers) / whole)
+        left = {cost.R: min(numbers[cost.R], numbers[cost.going(max(skipped.values()))])} if skipped else {}
+        sizes = {**numbers, **left} if skips_rows(assignment) else numbers
+        out.relative[name] = float(out.flops[name].subs(sizes) / whole)
         runs = [(u, p, assigned(p, u, assignment, method.first or assignment)) for p in programs for u in p.units]
         sizes = {**numbers, cost.A: numbers[cost.W]} if assignment.alone and present else numbers
         out.peak_bytes[name] = kept + max(cost.live_bytes(u, p.axes, chosen, sizes) for u, p, chosen in runs)
+
+
+def _rows_of(plans: list[Plan], tokens: int) -> dict[str, int]:
+    """Numbers of rows in some steps of sequences of so many tokens, by the names that formulas have for them."""
+    rows = [(plan.assignment.alone, int(plan.active.sum(1).max())) for plan in plans if plan.active is not None]
+    active, present = [count for alone, count in rows if not alone], [count for alone, count in rows if alone]
+    fresh = [max(int(plan.fresh.sum(1).max()), 2) for plan in plans if plan.fresh is not None]
+    found = {"A": min(active, default=tokens), "E": max(plan.kept for plan in plans), "F": max(fresh, default=0)}
+    return found | ({"W": present[0]} if present else {})
+
+
+def _going(plans: list[Plan], depths: int, active: int) -> dict[str, int]:
+    """The fewest rows that some steps compute from each depth on; where none skips any, all that are ``active``."""
+    found = [[*widths(plan, 1).values()] for plan in plans if plan.going is not None]
+    return {f"A{i + 1}": count for i, count in enumerate(min(found, default=[active] * depths))}
+
+
+def _also(method: Schedule, options: Options, skipped: dict[int, int], lengths: dict[str, int]) -> list[str]:
+    """A sentence for each thing that happens in a step beside what its variant says."""
+    said = []
+    if method.after_layer is not None:
+        measure, decide = (
+            getattr(f, "__name__", repr(f)) for f in (method.after_layer.measure, method.after_layer.decide)
+        )
+        said.append(f"behind each layer: {measure}, then {decide} may have deeper layers compute every row")
+    if method.skips is not None and not skipped:
+        depths = ", ".join(f"{depth:g}" for depth in method.skips.depths(options))
+        said.append(f"from depth {depths} on, layers compute fewer rows in partial steps; FLOPs are of all rows")
+    for layer, which in skipped.items():
+        said.append(
+            f"in partial steps, layers from number {layer + 1} on compute A{which + 1} = "
+            f"{lengths[f'A{which + 1}']} of the A = {lengths['A']} rows"
+        )
+    leaving = [each.name for each in turned_on(options) if each.present is not None]
+    if leaving:
+        said.append(f"no step computes or reads the rows that {' or '.join(leaving)} leaves out")
+    hiding = [mechanism.name for mechanism in turned_on(options) if mechanism.visible is not None]
+    if hiding:
+        said.append(f"attention reads only the keys that {' and '.join(hiding)} leave visible")
+    return said
 
 
 def assigned(program: Program, unit: Unit, assignment: Assignment, first: Assignment) -> Assignment:
@@ -289,14 +309,36 @@ def assigned(program: Program, unit: Unit, assignment: Assignment, first: Assign
     return HEAD if unit is program.head(program.vocabulary) else EXACT
 
 
-def _step(program: Program, assignment: Assignment, first: Assignment) -> sympy.Expr:
-    """FLOPs of one step through a graph."""
-    total = sympy.Integer(0)
+def skips_rows(assignment: Assignment) -> bool:
+    """Whether deeper layers of a step may skip some of the rows that layers before them compute."""
+    return not (assignment.computes_all or assignment.alone or assignment.evict is not None)
+
+
+def _skipped(programs: list[Program], method: Schedule, options: Options) -> dict[int, int]:
+    """By the number of a layer from which on fewer rows are computed, which of the depths that is; none where layers
+    come in graphs of their own, so that their number is not known.
+    """
+    if method.skips is None or len(programs) != 1 or programs[0].ids is None:
+        return {}
+    return layers_at(method.skips.depths(options), programs[0].depth)
+
+
+def _step(program: Program, assignment: Assignment, first: Assignment, skipped: dict[int, int]) -> sympy.Expr:
+    """FLOPs of one step through a graph.
+
+    Args:
+        program: the graph.
+        assignment, first: what layers run, and the first one.
+        skipped: by the number of a layer with attention, which of the depths applies from there on.
+    """
+    total, depth, rows = sympy.Integer(0), 0, cost.A
     memo: dict[tuple[str, Assignment], sympy.Expr] = {}
     for unit in program.units:
         chosen = assigned(program, unit, assignment, first)
         key = (unit.key, chosen)
         if key not in memo:
             memo[key] = cost.flops(unit, program.axes, chosen)
-        total += memo[key]
+        if unit.is_layer and unit.attentions:
+            rows, depth = cost.going(skipped[depth]) if depth in skipped else rows, depth + 1
+        total += memo[key].subs(cost.A, rows) if unit.is_layer else memo[key]
     return total

@@ -15,6 +15,7 @@ import dllm_compile
 from dllm_compile import Options
 from dllm_compile.backend import Backend
 from dllm_compile.mechanisms import METHODS
+from dllm_compile.runtime import cost
 from dllm_compile.runtime.memory import peak_bytes
 
 from . import models, small_model
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.shares_graphs
 
 OPTIONS = {"prompt_interval": 3, "response_interval": 4, "transfer_ratio": 0.5}
 PROMPT, RESPONSE = 21, 16
+SKIPPING: dict[str, Any] = {"cache": "dual", "block_length": 8, "row_shares": (0.5, 0.4), "row_depths": (0.3, 0.6)}
 SPARSE: dict[str, Any] = {"cache": "dual", "block_length": 4, "keep_ratio": 0.5}
 COMBINED: tuple[dict[str, Any], ...] = (
     *({"method": name} for name in METHODS),
@@ -96,6 +98,8 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
         ("esm", {"cache": "decoded"}, {"block"}),
         ("small", {"cache": "dual", "keep_ratio": 0.5, "block_length": 4}, {"full", "evict", "sparse"}),
         ("small", {**OPTIONS, "keep_ratio": 0.5}, {"select", "response", "evict"}),
+        ("small", SKIPPING, {"block"}),
+        ("qwen3", {**SKIPPING, "cache": "prefix", "row_shares": (0.3,), "row_depths": (0.6,)}, {"block"}),
     ],
     ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
@@ -106,10 +110,11 @@ def test_closed_form_is_within_a_percent_of_counted_flops(
     explained = dllm_compile.explain(build(name), ids, mask_id=models.MASK, **options)
     seen = counted(name, options)
     assert variants <= seen.keys() <= explained.flops.keys()
-    symbols = {"R": "readable", "A": "active", "E": "kept", "F": "fresh"}
+    symbols = {"R": "readable", "A": "active", "E": "kept", "F": "fresh", "A1": "going:0", "A2": "going:1"}
     for variant, (flops, sizes) in seen.items():
         lengths = {**explained.lengths, **{short: sizes[long] for short, long in symbols.items() if long in sizes}}
         values = {symbol: lengths[symbol.name] for symbol in explained.flops[variant].free_symbols}
+        values[cost.R] = min(count for symbol, count in values.items() if symbol.name in ("R", "A1", "A2"))
         assert math.isclose(float(explained.flops[variant].subs(values)), flops, rel_tol=0.01), variant
 
 
@@ -199,6 +204,19 @@ def test_explain_says_what_chooses_tokens_for_readable_rows_alone() -> None:
     assert f"each softmax or argmax of it is over {models.VOCABULARY} tokens a row; generate, or" in str(loop)
     base = dllm_compile.explain(models.build("llama").model, x, mask_id=models.MASK)  # hidden states, no logits
     assert "softmax" not in str(base)
+
+
+def test_explain_says_how_many_rows_deeper_layers_compute() -> None:
+    ids = models.start(PROMPT, RESPONSE)
+    found = dllm_compile.explain(build("small"), ids, mask_id=models.MASK, **SKIPPING)
+    active = found.lengths["A"]
+    assert [found.lengths[name] for name in ("A1", "A2")] == [active // 2, int(0.4 * active)]
+    rows = f"in partial steps, layers from number 2 on compute A1 = {active // 2} of the A = {active} rows"
+    assert rows in found.more
+    dual = {name: value for name, value in SKIPPING.items() if not name.startswith("row_")}
+    every = dllm_compile.explain(build("small"), ids, mask_id=models.MASK, **dual)
+    assert found.flops["full"] == every.flops["full"]
+    assert found.relative["block"] < every.relative["block"]
 
 
 def test_explain_says_why_a_causal_model_is_left_alone() -> None:

@@ -81,6 +81,14 @@ BY_HAND: dict[str, tuple[str, int, int, int, int, int]] = {
         5,
         3 * 14,
     ),
+    "es-dllm": (
+        "block",  # from the second layer on a quarter of the rows, or those of two tokens and the one just filled
+        products(9, 9, 9, 9) + attention(9, 40) + 2 * (products(3, 3, 3, 3) + attention(3, 40)) + head(3),
+        3 * 40 * 2 * KEYS + 2 * 9 * WIDTH,  # and hidden states that enter the second layer, before and now
+        3 * 41 * 2 * KEYS + 41 * (WIDTH + 4 // HALF),  # and confidences in float32
+        3,
+        3 * 13,
+    ),
     "dyllm": (
         "salient",  # a row of 16
         3 * SALIENT + head(4),

@@ -14,7 +14,7 @@ Not in it: activations, the host, the copies of logits for the caller, and that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -23,13 +23,15 @@ import sympy
 import torch
 
 from dllm_compile.core.assignment import EXACT, Assignment
+from dllm_compile.core.axes import Axes
 from dllm_compile.core.units import Unit
-from dllm_compile.explain import assigned
+from dllm_compile.explain import assigned, skips_rows
 from dllm_compile.interface.plan import Call, Plan, Schedule
 from dllm_compile.options import Options
 from dllm_compile.runtime import cost
 from dllm_compile.runtime.positions import positions_of_call
 from dllm_compile.runtime.program import Program
+from dllm_compile.runtime.skipping import layers_at, widths
 from dllm_compile.schedule.method import response_of, schedule
 
 from .model import SHAPES, Setting, random_model
@@ -105,12 +107,14 @@ class Run:
         assignment: of the rows that it computes.
         times: how many layers it stands for.
         name: what it is counted by in ``LAUNCHES``.
+        active: the number of active rows there.
     """
 
     unit: Unit
     assignment: Assignment
     times: int
     name: tuple[str, str]
+    active: sympy.Symbol = cost.A
 
 
 class Traced:
@@ -132,27 +136,61 @@ class Traced:
         for unit in self.program.units:
             chosen = assigned(self.program, unit, assignment, method.first or assignment)
             part = "stem" if unit.stream is None else "head"
-            times = 1
+            where: Iterable[tuple[int, sympy.Symbol]] = [(1, cost.A)]
             if unit.is_layer:
                 mlp = any(not branch.attends for branch in unit.branches)
                 part = "mlp" if not unit.attentions else "layer" if mlp else "attention"
                 chosen = chosen if chosen.keep else EXACT
-                times = 1 if unit in layers[: len(layers) // 2] else self.setting.layers - 1
+                if unit not in layers[: len(layers) // 2]:
+                    where = self._behind_first(method if skips_rows(assignment) else None)
             name = f"{chosen.name}, some keys hidden" if chosen.hides else chosen.name
-            yield Run(unit, chosen, times, (part, name))
+            for times, active in where:
+                yield Run(unit, chosen, times, (part, name), active)
+
+    def _depths(self, method: Schedule | None) -> dict[int, int]:
+        """By the number of a layer from which on fewer rows are computed, which of the depths that is."""
+        if method is None or method.skips is None:
+            return {}
+        return layers_at(method.skips.depths(self.options), self.setting.layers)
+
+    def _behind_first(self, method: Schedule | None) -> Iterator[tuple[int, sympy.Symbol]]:
+        """The layers behind the first: how many there are for each number of active rows."""
+        begin, active = 1, cost.A
+        for layer, which in [*self._depths(method).items(), (self.setting.layers, 0)]:
+            if layer > begin:
+                yield layer - begin, active
+            begin, active = layer, cost.going(which)
+
+    def _summed(self, of: Callable[[Unit, Axes, Assignment], sympy.Expr], runs: list[Run]) -> sympy.Expr:
+        axes = self.program.axes
+        return _sum(run.times * of(run.unit, axes, run.assignment).subs(cost.A, run.active) for run in runs)
 
     def flops(self, runs: list[Run]) -> sympy.Expr:
         """FLOPs of a step, in the symbols of :mod:`dllm_compile.runtime.cost`."""
-        return _sum(run.times * cost.flops(run.unit, self.program.axes, run.assignment) for run in runs)
+        return self._summed(cost.flops, runs)
 
-    def traffic(self, runs: list[Run]) -> sympy.Expr:
-        """Bytes of kept rows that a step reads or writes."""
-        return _sum(run.times * cost.state_traffic(run.unit, self.program.axes, run.assignment) for run in runs)
+    def traffic(self, runs: list[Run], method: Schedule) -> sympy.Expr:
+        """Bytes of kept rows that a step reads or writes: hidden states at a depth, too, before and now."""
+        depths = self._depths(method if any(skips_rows(run.assignment) for run in runs if run.unit.is_layer) else None)
+        entering = [cost.A, *map(cost.going, depths.values())]
+        hidden = _sum(2 * cost.B * rows * self._row for rows in entering[:-1])
+        return self._summed(cost.state_traffic, runs) + hidden
 
     def kept(self, runs: list[Run], method: Schedule) -> sympy.Expr:
-        """Bytes kept between steps."""
+        """Bytes kept between steps: of layers, and where rows are skipped hidden states at each depth, confidences."""
         layers = [run for run in runs if run.unit.is_layer and not (method.first and self.program.is_first(run.unit))]
-        return _sum(run.times * cost.state_bytes(run.unit, self.program.axes, method.variants) for run in layers)
+        found = _sum(run.times * cost.state_bytes(run.unit, self.program.axes, method.variants) for run in layers)
+        depths = self._depths(method)
+        each = len(depths) * self._row + torch.float32.itemsize if depths else 0
+        return sympy.expand(found + cost.B * (cost.S + 1) * each)
+
+    @cached_property
+    def _row(self) -> int:
+        """Bytes of a hidden state."""
+        stream = self.program.layers[-1].stream
+        assert stream is not None
+        made = self.program.axes.fake[stream]
+        return int(made.shape[-1] * made.element_size())
 
     @cached_property
     def logits(self) -> sympy.Expr:
@@ -210,6 +248,7 @@ def steps(options: Options, prompt: int, response: int, block: int) -> tuple[Sch
     method, answer = schedule(options, masked), response_of(options, masked)
     begin = prompt + response // block // 2 * block
     filled = [*range(prompt, begin, block), *range(begin, begin + max(3 * block // 4, 1))]
+    depths = len(method.skips.depths(options)) if method.skips is not None else 0
     seen: dict[Assignment, list[Numbers]] = {}
     before = masked
     for number, tokens in enumerate(filled):
@@ -220,24 +259,35 @@ def steps(options: Options, prompt: int, response: int, block: int) -> tuple[Sch
         step = plan.assignment
         whole = step.computes_all or step.evict is not None or "prompt" in plan.refresh
         if tokens >= begin + block // 4 and (not whole or len(method.variants) == 1):
-            seen.setdefault(step, []).append(_numbers(plan, rows, answer))
-    found = {each: sorted(numbers, key=lambda n: n[cost.A])[len(numbers) // 2] for each, numbers in seen.items()}
-    return method, found
+            seen.setdefault(step, []).append(_numbers(plan, rows, answer, depths))
+    return method, {each: _middle(numbers) for each, numbers in seen.items()}
 
 
-def _numbers(plan: Plan, rows: dict[str, torch.Tensor], answer: torch.Tensor) -> Numbers:
+def _middle(steps: list[Numbers]) -> Numbers:
+    """Of the steps of one kind the one with the median number of rows, and among equals of those that go on."""
+
+    def rows(step: Numbers) -> list[int]:
+        return [step[cost.A], *(count for symbol, count in step.items() if symbol.name[1:].isdecimal())]
+
+    return sorted(steps, key=rows)[len(steps) // 2]
+
+
+def _numbers(plan: Plan, rows: dict[str, torch.Tensor], answer: torch.Tensor, depths: int) -> Numbers:
     tokens, response = answer.shape[1], int(answer.sum())
+    active, readable = (rows[name].shape[1] if name in rows else tokens for name in ("active", "readable"))
+    going = [widths(plan, 1).get(f"going:{i}", active) for i in range(depths)]
     return {
         cost.B: 1,
         cost.S: tokens,
         cost.P: tokens - response,
         cost.G: response,
         cost.N: int(plan.selected.max()) if plan.selected is not None else 0,
-        cost.A: rows["active"].shape[1] if "active" in rows else tokens,
+        cost.A: active,
         cost.T: max(response // 10, 1),
         cost.E: plan.kept,
         cost.F: rows["fresh"].shape[1] if "fresh" in rows else 0,
-        cost.R: rows["readable"].shape[1],
+        cost.R: readable,
+        **{cost.going(i): count for i, count in enumerate(going)},
     }
 
 
@@ -338,13 +388,14 @@ def floors(shape: str, gpu: Gpu, lengths: list[int], chosen: dict[str, Options])
             plan, found = steps(model.options, tokens - setting.response, setting.response, setting.cache_block)
             for assignment, numbers in found.items():
                 runs = list(model.runs(plan, assignment))
+                numbers[cost.R] = min([numbers[cost.R], *(numbers[run.active] for run in runs if run.active != cost.A)])
                 yield Floor(
                     method=name,
                     step=assignment.name,
                     tokens=tokens,
                     weights=weights,
                     read=read,
-                    state=int(model.traffic(runs).subs(numbers)),
+                    state=int(model.traffic(runs, plan).subs(numbers)),
                     logits=int(model.logits.subs(numbers)),
                     flops=int(model.flops(runs).subs(numbers)),
                     kept=int(model.kept(runs, plan).subs(numbers)),

@@ -4,7 +4,8 @@ A token-wise call costs the same for every row, so its count for all ``S`` rows,
 ``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
 per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
 selected rows, ``A`` active rows, ``s`` salient rows, ``E`` entries kept by eviction, ``F`` those of fresh rows beside
-them, ``R`` readable rows, ``W`` rows that are present in a full step that leaves some out.
+them, ``R`` readable rows, ``W`` rows that are present in a full step that leaves some out, ``A1``, ``A2`` and so on
+active rows from each depth on, where deeper layers skip some.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ ROWS = {
     "keyed": E + F,
     "readable": R,
 }
+
+
+def going(which: int) -> sympy.Symbol:
+    """The active rows from one of the depths on."""
+    return sympy.Symbol(f"A{which + 1}", positive=True, integer=True)
 
 
 Terms = dict[tuple[str, ...], Fraction]
