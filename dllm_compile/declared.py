@@ -1,5 +1,5 @@
-"""What a caller says of the calls it makes: that they are one denoising loop, that they are none, what they fill, and
-what their ids are.
+"""What a caller says of the calls it makes: that they are one denoising loop, that they are none, what they fill, what
+is read of them, and what their ids are.
 """
 
 from __future__ import annotations
@@ -128,6 +128,18 @@ def wanting(rows: torch.Tensor) -> AbstractContextManager[None]:
 def wanted(shape: torch.Size) -> torch.Tensor | None:
     """The positions ``[B, S]`` bool that are still of use; ``None`` where nobody says."""
     return _said("wanted", shape)
+
+
+def reading(rows: torch.Tensor | None) -> AbstractContextManager[None]:
+    """Say that of the logits of the calls made inside, on this thread, only those are read that predict the positions
+    ``rows`` ``[B, S]`` bool; ``None`` says nothing.
+    """
+    return _saying("read", None if rows is None else rows.cpu())
+
+
+def to_be_read(shape: torch.Size) -> torch.Tensor | None:
+    """The positions ``[B, S]`` bool whose logits are read of a call made now; ``None`` where nobody says."""
+    return _said("read", shape)
 
 
 def known_ids(ids: torch.Tensor, host: torch.Tensor | None) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch._dynamo.testing import CompileCounter
 
 import dllm_compile
 from dllm_compile import Generated, denoise_step, generate
+from dllm_compile.declared import reading
 from dllm_compile.sampler.compiled import _COMPILED, compiled
 from dllm_compile.sampler.family import Family, family
 from dllm_compile.sampler.rules import chosen
+from dllm_compile.sampler.settings import Settings
 from dllm_compile.sampler.step import surest
 
 from . import models
@@ -177,6 +180,76 @@ def test_methods_with_nothing_to_reuse_change_nothing(method: str, more: dict[st
     got = generate(model, prompts, gen_length=8, method=method, generator=seeded(), **neutral, **more)
     assert isinstance(want, torch.Tensor)
     assert torch.equal(got, want)
+
+
+BLOCK = 4
+READS: list[tuple[dict[str, Any], int]] = [
+    ({"method": "fast-dllm", "cache": "prefix"}, BLOCK),
+    ({"method": "fast-dllm", "cache": "dual", "shift": True}, BLOCK + 1),  # and the row before
+    ({"method": "dllm-cache", "prompt_interval": 5, "response_interval": 3, "threshold": 0.3}, BLOCK),
+    ({"method": "dyllm", "saliency_threshold": 0.9, "full_steps": 2, "factor": 1.0}, BLOCK),
+    ({"method": "dkv-cache"}, BLOCK),
+    ({"cache": "greedy", "remasking": "random"}, 2),  # those to be filled are known before the call; two at least
+    ({"method": "dllm-cache", "frechet_delta": 0.5}, BLOCK),
+    ({"method": "fast-dllm", "cache": "prefix", "temperature": 0.6, "top_p": 0.9}, BLOCK),  # drawn outside of the graph
+]
+
+
+@pytest.mark.parametrize(("more", "most"), READS, ids=str)
+def test_the_head_runs_for_candidates_alone(more: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"gen_length": 16, "block_length": BLOCK, "mask_id": models.MASK, "lowering": "eager", **more}
+    model = models.build("llama")
+    got = generate(model, ids(2, 6), generator=seeded(), **settings)
+    fewer = dllm_compile.stats(model)
+    torch.compiler.reset()
+    monkeypatch.setattr(Settings, "reads_candidates", False)
+    monkeypatch.setattr("dllm_compile.sampler.in_order.reading", lambda _: nullcontext())
+    model = models.build("llama")
+    want = generate(model, ids(2, 6), generator=seeded(), **settings)
+    every = dllm_compile.stats(model)
+    assert isinstance(got, torch.Tensor)
+    assert torch.equal(got, want)  # type: ignore[arg-type]
+    assert fewer["steps"] == every["steps"]
+    calls = sum(fewer["steps"].values())
+    first = 6 + 16 if "top_p" in more else 0  # whoever gets logits gets all of them once
+    assert 0 < sum(fewer["logits"].values()) <= most * calls + first
+    assert sum(fewer["logits"].values()) < sum(every["logits"].values())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"row_shares": (0.5,), "row_depths": (0.4,), "cache": "prefix"},
+        {"length_cut": 0.5, "eos_id": END, "cache": "dual"},
+    ],
+    ids=str,
+)
+def test_the_head_runs_for_all_masks_where_they_are_looked_at(more: dict[str, Any]) -> None:
+    settings = {"gen_length": 16, "block_length": BLOCK, "mask_id": models.MASK, "lowering": "eager", **more}
+    model = models.build("llama")
+    generate(model, ids(1, 6), **settings)
+    assert dllm_compile.stats(model)["logits"]["full"] >= 16  # at the first call
+
+
+def test_the_same_ids_are_computed_again_where_other_rows_are_read() -> None:
+    model, x = models.build("llama"), models.start(6, 8)
+    call, eager = models.compiled_loop(model, method="exact", shift=False), models.build("llama")
+    first, second = (torch.zeros_like(x, dtype=torch.bool) for _ in range(2))
+    first[:, 7:10] = second[:, 9:13] = True
+    with torch.no_grad():
+        call(x)
+        x[:, 6] = 5
+        want = eager(x).logits
+        for rows in (first, second, first, None):
+            with reading(rows):
+                got = call(x).logits
+            rows = x == models.MASK if rows is None else rows
+            torch.testing.assert_close(got[rows], want[rows])
+        steps = dllm_compile.stats(model)["steps"]
+        with reading(first):
+            call(x)
+    assert steps == {"exact": 5}
+    assert dllm_compile.stats(model)["steps"] == {"exact": 5, "repeat": 1}  # all that is read now was read before
 
 
 def test_a_compiled_model_runs_as_it_is() -> None:

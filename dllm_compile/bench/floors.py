@@ -255,7 +255,7 @@ def steps(options: Options, prompt: int, response: int, block: int) -> tuple[Sch
         now = masked & (torch.arange(prompt + response) >= tokens)
         call = Call(number, False, now, before & ~now, before & ~now)
         plan, before = method.next(call), now
-        rows = positions_of_call(call, plan, answer, options.shift, False, 1, False)
+        rows = positions_of_call(call, plan, answer, options.shift, now, 1, False)
         step = plan.assignment
         whole = step.computes_all or step.evict is not None or "prompt" in plan.refresh
         if tokens >= begin + block // 4 and (not whole or len(method.variants) == 1):

@@ -43,6 +43,7 @@ class Past:
         evidence: whether the sequence is a denoising loop.
         missed: whether the last calls ran exactly, in doubt, without the schedule.
         history: ids of the last few calls that differ.
+        read: ``[B, S]`` bool, the positions that only were read of its logits; ``None`` for all.
         notes: by layer, what was noted behind it before this call; see ``interface.plan.AfterLayer``.
     """
 
@@ -54,6 +55,7 @@ class Past:
     evidence: Evidence
     missed: bool
     history: tuple[torch.Tensor, ...]
+    read: torch.Tensor | None = None
     notes: Mapping[Any, Any] = field(default_factory=dict)
 
 
@@ -222,7 +224,7 @@ class Batch:
         past = self.past
         plans = copied(past.schedule, repeated)
         ids, on_device = repeated(past.ids), repeated(past.on_device)
-        new.past = replace(past, ids=ids, on_device=on_device, schedule=plans, history=(), caller=None)
+        new.past = replace(past, ids=ids, on_device=on_device, schedule=plans, history=(), caller=None, read=None)
         return new
 
     def drop_rows(self) -> None:
@@ -393,7 +395,9 @@ class Batch:
         self.first, self.response = some(self.first), some(self.response)
         self._locate()
         plans = copied(past.schedule, lambda each: some(each) if each.shape[:1] == (size,) else each)
-        self.past = replace(past, ids=some(past.ids), on_device=some(past.on_device), schedule=plans, history=())
+        read = None if past.read is None else some(past.read)
+        here = {"ids": some(past.ids), "on_device": some(past.on_device), "read": read}
+        self.past = replace(past, **here, schedule=plans, history=())  # type: ignore[arg-type]
         self.last = None  # what was noted behind its layers is of all sequences
 
     def late_inputs(self, ids: torch.Tensor | None, late: Sequence[torch.Tensor]) -> Inputs | None:

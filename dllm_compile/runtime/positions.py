@@ -17,7 +17,7 @@ def positions_of_call(
     plan: Plan,
     response: torch.Tensor,
     shift: bool | None,
-    every: bool,
+    read: torch.Tensor | None,
     multiple: int,
     every_later: bool,
     capacity: int = 0,
@@ -29,14 +29,14 @@ def positions_of_call(
         plan: rows that it computes.
         response: ``[B, S]`` bool, rows of the response.
         shift: whether samplers read the row before a token; see :class:`dllm_compile.Options`.
-        every: whether all rows are readable.
+        read: ``[B, S]`` bool, positions whose tokens a sampler may choose from this call; ``None`` for all.
         multiple: the number of rows is rounded up to a multiple of this, but is at most ``S``.
         every_later: whether layers may come to compute every row in mid-step; then ``"readable later"`` are the rows
             that are readable then.
         capacity: rows that there is memory for of attention over the keys outside; also the place of no row.
     """
     varying = partial(positions, least=2, multiple=1 if plan.assignment.alone else multiple)  # those are not recorded
-    readable = torch.ones_like(call.masked) if every else readable_rows(call.masked, shift)
+    readable = torch.ones_like(call.masked) if read is None else readable_rows(read, shift)
     rows: dict[str, torch.Tensor] = {}
     tokens = none = readable.shape[1]
     slots = torch.arange(tokens).expand_as(readable)

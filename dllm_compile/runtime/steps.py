@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dllm_compile.core.assignment import EXACT
-from dllm_compile.declared import to_be_filled, wanted
+from dllm_compile.declared import to_be_filled, to_be_read, wanted
 from dllm_compile.interface.plan import Call, Exact, Plan, copied, rows_before
 from dllm_compile.passes.flashblock import renewing
 
@@ -60,7 +60,9 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     past, last = batch.past, batch.last
     assert past is not None
     device = read.on_device.device
-    caller = program if read.same_late.get(batch, False) else None
+    asked = to_be_read(read.ids.shape)
+    known = past.read is None or (asked is not None and not bool((asked & ~past.read).any()))
+    caller = program if known and read.same_late.get(batch, False) else None
     said = to_be_filled(read.ids.shape), wanted(read.ids.shape)
     call = batch.call(read.ids, caller, *said)
     if call.repeat and past.number == 0 and session.weights.written_anywhere():
@@ -99,6 +101,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
         evidence,
         missed or (past.missed and not evidence.is_loop),
         history[-HISTORY:],
+        asked,
         call.notes,
     )
     return _planned(session, batch, new, call, plan, program, device)
@@ -137,12 +140,13 @@ def _planned(
     every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
     every |= not session.mask_seen(batch.mask_id)  # a sampler may read rows of another token
     multiple = MULTIPLE if session.records else 1
+    skips = past.schedule.skips is not None  # by how sure all masked rows are
     rows = positions_of_call(
         call,
         plan,
         batch.answer,
         session.options.shift,
-        every,
+        None if every else call.masked if past.read is None or skips else past.read,
         multiple,
         past.schedule.after_layer is not None,
         batch.held,

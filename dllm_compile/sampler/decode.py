@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from dllm_compile.declared import known_ids, wanting
+from dllm_compile.declared import known_ids, reading, wanting
 
 from .progress import Progress, StepFunction
+from .settings import Settings
 from .stops import Stops
 
 
@@ -84,14 +85,14 @@ def decode(
     alone = streamer is None and stops is None  # nobody else's code runs between two calls
     calls = idle = 0
     while (writable := progress.writable(masked & ~cut & ~_ends_before(host, masked, prompt, eos)[0])) is not None:
-        with known_ids(x, known if alone else None), wanting(~masked | progress.inside()):
+        read = reading(writable.candidates if progress.settings.reads_candidates else None)
+        with known_ids(x, known if alone else None), wanting(~masked | progress.inside()), read:
             x, ends = step(x, writable.to(x.device))
         progress.cut(ends)
         host = known = x.cpu()
         before, masked = masked, host == mask_id
         calls, idle = calls + 1, idle + 1 if torch.equal(masked, before) else 0
-        if idle == IDLE and (progress.settings.holds_back or progress.settings.block is not None):
-            raise _stuck(progress.settings.holds_back)
+        _see_that_it_goes_on(idle, progress.settings)
         if stops is not None:
             cut = stops.behind(x, masked)
             host = host.masked_fill(cut, stops.fill)
@@ -106,6 +107,12 @@ def decode(
     calls = getattr(step, "forwards", calls)
     rate = filled / max(calls * x.shape[0], 1)
     return Generated(x, calls, rate, torch.stack(history) if output_history else None)
+
+
+def _see_that_it_goes_on(idle: int, settings: Settings) -> None:
+    """Raise the error of :func:`decode` behind so many calls that wrote nothing."""
+    if idle == IDLE and (settings.holds_back or settings.block is not None):
+        raise _stuck(settings.holds_back)
 
 
 def _stuck(mechanisms: tuple[str, ...]) -> RuntimeError:

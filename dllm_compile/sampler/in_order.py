@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllm_compile.declared import filling
+from dllm_compile.declared import filling, reading
 from dllm_compile.mechanisms import rule_of
 from dllm_compile.options import Options
 
@@ -42,7 +42,7 @@ class InOrder:
             self.draws = drawn if self.open is None else torch.where(begins, drawn, self.draws)
         self.open = writable.candidates
         rows = chosen(self.draws, writable.candidates, writable.count, writable.most)
-        with filling(rows):
+        with filling(rows), reading(rows):
             return self.step(x, replace(writable, candidates=rows))
 
 

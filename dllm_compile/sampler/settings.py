@@ -192,6 +192,13 @@ class Settings:
         return any(each is not None for each in (self.rule, self.allowed, self.moved, self.ends))
 
     @property
+    def reads_candidates(self) -> bool:
+        """Whether a step reads the logits of its candidates alone: not where mechanisms look for the end among all
+        masks, or choose rows by how sure all are, and not of drafts, which are other states.
+        """
+        return self.ends is None and not self.skips and self.drafts is None
+
+    @property
     def parallel(self) -> bool:
         """Whether confidence decides how many tokens a step writes."""
         return self.threshold is not None or self.factor is not None or self.rule is not None
