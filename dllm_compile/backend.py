@@ -374,6 +374,8 @@ class Backend:
             if before is None or not before.fit(new) or any(before.differ(new)):
                 batch.part_inputs[place] = Inputs(new)
                 known = False
+        batch.session.group = program.group or batch.session.group
+        known = not batch.session.agree(not known, args[program.index[program.seed]].device)
         if not known and step.number > 0:
             step.anew = batch.stale = True
             batch.masked.clear()  # the same mask may be read by graphs behind this one

@@ -7,6 +7,7 @@ package allows; where the two differ, a function here hides it. Nothing of the p
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from operator import attrgetter
@@ -138,6 +139,35 @@ def traced() -> bool:
 def profiled() -> bool:
     """Whether a profiler of PyTorch runs."""
     return torch.autograd.profiler._is_profiler_enabled
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a ``DTensor``; nobody has one who has not imported its module, which takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def all_reduce(x: torch.Tensor, how: str, group: str) -> torch.Tensor:
+    """Begin to reduce a contiguous tensor over the ranks of a process group; see :func:`wait_tensor`."""
+    begun: torch.Tensor = torch.ops._c10d_functional.all_reduce(x, how, group)
+    return begun
+
+
+def all_gather(x: torch.Tensor, count: int, group: str) -> torch.Tensor:
+    """Begin to join a contiguous tensor of each of ``count`` ranks along its first dimension."""
+    begun: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, count, group)
+    return begun
+
+
+def group_size(group: str) -> int:
+    """How many ranks a process group has, by its name."""
+    return int(torch.distributed.distributed_c10d._get_group_size_by_name(group))
+
+
+def wait_tensor(begun: torch.Tensor) -> torch.Tensor:
+    """The result of what was begun."""
+    done: torch.Tensor = torch.ops._c10d_functional.wait_tensor(begun)
+    return done
 
 
 def uncompiled(model: Any) -> Any:

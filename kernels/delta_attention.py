@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from dllm_compile.core.ranks import summed
 from dllm_compile.kernels.operation import on_cuda, operation
 
 Parts = tuple[torch.Tensor, torch.Tensor]
@@ -51,6 +52,7 @@ def delta_attention(
     context: torch.Tensor,
     mask: torch.Tensor | None = None,
     scale: float | None = None,
+    group: str | None = None,
 ) -> Parts:
     """Contexts of ``Q`` rows, and how far each kept its direction. Has no gradient.
 
@@ -66,10 +68,11 @@ def delta_attention(
         context: ``[B, H, Q, h_v]``, of the step before.
         mask: bool (may attend) or floating (added), broadcastable to ``[B, H, Q, L]``.
         scale: of the scores, ``h ** -0.5`` by default.
+        group: the process group whose ranks have some of the heads each; ``None`` where they are all here.
 
     Returns:
         New contexts ``[B, H, Q, h_v]`` of the dtype of ``context``, and the similarity ``[B, Q]``, float64 for float64
-        input, else float32, taken before the contexts are rounded.
+        input, else float32, taken before the contexts are rounded, and of shards behind that.
 
     Raises:
         ValueError: shapes or dtypes are not these.
@@ -78,6 +81,9 @@ def delta_attention(
     _check_tensors(given)
     _check_rows(given)
     new, similarity = torch.ops.dllm.delta_attention(*given)
+    if group is not None:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        similarity = cosine(summed(_products(new.to(dtype), context.to(dtype)), group))
     return new, similarity
 
 
@@ -129,6 +135,11 @@ def cosine(sums: torch.Tensor) -> torch.Tensor:
     return dot / (new.clamp(min=1e-8).sqrt() * old.clamp(min=1e-8).sqrt())
 
 
+def _products(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """What a cosine is made of, over all heads side by side: ``[3, B, Q]``."""
+    return torch.stack([(a * b).sum((1, 3)) for a, b in ((new, old), (new, new), (old, old))])
+
+
 def salient_slots(at_queries: torch.Tensor, rows: int) -> torch.Tensor:
     """``[B, rows]`` int64: where in ``at_queries`` each query is named; ``n`` where it is not."""
     batch, count = at_queries.shape
@@ -168,8 +179,7 @@ def reference(given: Arguments) -> Parts:
     if bias is not None:
         emptied = bias.amax(-1, keepdim=True) == -torch.inf
         new = torch.where(emptied, torch.where(salient, 0, old), new)
-    sums = torch.stack([(a * b).sum((1, 3)) for a, b in ((new, old), (new, new), (old, old))])
-    return new.to(context.dtype), cosine(sums)
+    return new.to(context.dtype), cosine(_products(new, old))
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype, size: Shape) -> Parts:

@@ -5,12 +5,15 @@
     s_j   = max of s in the window of w positions around j           positions before and behind the block side by side
     kept  = the int(n r) positions with the largest s, n of them outside of the block
 
-in float32 at least. All heads of a layer keep the same positions.
+in float32 at least. All heads of a layer keep the same positions: where each rank holds some of them, as many as the
+others, the mean of ``s`` over the ranks decides.
 """
 
 from __future__ import annotations
 
 import torch
+
+from dllm_compile.core.ranks import count_of, summed
 
 
 def kept_and_fresh(
@@ -23,10 +26,11 @@ def kept_and_fresh(
     fresh: torch.Tensor,
     keep_ratio: float,
     kernel_size: int | None,
+    group: str | None = None,
 ) -> torch.Tensor:
     """Positions ``[B, E]`` int64, as many as ``entries`` has: those to keep, then those of the ``fresh`` rows."""
     most = entries.shape[1] - fresh.shape[1]
-    return torch.cat([kept_entries(query, key, mask, block, outside, most, keep_ratio, kernel_size), fresh], 1)
+    return torch.cat([kept_entries(query, key, mask, block, outside, most, keep_ratio, kernel_size, group), fresh], 1)
 
 
 def kept_entries(
@@ -38,6 +42,7 @@ def kept_entries(
     most: int,
     keep_ratio: float,
     kernel_size: int | None,
+    group: str | None = None,
 ) -> torch.Tensor:
     """Positions of the entries to keep, best first.
 
@@ -51,6 +56,7 @@ def kept_entries(
         most: entries of the result, ``int(n r)`` of the longest sequence.
         keep_ratio: ``r``, 0 to 1.
         kernel_size: ``w``, odd; ``None`` for no pooling.
+        group: the process group whose ranks have some of the heads each; ``None`` where they are all here.
 
     Returns:
         ``[B, most]`` int64; ``S``, "no row", behind those of a sequence that keeps fewer.
@@ -63,6 +69,8 @@ def kept_entries(
     mean = (query.gather(2, at).to(dtype) * there[:, None, :, None]).sum(2) / there.sum(1).clamp(min=1)[:, None, None]
     grouped = mean.view(mean.shape[0], key.shape[1], -1, width).mean(2)  # of heads that share a key head: it is linear
     score = (grouped.unsqueeze(2) * key.to(dtype)).sum(-1).mean(1)
+    if group is not None:
+        score = summed(score, group) / count_of(group)
     seen = outside < tokens
     place = outside.clamp(max=tokens - 1)
     if mask is not None:

@@ -1,5 +1,6 @@
 """The compiler, top to bottom.
 
+0. ``tensor_parallel``     what each rank of tensor parallelism holds, and the sums between ranks, as plain calls
 1. ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
@@ -15,7 +16,7 @@
    - keys                  ``eviction``, ``flashblock``
    - what is written       ``falling_threshold``, ``frechet``, ``length_cut``
 
-:func:`analyzed` runs 1 to 6. ``causal`` looks at the values of attention masks. Passes never import each other; only
+:func:`analyzed` runs 0 to 6. ``causal`` looks at the values of attention masks. Passes never import each other; only
 this page names them all.
 """
 
@@ -39,12 +40,13 @@ from dllm_compile.passes.normalize import memory_handed_over, name_arguments, no
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.seeds import find_seed
 from dllm_compile.passes.spelled_attention import spelled_attention
+from dllm_compile.passes.tensor_parallel import find_shards, localized, refuse_shards_between
 from dllm_compile.passes.unmask import unmask
 
 
 @dataclass(frozen=True)
 class Analyzed:
-    """What passes 1 to 6 found.
+    """What passes 0 to 6 found.
 
     Attributes:
         graph: normalized, its sizes numbers.
@@ -68,7 +70,7 @@ class Analyzed:
 def analyzed(
     module: torch.fx.GraphModule, given: Sequence[Any], halves: bool, stand_ins: StandIns | None = None
 ) -> Analyzed:
-    """Passes 1 to 6 on a graph that Dynamo traced.
+    """Passes 0 to 6 on a graph that Dynamo traced.
 
     Args:
         module: it stays as it is.
@@ -82,8 +84,10 @@ def analyzed(
     shown, sizes = (given, None) if stand_ins is None else (stand_ins.shown(module.graph, given), stand_ins.values)
     args = fake_like(shown, fake_mode := FakeTensorMode(), sizes)
     keep("traced", module)
+    with timed("tensor_parallel"):
+        plain = localized(module.graph)
     with timed("fix sizes"):
-        fixed = fix_sizes(module.graph, args, fake_mode, given, stand_ins)
+        fixed = fix_sizes(plain, args, fake_mode, given, stand_ins)
     graph = fixed.graph
     with timed("normalize"):
         name_arguments(graph)
@@ -102,6 +106,8 @@ def analyzed(
     again = timed("follow axes")(partial(follow, graph, args, fake_mode, {seed.name: layout}))
     with timed("unmask"):
         axes = unmask(graph, again(), again)
+    find_shards(graph, axes)
     with timed("regions"):
         units = regions(graph, axes, halves)
+        refuse_shards_between(units, axes)
         return Analyzed(graph, args, seed, axes, units, constants(graph, units, axes), first)

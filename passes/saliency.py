@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dllm_compile.core.assignment import ACTIVE, CONTEXTS, KEYED, SALIENT, Assignment, Operation
+from dllm_compile.core.ranks import count_of, joined
 from dllm_compile.interface.mechanism import Contexts, Mechanism, Option, asked, count, flag, is_number
 from dllm_compile.kernels.delta_attention import delta_attention
 from dllm_compile.kernels.salient_rows import salient_rows
@@ -46,11 +47,21 @@ def choosing(mechanism: Mechanism) -> Operation:
     assert function is not None
 
     @wraps(function)
-    def choose(new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any) -> Any:
+    def choose(
+        new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        *places, group = places if len(places) > 3 else (*places, None)
+        if group is not None and function is not turned:
+            new, old = _of_all_ranks(new, group), _of_all_ranks(old, group)
         drifted = asked(what, function, Contexts(new, old, cosine, bound), cosine < 0)
         return salient_rows(drifted, bound, *places)
 
     return choose
+
+
+def _of_all_ranks(contexts: torch.Tensor, group: str) -> torch.Tensor:
+    """Contexts ``[B, H, Q, h]`` of all heads, where each rank has some."""
+    return joined(contexts.movedim(1, -1), count_of(group), group).movedim(-1, 1)
 
 
 def turned(contexts: Contexts) -> torch.Tensor:

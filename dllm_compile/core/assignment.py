@@ -65,7 +65,8 @@ class Assignment:
             of their values, see :func:`dllm_compile.kernels.delta_attention.delta_attention`.
         choose_salient: the operation that chooses the salient rows of what follows. It gets their contexts, now and
             before, what else ``attend`` returned, the bound, and where the active rows are; see
-            :func:`dllm_compile.kernels.salient_rows.salient_rows`.
+            :func:`dllm_compile.kernels.salient_rows.salient_rows`. It, ``pick``, ``attend`` and ``evict`` get the
+            process group as a last argument where what they choose by is sharded over its ranks.
         evict: the operation that chooses the entries to keep, from queries and keys, and its settings; see
             :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`.
         judge: called with the logits ``[B, K, V]`` of a head, see :attr:`dllm_compile.core.units.Unit.logits`; what it

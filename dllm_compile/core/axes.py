@@ -24,6 +24,7 @@ from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
 from .once import Once
+from .ranks import joined, summed
 from .stand_ins import Values, value_of
 
 linear = torch.nn.functional.linear
@@ -44,6 +45,9 @@ class Axes:
         made: constants sized by the token count that an unproven node writes or reads by position; an input, such as a
             weight, is as large by chance, or else a trial shows it.
         random: nodes that draw random numbers, live or not.
+        shards: live nodes whose value differs between the ranks of tensor parallelism: whether it is a shard, see
+            :mod:`dllm_compile.core.ranks`, or something that nobody can name.
+        group: the process group of these ranks.
         shares: the operand in whose memory a node's value lies; nodes that are alike may have one fake value.
     """
 
@@ -56,6 +60,8 @@ class Axes:
     beside: dict[tuple[torch.fx.Node, torch.fx.Node], Layout] = field(default_factory=dict)
     made: dict[torch.fx.Node, Layout] = field(default_factory=dict)
     random: dict[torch.fx.Node, None] = field(default_factory=dict)
+    shards: dict[torch.fx.Node, bool] = field(default_factory=dict)
+    group: str | None = None
     shares: dict[torch.fx.Node, torch.fx.Node] = field(default_factory=dict)
 
 
@@ -118,7 +124,7 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """Linear and attention stay whole: their weights may be of any class, their kernels differ by device."""
+    """Linear, attention and sums over ranks stay whole: their weights may be of any class, and kernels differ."""
     if node.target is linear:
         x, weight = args[0], args[1]
         layout = mode.known.of(x)
@@ -139,6 +145,14 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
         return attended
+    if node.target in (summed, joined):
+        layout = mode.known.of(args[0])
+        if layout is None:
+            return None
+        count = args[1] if node.target is joined else 1
+        exchanged: torch.Tensor = args[0].new_empty((*args[0].shape[:-1], args[0].shape[-1] * count))
+        mode.known.tag(exchanged, (*layout[:-1], plain(exchanged.shape[-1])))
+        return exchanged
     return None
 
 

@@ -184,9 +184,23 @@ class _Writer:
             if self.computed[anchor] == ALL:
                 fresh = self._call(row_ops.gather_rows, (fresh, at, layout))
             fresh = self._call(row_ops.rows_first, (fresh, layout, self.slot["batch"]))
-            picked = self._call(self.assignment.pick, (fresh, old, at, self._tokens(), self.slot["selected"]))
+            given = fresh, old, at, self._tokens(), self.slot["selected"]
+            picked = self._call(self.assignment.pick, (*given, *self._ranks(anchor)))
             self.chosen = picked, self._call(row_ops.positions_of, (picked, at, self.slot["counts"], self._tokens()))
         return self.chosen
+
+    def _ranks(self, *nodes: torch.fx.Node) -> tuple[str, ...]:
+        """The process group that an operation sums its statistic of values over; empty where each rank has all of them.
+
+        Raises:
+            GraphRefused: one of them differs between ranks, and is no shard.
+        """
+        found = {self.axes.shards.get(node) for node in nodes} - {None}
+        if not found:
+            return ()
+        if found != {True} or self.axes.group is None:
+            raise GraphRefused("rows are chosen by what differs between ranks, and is not a shard", nodes[0])
+        return (self.axes.group,)
 
     def _tokens(self) -> torch.fx.Node:
         return self.slot["tokens"]
@@ -233,6 +247,8 @@ class _Writer:
             mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"]))
             kwargs = {**kwargs, "attn_mask": mask}
         if self.assignment.measure is not None and self.measured is None:
+            if self._ranks(node):
+                raise GraphRefused("a mechanism measures the attention of all heads, and each rank has some", node)
             self.measured = self._call(self.assignment.measure, (*given[:2], mask, given.scale))
         if self.assignment.salient:
             mask = mask if entries is None else self._call(row_ops.mask_keys, (mask, entries, self._tokens()))
@@ -316,7 +332,7 @@ class _Writer:
         active, at = self.slot["index:active"], self.slot["index:salient"]
         former = self._call(row_ops.former_rows, (self.state[node], active, self._layout(node)))
         given = (*args[:3], change, self._written(att.key, SALIENT), at, former)
-        both = self._call(self.assignment.attend, (*given, mask, scale))
+        both = self._call(self.assignment.attend, (*given, mask, scale, *self._ranks(node)))
         new, similarity = (self._call(operator.getitem, (both, i)) for i in (0, 1))
         self.contexts = new, former, similarity
         return new
@@ -370,7 +386,8 @@ class _Writer:
         elif self.assignment.hides:
             mask = self._call(row_ops.hide_keys, (mask, self.slot["visible"]))
         block, outside, fresh = (self.slot[f"index:{name}"] for name in ("block", "outside", "fresh"))
-        at = self._call(choose, (query, key, mask, block, outside, self.entries, fresh, *settings))
+        ranks = self._ranks(given.query, given.key)
+        at = self._call(choose, (query, key, mask, block, outside, self.entries, fresh, *settings, *ranks))
         positions = at
         if self.assignment.alone:  # chosen by their places among the active rows
             positions = self._call(row_ops.pick_index, (self.slot["index:active"], at, self._tokens()))
@@ -391,7 +408,8 @@ class _Writer:
         if self.contexts:
             assert self.assignment.choose_salient is not None
             places = self.slot["index:active"], self.slot["index:stored"], self._tokens()
-            both = self._call(self.assignment.choose_salient, (*self.contexts, self.slot["bound"], *places))
+            given = *self.contexts, self.slot["bound"], *places, *self._ranks(self.unit.attentions[0].node)
+            both = self._call(self.assignment.choose_salient, given)
             extras["salient"], extras["salient count"] = (self._call(operator.getitem, (both, i)) for i in (0, 1))
         if self.measured is not None:
             extras["measured"] = self.measured

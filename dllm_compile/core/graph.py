@@ -162,7 +162,7 @@ def _fixed(
             if node.op == "placeholder":
                 copied = out.node_copy(node)
                 fake[node] = next(feed)
-                env[node] = copied if has_tensor(fake[node]) else number(node)
+                env[node] = copied if has_tensor(fake[node]) or not node.users else number(node)
             elif node.op == "output":
                 out.output(torch.fx.map_arg(node.args[0], lambda n: env[n]))
             else:
@@ -223,7 +223,7 @@ def fingerprint(
         args, kwargs = torch.fx.map_arg((args, kwargs), torch.fx.Proxy)  # type: ignore[arg-type]
         beside = [axes.beside.get((node, n)) for n in node.all_input_nodes]
         rows = [_rows(layout), *map(_kinds, beside)]
-        how = "mixing" if node in axes.unproven else ""
+        how = "mixing " * (node in axes.unproven) + {None: "", True: "shard", False: "varying"}[axes.shards.get(node)]
         lines.append(f"n{i} {node.op} {target_name(node)} {_spell(args, name)} {_spell(kwargs, name)} {rows} {how}")
         name[node] = f"n{i}"
     lines.append(" ".join(name[node] for node in outputs))

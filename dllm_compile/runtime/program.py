@@ -81,6 +81,7 @@ class Program:
         masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
         knows_masks: whether there are no others.
         depth: layers with attention.
+        group: the process group whose ranks share the layers; ``None`` where one process has all of them.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
         ids: the placeholder that holds token ids, if the graph has it.
         side_inputs: tensors that stem and layers read, but the ids and parameters.
@@ -100,7 +101,7 @@ class Program:
         found = analyzed(module, args, options.saliency is not None, stand_ins)
         self.graph, self.seed, self.axes, self.units = found.graph, found.seed, found.axes, found.units
         self.stand_ins, self.size = stand_ins, found.axes.size
-        self.first = found.first
+        self.first, self.group = found.first, found.axes.group
         graph, args, constants, names = found.graph, found.args, found.constants, placeholders(found.graph)
         _keep_units(self.units, self.axes)
         self.ids = self.seed if not args[names.index(self.seed)].is_floating_point() else None

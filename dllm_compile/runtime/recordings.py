@@ -25,6 +25,7 @@ Record = Callable[[Sequence[Any], "Step"], Made]
 REPLAYED, FIRST, COUNTED = "replayed", "the first of its kind", "its salient rows are counted on the host"
 PARTS, DECIDED = "the model is more than one graph", "a rule decides behind each layer"
 EAGER = "a module that breaks graphs runs in eager"
+RANKS = "ranks share the layers"
 UNLIKE = "an argument overlaps itself in memory, or is on another device"
 
 

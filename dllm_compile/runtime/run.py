@@ -46,7 +46,7 @@ from .batch import Batch, Step
 from .cost import terms
 from .output_buffers import OutputBuffers
 from .program import Program
-from .recordings import COUNTED, DECIDED, EAGER, PARTS, note
+from .recordings import COUNTED, DECIDED, EAGER, PARTS, RANKS, note
 from .skipping import CONFIDENCE, asked_score, going_on, judged, layers_at, narrowed, told
 from .stats import Tally
 from .unit_code import UnitCode, Values, Variant
@@ -298,6 +298,8 @@ class GraphCall:
         """Why the launches of a partial step cannot be recorded; ``None`` where they can."""
         if self.program.ids is None or self.head is None:
             return PARTS
+        if self.program.group is not None:
+            return RANKS
         if self.after_layer is not None:
             return DECIDED
         if self.program.opaque:

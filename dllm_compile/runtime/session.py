@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dllm_compile.core.ranks import largest
 from dllm_compile.declared import Declared, ExactCalls, Loop, NoDrafts, declared, drafts, ids_on_host
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
@@ -28,7 +29,7 @@ from .ids import infer_mask_id, labels, mask_of_changes
 from .program import Program
 from .stats import Stats
 from .steps import Read, next_step
-from .unchanged import Inputs, Weights
+from .unchanged import Inputs, Weights, checksum
 
 BATCHES = 16  # alive in one model at most
 SCORED = 64  # prompts that are remembered because texts on them were scored
@@ -58,6 +59,7 @@ class Session:
         self.filled_with: dict[int | None, set[int]] = {}  # by mask token, the tokens that were filled in where it was
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.left: float | None = None  # when the last call came to its end; see :meth:`took`
+        self.group: str | None = None  # the process group whose ranks share the layers
         self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
         this = weakref.ref(self)
         self.owners = [weakref.ref(weight) for weight in weights]
@@ -69,6 +71,17 @@ class Session:
         (with one, it may be an ordinary token that the text ends in).
         """
         return self.options.mask_id is not None or len(self.filled_with.get(mask_id, ())) > 1
+
+    def agree(self, found: bool, device: torch.device) -> bool:
+        """Whether any rank found something: ranks that share layers have to run the same steps.
+
+        Args:
+            found: what this one found.
+            device: where ranks can exchange a number.
+        """
+        if self.group is None:
+            return found
+        return bool(largest(torch.tensor([int(found)], device=device), self.group))
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
@@ -145,8 +158,9 @@ class Session:
         word = declared()
         if isinstance(word, ExactCalls):
             return None
+        self.group = program.group or self.group
         moved = self.weights.moved()
-        if moved:
+        if moved and self.group is None:
             self._weights_changed()
         if drafts():
             return self._drafts(ids, side_inputs, program, word)
@@ -190,7 +204,7 @@ class Session:
             inputs = each.inputs.of_sequences(index, 1) if alike and not each.interrupted else None
             if inputs is None or each.model.family != program.signature.family or not inputs.fit(side_inputs):
                 continue
-            if any(map(bool, inputs.differ(side_inputs))) or not each.layers:
+            if self.agree(any(map(bool, inputs.differ(side_inputs))), ids.device) or not each.layers:
                 continue
             batch = each.of_drafts(count, program.signature)
             batch.inputs = inputs
@@ -255,10 +269,13 @@ class Session:
         side_inputs: Sequence[torch.Tensor],
         late: Sequence[torch.Tensor],
         candidates: list[Batch],
-        looked: bool,
+        moved: bool,
     ) -> Read:
         """The ids, and what was computed on the device about them, in one transfer; in none where the caller says what
-        the ids are and nothing else has to be asked.
+        the ids are and nothing else has to be asked. Where ranks share layers, what any of them found holds for all.
+
+        Raises:
+            RuntimeError: ranks that share layers have different ids.
         """
         parts = [ids.detach().reshape(-1).long()]
         device, said = ids.device, ids_on_host(ids)
@@ -267,19 +284,25 @@ class Session:
             flat = values.reshape(-1)
             parts.append((flat.view(torch.int64) if flat.dtype == torch.float64 else flat.long()).to(device))
 
-        written = [] if looked or said is not None else self.weights.written()
-        for flag in written:
-            put(flag)
+        alone = self.group is None
+        written = [] if alone and (moved or said is not None) else self.weights.written()
+        if not alone:
+            written.append(torch.tensor(moved, device=device))
         differ = [each.inputs.differ(side_inputs, counted=said is not None) for each in candidates]
         lately = [each.late_inputs(said, late) for each in candidates]
         later = [known.differ(late) if known is not None else [] for known in lately]
-        for flag in (flag for mine in (*differ, *later) for flag in mine):
+        if not alone:  # ranks may have looked at another number of things
+            differ, later = ([[_any(flags, device)] for flags in of] for of in (differ, later))
+            written = [_any(written, device)]
+        for flag in (flag for mine in (written, *differ, *later) for flag in mine):
             put(flag)
         doubted = [each for each in candidates if each.expected is not None]
         for each in doubted:
             assert each.past is not None
             assert each.expected is not None
             put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
+        if self.group is not None:
+            parts[1:] = [self._of_all_ranks(parts, self.group)]
         packed, at = torch.cat(parts) if len(parts) > 1 else parts[0], ids.numel()
         host = said.reshape(-1).long() if said is not None and len(parts) == 1 else packed.cpu()
         flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), *map(len, later), 7 * len(doubted)])
@@ -296,6 +319,17 @@ class Session:
             weights_written=bool(flags[0].any()),
             found=dict(zip(doubted, numbers, strict=True)),
         )
+
+    def _of_all_ranks(self, parts: list[torch.Tensor], group: str) -> torch.Tensor:
+        """What any rank found, ``parts`` but for the ids, which come first and have to be the same on all of them."""
+        own = checksum(parts[0]).reshape(1)
+        *found, most, least = largest(torch.cat([*parts[1:], own, -own]), group).split(1)
+        if bool(most != -least):
+            raise RuntimeError(
+                "ranks that share the layers of a model were given different token ids: give each the same, such as by "
+                "the same seed where a loop draws"
+            )
+        return torch.cat([parts[0][:0], *found])
 
     def _weights_changed(self) -> None:
         """Sequences that are under way compute every row at their next call: nothing old is of use."""
@@ -345,7 +379,7 @@ class Session:
                 index is not None
                 and inputs is not None
                 and inputs.fit(side_inputs)
-                and not any(inputs.differ(side_inputs))
+                and not self.agree(any(inputs.differ(side_inputs)), ids.device)
             ):
                 each.keep_sequences(index, inputs, program.signature)
                 return each
@@ -409,6 +443,10 @@ class Session:
         needed = max((bytes_of([each]) for each in others), default=0)
         while others and bytes_of(others) + needed > self.options.max_state_bytes:
             others.pop(0).begin_anew()
+
+
+def _any(flags: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    return torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.tensor(False, device=device)
 
 
 def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> bool:

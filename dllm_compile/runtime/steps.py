@@ -65,7 +65,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     caller = program if known and read.same_late.get(batch, False) else None
     said = to_be_filled(read.ids.shape), wanted(read.ids.shape)
     call = batch.call(read.ids, caller, *said)
-    if call.repeat and past.number == 0 and session.weights.written_anywhere():
+    if call.repeat and past.number == 0 and session.agree(session.weights.written_anywhere(), device):
         session.weights.sum()  # a few numbers differ of which the sample has none
         batch.begin_anew()
         past = batch.past

@@ -42,7 +42,8 @@ def leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     out: list[torch.Tensor] = []
     for tensor in tensors:
         if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
-            out += leaves([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            out += leaves([part for part in parts if isinstance(part, torch.Tensor)])  # a mesh of ranks is none
         else:
             out.append(tensor)
     return out

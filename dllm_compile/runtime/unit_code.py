@@ -115,7 +115,8 @@ class UnitCode:
         self.fixed: dict[Assignment, set[str]] = {}  # sizes that cannot be left open
         self.written: dict[tuple[Assignment, ...], bool] = {}
         self.mixing = unit.mixing(axes)
-        self.narrows: bool | None = None if self.mixing else True
+        alone = axes.group is None  # a trial might end otherwise on other ranks
+        self.narrows: bool | None = True if not self.mixing else None if alone else False
         beside = any((node, n) in axes.beside for node in unit.nodes for n in node.all_input_nodes)
         live = [node.op for node in unit.inputs if node in axes.live]
         self.by_token = live == ["placeholder"] and len(unit.outputs) == 1 and not (beside or self.mixing)
