@@ -161,7 +161,8 @@ def all_gather(x: torch.Tensor, count: int, group: str) -> torch.Tensor:
 
 def group_size(group: str) -> int:
     """How many ranks a process group has, by its name."""
-    return int(torch.distributed.distributed_c10d._get_group_size_by_name(group))
+    size: Callable[[Any], int] = torch.distributed.distributed_c10d._get_group_size_by_name
+    return size(group)
 
 
 def wait_tensor(begun: torch.Tensor) -> torch.Tensor:

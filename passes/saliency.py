@@ -50,11 +50,11 @@ def choosing(mechanism: Mechanism) -> Operation:
     def choose(
         new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        *places, group = places if len(places) > 3 else (*places, None)
+        group = places[3] if len(places) > 3 else None
         if group is not None and function is not turned:
             new, old = _of_all_ranks(new, group), _of_all_ranks(old, group)
         drifted = asked(what, function, Contexts(new, old, cosine, bound), cosine < 0)
-        return salient_rows(drifted, bound, *places)
+        return salient_rows(drifted, bound, *places[:3])
 
     return choose
 

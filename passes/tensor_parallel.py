@@ -23,7 +23,7 @@ from dllm_compile.compat import is_dtensor
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import called, output_node
-from dllm_compile.core.ranks import Kind, is_collective, joined, kinds, local, shard, summed
+from dllm_compile.core.ranks import is_collective, joined, kinds, local, shard, summed
 from dllm_compile.core.units import Unit
 
 WHOLE, SHARD, PARTIAL = "whole", "shard", "partial"
@@ -128,10 +128,9 @@ class _Localizer:
         examples = {node: node.meta.get("example_value") for node in self.graph.nodes}
         found = kinds(self.graph, examples)
         for node, said, where in self.said:
-            kind: Kind | None = found.get(node)
-            if kind != (None if said == WHOLE else said):
-                was = {None: WHOLE}.get(kind, kind)
-                raise GraphRefused(f"what each rank has here is said to be {said}, and was made as {was}", where)
+            made = found.get(node, WHOLE)
+            if made != said:
+                raise GraphRefused(f"what each rank has here is said to be {said}, and was made as {made}", where)
 
     def _call(self, node: torch.fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.Node:
         """A call of the new graph in the place of ``node``."""
@@ -183,7 +182,7 @@ class _Localizer:
 
     def linear(self, node: torch.fx.Node) -> torch.fx.Node:
         """A projection: the same of what each rank has. The bias of a partial sum is added to the sum."""
-        given = list(node.args)
+        given: list[Any] = list(node.args)
         if node.kwargs or not all(each is None or is_dtensor(_example(each)) for each in given):
             raise GraphRefused("a projection of sharded and of other values", node)
         x, weight, bias = (*given, None)[:3]

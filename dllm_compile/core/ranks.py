@@ -119,4 +119,3 @@ def is_collective(node: torch.fx.Node) -> bool:
     """Whether a node of a model's own graph makes ranks exchange values."""
     home = getattr(node.target, "__module__", None) or ""
     return node.op == "call_function" and ("c10d" in home or home.startswith("torch.distributed."))
-
