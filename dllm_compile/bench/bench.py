@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from . import antibody, frontier
 from . import eviction as eviction_bench
 from . import floor as floor_bench
-from . import frontier
 from . import host as host_bench
 from . import kernels as kernel_bench
 from . import lengths as length_bench
@@ -121,6 +121,8 @@ def _parser() -> Parser:
     parser.add_argument("--json", type=target, help="also write the rows to this file")
     for flag, (_, what) in DRAWN.items():
         parser.add_argument(flag, type=picture, help=f"instead draw {what} to this PNG file")
+    about = "instead let a trained model fill antibody sequences; it has flags of its own: see --antiberty --help"
+    parser.add_argument("--antiberty", action="store_true", help=about)
     parser.add_argument("--kernels", action="store_true", help="instead measure each operation alone")
     for name, (_, what) in ALONE.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
@@ -148,11 +150,16 @@ def _drawn(given: dict[str, Any]) -> dict[str, Callable[[str | None], None]]:
 
 def main(argv: list[str]) -> None:
     """Command line."""
+    if "--antiberty" in argv:
+        antibody.main(argv)
+        return
     parser = _parser()
     shape = parser.parse_known_args(argv)[0].shape
     if shape:
         parser.set_defaults(**asdict(SHAPES[shape]))
     given = vars(parser.parse_args(argv))
+    if given.pop("antiberty"):
+        parser.error("write --antiberty in full, as it has flags of its own")
     report, device = given.pop("json"), given.pop("device")
     alone, drawn = _alone(parser, given), _drawn(given)
     kernels = given.pop("kernels")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -23,6 +23,9 @@ from dllm_compile.runtime.session import sessions
 from dllm_compile.sampler.decode import Generated
 
 Show = Callable[[torch.Tensor], None]
+Loop = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, int], Iterator[torch.Tensor]]
+"""A sampling loop: from a function of ids ``[B, S]`` to logits, the ids, whose masks it fills in place, and the mask
+token to the same ids after each step."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Job:
 
     Attributes:
         ids: ``[B, prompt + response]`` int64, the response masked.
-        prompt, response, block: tokens.
+        prompt, response, block: tokens. The response is behind the prompt; where contenders have loops of their own, it
+            may be anywhere.
         mask_id: the mask token.
     """
 
@@ -53,6 +57,7 @@ class Contender:
         steps: forward calls of the plain loop; ``None`` for one a token.
         settings: of ``dllm_compile.generate``, which then takes the place of the plain loop.
         warm: forwards of the plain loop before the timed ones, enough to compile every variant.
+        loop: what fills the masks in place of the plain loop, which is LLaDA's.
     """
 
     name: str
@@ -61,6 +66,15 @@ class Contender:
     steps: int | None = None
     settings: dict[str, Any] | None = None
     warm: int = 3
+    loop: Loop | None = None
+
+    def filling(
+        self, logits: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, job: Job
+    ) -> Iterator[torch.Tensor]:
+        """The steps of the loop on the ids ``x`` of a job."""
+        if self.loop is not None:
+            return self.loop(logits, x, job.mask_id)
+        return quota_loop(logits, x, job.prompt, job.response, job.block, job.mask_id, self.steps)
 
     def compiled(self, model: torch.nn.Module, mask_id: int) -> Callable[..., Any]:
         """The model as the plain loop calls it."""
@@ -75,12 +89,15 @@ class Contender:
 
 @dataclass
 class Run:
-    """One job as it went: ids, seconds, forwards, and seconds of each forward by the variant that ran."""
+    """One job as it went: ids, seconds, forwards, seconds of each forward by the variant that ran, and seconds of this
+    process' threads on a processor, which other work on the machine changes little.
+    """
 
     ids: torch.Tensor
     seconds: float
     forwards: int
     calls: dict[str, list[float]] = field(default_factory=dict)
+    cpu: float = 0.0
 
 
 @dataclass
@@ -91,7 +108,8 @@ class Row:
         tokens: response tokens that count, padding excluded.
         seconds: wall time of the timed forwards, sampling included.
         forwards: timed forward calls.
-        compile_seconds: time of the first generation beyond what the same forwards take once compiled.
+        jobs: seconds, seconds on a processor (``cpu``), and forwards of each job.
+        compile_seconds: time of the first generation of each shape beyond what the same forwards take once compiled.
         accuracy: share of problems answered exactly, where answers are known.
         same_tokens: share of response tokens equal to those of the first contender.
         flops: FLOPs of an average step relative to a full step.
@@ -122,6 +140,7 @@ class Row:
     peak_bytes: int = 0
     salient: float = 0.0
     counted: float = 1.0
+    jobs: list[dict[str, float]] = field(default_factory=list)
     milliseconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
@@ -138,39 +157,40 @@ def looped(
     call: Callable[..., Any],
     model: torch.nn.Module,
     job: Job,
-    steps: int | None = None,
+    contender: Contender,
     limit: int | None = None,
     show: Show | None = None,
 ) -> Run:
-    """The plain loop. What it takes to look a variant up, half a millisecond in a large model, is no part of it.
+    """The contender's loop, without what it takes to look a variant up, half a millisecond in a large model.
 
     Args:
         call: maps ids to logits, as ``.logits``.
         model: what ``call`` runs.
         job: the generation.
-        steps: forward calls of all of it; ``None`` for one a token.
+        contender: whose loop it is.
         limit: forwards to stop behind; ``None`` for all.
         show: called after each step with the ids.
     """
     run = Run(job.ids.clone(), 0.0, 0)
-    seen, beside = Counter(backend.stats(model)["steps"]), 0.0
+    seen, beside, beside_cpu = Counter(backend.stats(model)["steps"]), 0.0, 0.0
 
     def timed(ids: torch.Tensor) -> torch.Tensor:
-        nonlocal seen, beside
+        nonlocal seen, beside, beside_cpu
         wait(ids.device)
         begin = time.perf_counter()
         logits: torch.Tensor = call(ids).logits
         wait(ids.device)
-        end = time.perf_counter()
+        end, end_cpu = time.perf_counter(), time.process_time()
         now = Counter(backend.stats(model)["steps"])
         run.calls.setdefault(next(iter(now - seen), "plain"), []).append(end - begin)
         seen, beside = now, beside + time.perf_counter() - end
+        beside_cpu += time.process_time() - end_cpu
         return logits
 
-    loop = quota_loop(timed, run.ids, job.prompt, job.response, job.block, job.mask_id, steps)
+    loop = contender.filling(timed, run.ids, job)
     with torch.no_grad():
         wait(run.ids.device)
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         for x in loop:
             run.forwards += 1
             if show is not None:
@@ -179,6 +199,7 @@ def looped(
                 break
         wait(run.ids.device)
         run.seconds = time.perf_counter() - begin - beside
+        run.cpu = time.process_time() - begin_cpu - beside_cpu
     return run
 
 
@@ -186,11 +207,12 @@ def _generated(model: torch.nn.Module, job: Job, settings: dict[str, Any]) -> Ru
     """``dllm_compile.generate``."""
     lengths = {"gen_length": job.response, "block_length": job.block, "mask_id": job.mask_id}
     wait(job.ids.device)
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     out = generate(model, job.ids[:, : job.prompt], return_dict=True, **{**lengths, **settings})
     assert isinstance(out, Generated)
     wait(out.sequences.device)
-    return Run(out.sequences, time.perf_counter() - begin, out.nfe)
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    return Run(out.sequences, seconds, out.nfe, cpu=cpu)
 
 
 def play(
@@ -206,7 +228,7 @@ def play(
     Args:
         contender: the contender.
         model: whom it runs.
-        jobs: generations, all of one shape.
+        jobs: generations; the first of each shape is also run to warm up.
         limit: forwards timed in each job, all by default.
         show: called after each step with the ids.
         memory: also count the peak of memory. On CUDA that costs nothing; else in one more run, as counting takes time.
@@ -219,9 +241,12 @@ def play(
     def run(job: Job, limit: int | None, show: Show | None) -> Run:
         if contender.settings is not None:
             return _generated(model, job, {**contender.settings, **(contender.options or {})})
-        return looped(call, model, job, contender.steps, limit, show)
+        return looped(call, model, job, contender, limit, show)
 
-    first = run(jobs[0], contender.warm, None)
+    shapes: dict[torch.Size, Job] = {}
+    for job in jobs:
+        shapes.setdefault(job.ids.shape, job)
+    firsts = [run(job, contender.warm, None) for job in shapes.values()]
     if memory:
         _drop_state()
     if memory and device.type == "cuda":
@@ -230,7 +255,9 @@ def play(
     runs = [run(job, limit, show) for job in jobs]
     after = backend.stats(model)
     row = Row(contender.name, seconds=sum(r.seconds for r in runs), forwards=sum(r.forwards for r in runs))
-    row.compile_seconds = max(0.0, first.seconds - first.forwards * row.seconds / row.forwards)
+    row.jobs = [{"seconds": each.seconds, "cpu": each.cpu, "forwards": each.forwards} for each in runs]
+    warm = sum(each.seconds for each in firsts) - sum(each.forwards for each in firsts) * row.seconds / row.forwards
+    row.compile_seconds = max(0.0, warm)
     for kind in ("steps", "rows", "logits"):
         getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
     layers = after["salient_layers"] - before["salient_layers"]

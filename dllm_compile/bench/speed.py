@@ -51,9 +51,9 @@ def measured(setting: Setting, prompts: Sequence[int], runs: int, names: Sequenc
         call = contender.compiled(model, setting.vocabulary - 1)
         for prompt in prompts:
             job = contender.within(job_of(replace(setting, prompt=prompt)))
-            looped(call, model, job, limit=contender.warm)
+            looped(call, model, job, contender, limit=contender.warm)
             limit = setting.baseline_steps if contender.options is None else None
-            found = [looped(call, model, job, limit=limit) for _ in range(runs)]
+            found = [looped(call, model, job, contender, limit=limit) for _ in range(runs)]
             yield Speed(contender.name, prompt, [each.forwards / each.seconds for each in found])
 
 

@@ -323,7 +323,7 @@ class Session:
     def _of_all_ranks(self, parts: list[torch.Tensor], group: str) -> torch.Tensor:
         """What any rank found, ``parts`` but for the ids, which come first and have to be the same on all of them."""
         own = checksum(parts[0]).reshape(1)
-        *found, most, least = largest(torch.cat([*parts[1:], own, -own]), group).split(1)
+        *found, most, least = largest(torch.cat([*parts[1:], own, -own]), group)[:, None].unbind()
         if bool(most != -least):
             raise RuntimeError(
                 "ranks that share the layers of a model were given different token ids: give each the same, such as by "
