@@ -358,7 +358,7 @@ def measure(
         same += _shares(ids == theirs, each.masked)
         gains += [a - b for a, b in zip(shares, _shares(theirs == each.truth, each.masked), strict=True)]
     row.same_tokens = sum(same) / len(same)
-    row.flops = row.counted
+    row.flops = row.counted if row.steps else 1.0
     found.gain, found.gain_error = 100 * sum(gains) / len(gains), 100 * _standard_error(gains)
     return found, results
 

@@ -132,6 +132,8 @@ def _parser() -> Parser:
 
 def _alone(parser: Parser, given: dict[str, Any]) -> dict[str, Callable[[], None]]:
     """Measurements of one thing that are asked for, by their flags; takes them out of what is ``given``."""
+    if given.pop("antiberty"):
+        parser.error("write --antiberty in full, as it has flags of its own")
     found = {f"--{name}": measure for name, (measure, _) in ALONE.items() if given.pop(name)}
     if given["lengths"] == []:
         if given["shape"]:
@@ -152,14 +154,17 @@ def main(argv: list[str]) -> None:
     """Command line."""
     if "--antiberty" in argv:
         antibody.main(argv)
-        return
+    else:
+        _main(argv)
+
+
+def _main(argv: list[str]) -> None:
+    """All but ``--antiberty``, which has flags of its own."""
     parser = _parser()
     shape = parser.parse_known_args(argv)[0].shape
     if shape:
         parser.set_defaults(**asdict(SHAPES[shape]))
     given = vars(parser.parse_args(argv))
-    if given.pop("antiberty"):
-        parser.error("write --antiberty in full, as it has flags of its own")
     report, device = given.pop("json"), given.pop("device")
     alone, drawn = _alone(parser, given), _drawn(given)
     kernels = given.pop("kernels")

@@ -254,20 +254,12 @@ def play(
     before = backend.stats(model)
     runs = [run(job, limit, show) for job in jobs]
     after = backend.stats(model)
-    row = Row(contender.name, seconds=sum(r.seconds for r in runs), forwards=sum(r.forwards for r in runs))
-    row.jobs = [{"seconds": each.seconds, "cpu": each.cpu, "forwards": each.forwards} for each in runs]
-    warm = sum(each.seconds for each in firsts) - sum(each.forwards for each in firsts) * row.seconds / row.forwards
-    row.compile_seconds = max(0.0, warm)
+    row = _timed(contender.name, firsts, runs)
     for kind in ("steps", "rows", "logits"):
         getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
     layers = after["salient_layers"] - before["salient_layers"]
     row.salient = (after["salient"] - before["salient"]) / max(layers, 1)
     row.counted = (after["flops"] - before["flops"]) / max(after["flops_whole"] - before["flops_whole"], 1.0)
-    calls: dict[str, list[float]] = {}
-    for each in runs:
-        for name, spent in each.calls.items():
-            calls.setdefault(name, []).extend(spent)
-    row.milliseconds = {name: 1000 * median(spent) for name, spent in calls.items()}
     row.state_bytes = after["state_bytes"]
     if memory and device.type == "cuda":
         row.peak_bytes = after["peak_bytes"]
@@ -276,6 +268,20 @@ def play(
         weights = sum(parameter.nbytes for parameter in model.parameters())
         row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], contender.warm, None), device)
     return row, [each.ids for each in runs]
+
+
+def _timed(name: str, firsts: list[Run], runs: list[Run]) -> Row:
+    """What clocks say of the runs, those to warm up apart."""
+    row = Row(name, seconds=sum(r.seconds for r in runs), forwards=sum(r.forwards for r in runs))
+    row.jobs = [{"seconds": each.seconds, "cpu": each.cpu, "forwards": each.forwards} for each in runs]
+    warm = sum(each.seconds for each in firsts) - sum(each.forwards for each in firsts) * row.seconds / row.forwards
+    row.compile_seconds = max(0.0, warm)
+    calls: dict[str, list[float]] = {}
+    for each in runs:
+        for variant, spent in each.calls.items():
+            calls.setdefault(variant, []).extend(spent)
+    row.milliseconds = {variant: 1000 * median(spent) for variant, spent in calls.items()}
+    return row
 
 
 def _drop_state() -> None:
