@@ -34,8 +34,9 @@ def explain_main(argv: list[str]) -> None:
     require(parser, "demo", "transformers", "safetensors")
     if given.picture:
         require(parser, "plot", "matplotlib")
+    method = given.method or "dllm-cache"
     try:
-        Options(method=given.method or "dllm-cache")
+        Options(method=method)
     except ValueError as error:
         parser.error(f"argument --method: {error}")
     if given.shape:
@@ -52,13 +53,12 @@ def explain_main(argv: list[str]) -> None:
     ids = torch.full((1, prompt + response), int(mask_id))
     ids[:, :prompt] = 0 if mask_id == 1 else 1
     try:
-        found = explain(model, ids, method=given.method or "dllm-cache", mask_id=int(mask_id))
+        found = explain(model, ids, method=method, mask_id=int(mask_id))
     except ValueError as error:
         parser.error(str(error))
     _print(found)
     if not (given.picture or given.html):
         return
-    method = given.method or "dllm-cache"
     seen = heat.ran(model, ids, int(mask_id), _block(response), {"method": method})
     if given.picture:
         heat.draw(seen, f"{method}: rows that each layer computes, {prompt} + {response} tokens", given.picture)

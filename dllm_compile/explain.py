@@ -238,7 +238,8 @@ def _add_costs(out: Explanation, programs: list[Program], ids: torch.Tensor, opt
     if not any(program.layers for program in programs):
         return
     out.variants = {variant.name: variant for variant in method.variants}
-    out.layers = {u.name: _values(u, p.axes, out.variants) for p in programs for u in p.layers}
+    kinds = {unit.name: (unit, program.axes) for program in programs for unit in program.layers}
+    out.layers = {name: _values(unit, axes, out.variants) for name, (unit, axes) in kinds.items()}
     out.first = method.first.name if method.first else None
     skipped = _skipped(programs, method, options)
     out.more += _also(method, options, skipped, out.lengths)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from dllm_compile.core.ranks import count_of, summed
+from dllm_compile.compat import group_size
+from dllm_compile.core.ranks import summed
 
 
 def kept_and_fresh(
@@ -70,7 +71,7 @@ def kept_entries(
     grouped = mean.view(mean.shape[0], key.shape[1], -1, width).mean(2)  # of heads that share a key head: it is linear
     score = (grouped.unsqueeze(2) * key.to(dtype)).sum(-1).mean(1)
     if group is not None:
-        score = summed(score, group) / count_of(group)
+        score = summed(score, group) / group_size(group)
     seen = outside < tokens
     place = outside.clamp(max=tokens - 1)
     if mask is not None:

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from dllm_compile.compat import group_size
 from dllm_compile.core.assignment import ACTIVE, CONTEXTS, KEYED, SALIENT, Assignment, Operation
-from dllm_compile.core.ranks import count_of, joined
+from dllm_compile.core.ranks import joined
 from dllm_compile.interface.mechanism import Contexts, Mechanism, Option, asked, count, flag, is_number
 from dllm_compile.kernels.delta_attention import delta_attention
 from dllm_compile.kernels.salient_rows import salient_rows
@@ -61,7 +62,7 @@ def choosing(mechanism: Mechanism) -> Operation:
 
 def _of_all_ranks(contexts: torch.Tensor, group: str) -> torch.Tensor:
     """Contexts ``[B, H, Q, h]`` of all heads, where each rank has some."""
-    return joined(contexts.movedim(1, -1), count_of(group), group).movedim(-1, 1)
+    return joined(contexts.movedim(1, -1), group_size(group), group).movedim(-1, 1)
 
 
 def turned(contexts: Contexts) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
-from dllm_compile.compat import all_gather, all_reduce, group_size, wait_tensor
+from dllm_compile.compat import all_gather, all_reduce, wait_tensor
 
 Kind = Literal["shard", "partial", "columns", "rows", "other"]
 """``"columns"`` and ``"rows"`` are of weights: what each rank has of their outputs, and of their inputs."""
@@ -45,11 +45,6 @@ def joined(x: torch.Tensor, count: int, group: str) -> torch.Tensor:
     """``x`` ``[..., d / count]`` of all ``count`` ranks side by side, ``[..., d]``."""
     every = wait_tensor(all_gather(x.contiguous(), count, group))
     return every.view(count, *x.shape).movedim(0, -2).flatten(-2)
-
-
-def count_of(group: str) -> int:
-    """How many ranks a process group has."""
-    return group_size(group)
 
 
 def shard(x: torch.Tensor, rank: int, count: int) -> torch.Tensor:
