@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from . import ranks
 from .ranks import METHODS, RANKS
@@ -28,20 +29,31 @@ PARTIAL = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What each rank found; found once, however many workers of pytest ask."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _find(folder)
+    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(RANKS)]
+
+
+def _find(folder: Path) -> None:
+    """Run the ranks; the folder is there once all of them are done."""
+    begun = folder.with_name("ranks_begun")
+    begun.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        torch.multiprocessing.spawn(ranks.work, (port, str(folder)), RANKS)  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(ranks.work, (port, str(begun)), RANKS)  # type: ignore[no-untyped-call]
     finally:
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(RANKS)]
+    begun.rename(folder)
 
 
 def same_at_each_step(whole: dict[str, Any], part: dict[str, Any]) -> bool:
