@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,11 @@ SETTINGS = {
 
 
 class Lines:
-    """Counts the lines of the package that a call runs; at the chosen one Ctrl-C arrives."""
+    """Counts the lines of the package that a call runs; at the chosen one Ctrl-C arrives.
+
+    Garbage is not collected meanwhile: models of other tests would die at some line of this call, and Python drops an
+    interrupt that arrives while a weak reference tells of it.
+    """
 
     def __init__(self, stop: int | None = None) -> None:
         self.stop, self.count, self.at = stop, 0, ""
@@ -66,11 +71,13 @@ class Lines:
 
     def __enter__(self) -> Lines:
         self._before = sys.gettrace()
+        gc.disable()
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.settrace(self._before)
+        gc.enable()
 
 
 def ids(model: Any, options: dict[str, Any], steps: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
