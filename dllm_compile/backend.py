@@ -17,14 +17,15 @@ from . import compat
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
 from .compat import CompileContext, FakeTensor, is_traceable_wrapper_subclass, tree_leaves
-from .core.arguments import attention
 from .core.errors import GraphRefused, TokensUnseen, refusing
-from .core.graph import numbers
+from .core.graph import called, numbers
 from .core.stand_ins import StandIns
 from .debug import labelled, log
 from .declared import ExactCalls, declared
+from .interface.plan import Exact
 from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
+from .passes.exported import aten_name
 from .runtime.batch import Batch, Step
 from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
@@ -41,8 +42,9 @@ PROGRAMS = 64
 """Input shapes of a graph whose analysis is kept."""
 _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
+_SIZES: dict[int | None, list[str]] = {}  # of the ids that graphs of a function were made for, by its number
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
-_WORTH_SAYING = (attention, torch.nn.functional.embedding, torch.nn.functional.softmax)
+_WORTH_SAYING = {"scaled_dot_product_attention", "flex_attention", "embedding", "softmax"}
 
 
 def dllm(
@@ -124,18 +126,33 @@ def _raising(error: Exception) -> Compiled:
 
 def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> None:
     """Warn once per function that Dynamo has reached its limit of graphs: calls that match none of them run in eager
-    mode.
+    mode. Where several were made for ids of one size, say that something else changes.
     """
     made, limit = CompileContext.current_compile_id(), torch.compiler.config.recompile_limit
-    if made is None or made.frame_compile_id is None or made.frame_compile_id + 1 != limit:
+    if made is None or made.frame_compile_id is None:
         return
     ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
-    sizes = f", for ids of {' x '.join(map(str, ids[0].shape))}" if ids else ""
-    warnings.warn(
-        f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function{sizes}; calls of further "
-        "sizes run in eager, without a cache. Do not say dynamic=False, or raise torch.compiler.config.recompile_limit",
-        stacklevel=2,
-    )
+    sizes = " x ".join(map(str, ids[0].shape)) if ids else ""
+    if made.frame_compile_id == 0:
+        _SIZES[made.frame_id] = []
+    before = _SIZES.setdefault(made.frame_id, [])
+    again = sizes in before
+    before.append(sizes)
+    if made.frame_compile_id + 1 != limit or not _worth_saying(module.graph):
+        return
+    said = f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function"
+    if ids and again:
+        reason = (
+            f", for ids of {sizes} more than once: something else changes from call to call or from model to model, "
+            "such as a list that a hook appends to (TORCH_LOGS=recompiles names it). Calls that match none of these "
+            "graphs run in eager, without a cache. Let a hook write into a dictionary or a tensor"
+        )
+    else:
+        reason = (
+            f"{', for ids of ' + sizes if ids else ''}; calls of further sizes run in eager, without a cache. Do not "
+            "say dynamic=False"
+        )
+    warnings.warn(f"{said}{reason}, or raise torch.compiler.config.recompile_limit", stacklevel=2)
 
 
 class Backend:
@@ -327,7 +344,7 @@ class Backend:
             return
         self.refused.append(reason)
         _REFUSED.append(reason)
-        worth = any(node.target in _WORTH_SAYING for node in self.module.graph.nodes)
+        worth = _worth_saying(self.module.graph)
         if worth and self.broke is not None and isinstance(refusal, TokensUnseen):
             tell_of(self.broke, args)
         elif worth:
@@ -355,6 +372,8 @@ class Backend:
         if found is None:
             return None
         batch, step = found
+        if program.hides_attention and not batch.whole and not isinstance(batch.new_schedule(), Exact):
+            batch.run_whole("rows of its graph meet where no attention is seen")
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
             batch.thread = threading.get_ident()  # further graphs of the step follow
         step.inputs = {id(tensor): tensor for tensor in side_inputs}
@@ -402,6 +421,11 @@ class Backend:
         if self.plain is None:
             self.plain = torch.compile(self.module, backend="inductor")
         return self.plain(*args)
+
+
+def _worth_saying(graph: torch.fx.Graph) -> bool:
+    """Whether a graph does what models do: one of arithmetic alone has no cache that anybody would miss."""
+    return any((aten_name(node) or called(node)) in _WORTH_SAYING for node in graph.nodes)
 
 
 def _literal(value: Any) -> Any:

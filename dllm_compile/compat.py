@@ -21,6 +21,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor as is_functorch_wrap
 from torch._guards import CompileContext as CompileContext  # which graph of which function Dynamo makes now
 from torch._logging._internal import LazyTraceHandler, trace_log
 from torch._logging._internal import trace_structured as trace_structured  # a record for TORCH_TRACE and tlparse
+from torch._ops import OpOverload as OpOverload  # one form of an operation
 from torch._ops import OpOverloadPacket as OpOverloadPacket  # all forms of an operation
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException  # of ``item()``
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException  # of ``nonzero()``

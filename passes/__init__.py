@@ -1,6 +1,7 @@
 """The compiler, top to bottom.
 
 0. ``tensor_parallel``     what each rank of tensor parallelism holds, and the sums between ranks, as plain calls
+   ``exported``            ATen calls, which ``torch.export`` writes, by the names that a model's code has for them
 1. ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
@@ -36,6 +37,7 @@ from dllm_compile.core.outline import Outline, outline
 from dllm_compile.core.stand_ins import StandIns
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
+from dllm_compile.passes.exported import as_written
 from dllm_compile.passes.normalize import memory_handed_over, name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.seeds import find_seed
@@ -86,6 +88,8 @@ def analyzed(
     keep("traced", module)
     with timed("tensor_parallel"):
         plain = localized(module.graph)
+    with timed("exported"):
+        plain = as_written(plain)
     with timed("fix sizes"):
         fixed = fix_sizes(plain, args, fake_mode, given, stand_ins)
     graph = fixed.graph

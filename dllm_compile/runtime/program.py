@@ -226,6 +226,13 @@ class Program:
         made = [self.axes.fake[node] for node in decided]
         return any(tuple(value.shape) == self.axes.size and value.dtype == torch.int64 for value in made)
 
+    @cached_property
+    def hides_attention(self) -> bool:
+        """Whether logits are made of ids whose rows meet, and nothing where they may meet is seen to be attention."""
+        vocabulary = self.vocabulary if self.ids is not None and not self.layers else None
+        makes = vocabulary is not None and any(self._width(node) >= vocabulary for node in self.results)
+        return makes and any(unit.mixing(self.axes) for unit in self.units)
+
     @memoized
     def logits(self, vocabulary: int | None) -> torch.fx.Node | None:
         """What the head makes for each token of the vocabulary; another head may be wider, and may come first."""

@@ -1,0 +1,272 @@
+"""What users bring along: hooks that steer and record, adapters, exported code, offloaded weights, default backends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import dllm_compile
+from dllm_compile.backend import dllm
+
+from . import models
+from .callers import METHODS, NEUTRAL, PROMPT, RESPONSE, TOLERANCE, fill, off, readable, start, steps
+from .grids import in_turn
+
+WIDTH = models.SHAPE["hidden_size"]
+LOSSY = {name: METHODS[name] for name in ("dllm-cache", "dual", "dyllm")}
+EQUAL = {"neutral": NEUTRAL}
+Call = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[int], None]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients_no_warnings() -> Iterator[None]:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="dllm")
+        yield
+
+
+def llama(layers: int = 2) -> torch.nn.Module:
+    return models.build("llama", num_hidden_layers=layers)
+
+
+def logits_of(call: Callable[..., Any]) -> Call:
+    return lambda ids: call(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+def walk(call: Call, change: Change = lambda step: None, seed: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and logits of a greedy loop from left to right; ``change`` is told the number of each step before it."""
+    x = start(seed=seed)
+    for step in range(RESPONSE):
+        change(step)
+        logits = call(x).clone()
+        yield x, logits
+        x = fill(logits, x)
+
+
+def worst(call: Call, plain: Call, change: Change = lambda step: None, seed: int = 1) -> list[float]:
+    """How far from ``plain`` the readable rows of each step of a loop are."""
+    return [off(got, plain(x), readable(x)) for x, got in walk(call, change, seed)]
+
+
+# -- hooks that steer -------------------------------------------------------------------------------------------------
+
+
+class Steered:
+    """Adds a direction, times a strength that is a number or a tensor, to what the first layer makes."""
+
+    def __init__(self, number: bool) -> None:
+        self.number = number
+        self.direction = torch.randn(WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        self.strength: Any = None
+        self.set(1.0)
+
+    def set(self, strength: float) -> None:
+        if self.number:
+            self.strength = strength
+        elif self.strength is None:
+            self.strength = torch.tensor(strength, dtype=torch.float64)
+        else:
+            self.strength.fill_(strength)
+
+    def __call__(self, module: torch.nn.Module, given: Any, made: Any) -> Any:
+        return made + self.strength * self.direction
+
+
+def steered(number: bool) -> tuple[torch.nn.Module, Steered]:
+    model, hook = llama(), Steered(number)
+    model.model.layers[0].register_forward_hook(hook)  # type: ignore[index,union-attr]
+    return model, hook
+
+
+@pytest.mark.parametrize(("name", "number"), in_turn([*EQUAL, *LOSSY], [False, True]))
+def test_a_strength_may_change_between_sequences_and_within_them(name: str, number: bool) -> None:
+    """A method is what it is on a model that always had this strength; where it changes, every row is computed."""
+    model, hook = steered(number)
+    call, plain = logits_of(models.compiled_loop(model, **{**EQUAL, **LOSSY}[name])), logits_of(model)
+    runs = {}
+    for strength in (1.0, 2.0, 0.5):
+        hook.set(strength)
+        runs[strength] = [(x, got, plain(x)) for x, got in walk(call)]
+    apart = [off(got, want, readable(x)) for run in runs.values() for x, got, want in run]
+    assert (max(apart) < TOLERANCE) == (name in EQUAL)
+    assert name in EQUAL or steps(model).keys() - {"full", "exact"}
+    changed = worst(call, plain, lambda step: hook.set(1.0 if step < 3 else 3.0))
+    assert changed[3] < TOLERANCE
+    if name in LOSSY:
+        alone, constant = steered(number)
+        constant.set(0.5)
+        fresh = logits_of(models.compiled_loop(alone, **LOSSY[name]))
+        for (_, got, _), (_, want) in zip(runs[0.5], walk(fresh), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+
+
+# -- hooks that record ------------------------------------------------------------------------------------------------
+
+
+def recorded(keep: Callable[[torch.Tensor], None]) -> torch.nn.Module:
+    model = llama()
+    model.model.layers[-1].register_forward_hook(lambda module, given, made: keep(made))  # type: ignore[index,union-attr]
+    return model
+
+
+def test_recorded_rows_are_those_that_the_step_computed_and_the_others_are_of_the_step_before() -> None:
+    kept: dict[str, torch.Tensor] = {}
+    right: dict[str, torch.Tensor] = {}
+    model: Any = recorded(partial(kept.__setitem__, "made"))
+    call = logits_of(models.compiled_loop(model, **METHODS["dual"]))
+    plain = logits_of(recorded(partial(right.__setitem__, "made")))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step, (x, logits) in enumerate(walk(call)):
+        plain(x)
+        made, block = kept["made"], slice(PROMPT + step // 4 * 4, PROMPT + step // 4 * 4 + 4)
+        if step % 4 == 0:  # a refresh, of all rows
+            torch.testing.assert_close(made, right["made"], rtol=0, atol=TOLERANCE)
+        else:
+            assert torch.equal(made[:, : block.start - 1], seen[-1][0][:, : block.start - 1])
+            assert torch.equal(made[:, block.stop :], seen[-1][0][:, block.stop :])
+            assert not torch.equal(made[:, block], seen[-1][0][:, block])
+        said = model.lm_head(model.model.norm(made))
+        assert off(said[:, block], logits[:, block], readable(x)[:, block]) < TOLERANCE
+        seen.append((made, made.clone()))
+    assert all(torch.equal(made, copy) for made, copy in seen)  # later steps do not write to what was recorded
+
+
+def test_recorded_rows_of_the_neutral_setting_are_eagers() -> None:
+    kept: dict[str, torch.Tensor] = {}
+    right: dict[str, torch.Tensor] = {}
+    call = logits_of(models.compiled_loop(recorded(partial(kept.__setitem__, "made")), **NEUTRAL))
+    plain = logits_of(recorded(partial(right.__setitem__, "made")))
+    for x, _ in walk(call):
+        plain(x)
+        assert off(kept["made"], right["made"], readable(x)) < TOLERANCE
+
+
+def test_a_list_that_grows_is_said_to_be_why_dynamo_stops() -> None:
+    kept: list[torch.Tensor] = []
+    model = recorded(kept.append)
+    call = logits_of(models.compiled_loop(model, **METHODS["dual"]))
+    with (
+        torch._dynamo.config.patch(recompile_limit=3),
+        pytest.warns(UserWarning, match=r"graph 3 of 3 .* for ids of 2 x 14 more than once: .* a list") as told,
+    ):
+        made = [*walk(call)]
+    assert len([each for each in told if "dllm" in str(each.message)]) == 1
+    assert len(kept) == RESPONSE == len(made)
+    x, got = made[-1]  # in eager
+    assert off(got, logits_of(model)(x), readable(x)) < TOLERANCE
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*EQUAL, *LOSSY])
+def test_adapters_may_be_switched_in_the_middle_of_a_sequence(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(llama(), config, "one")
+    model.add_adapter("two", config)
+    model.double().eval()
+    call, plain = logits_of(models.compiled_loop(model, **{**EQUAL, **LOSSY}[name])), logits_of(model)
+
+    def change(step: int) -> None:
+        if step in (0, 3):
+            model.set_adapter("two" if step else "one")
+
+    for seed in (1, 2):
+        apart = worst(call, plain, change, seed)
+        assert apart[0] < TOLERANCE
+        assert apart[3] < TOLERANCE
+        assert (max(apart) < TOLERANCE) == (name in EQUAL)
+    assert dllm_compile.stats(model)["layers"]["cached"] or name == "neutral"
+
+
+# -- a default backend, exported code, offloaded weights --------------------------------------------------------------
+
+
+@pytest.fixture
+def default() -> Iterator[Callable[[Any], None]]:
+    yield torch.compiler.set_default_backend
+    torch.compiler.set_default_backend(None)
+
+
+def test_the_default_backend_may_be_this_one(default: Callable[[Any], None]) -> None:
+    """By its name, and as a function that knows its options; who calls ``torch.compile`` names neither."""
+    for backend, more, wanted in (
+        ("dllm", {"options": {"lowering": "eager", "mask_id": models.MASK}}, {"full": 1, "response": 1, "select": 6}),
+        (partial(dllm, options={"lowering": "eager", **METHODS["dual"]}), {}, {"full": 2, "block": 6}),
+    ):
+        torch._dynamo.reset()
+        default(backend)
+        model, declared = llama(), dllm_compile.loop()
+        call = torch.compile(model, **more)
+        with declared:
+            apart = worst(logits_of(call), logits_of(model))
+        assert apart[0] < TOLERANCE < max(apart)
+        assert steps(model) == wanted
+
+
+class Logits(torch.nn.Module):
+    """A model that returns its logits alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", [*EQUAL, *LOSSY])
+def test_an_exported_model_is_cached_as_the_model_is(name: str) -> None:
+    model, options = llama(), {**EQUAL, **LOSSY}[name]
+    exported = torch.export.export(Logits(llama()), (start(),)).module()
+    call, own = models.compiled_loop(exported, **options), logits_of(models.compiled_loop(model, **options))
+    for seed in (1, 2):
+        for (x, got), (_, want) in zip(walk(call, seed=seed), walk(own, seed=seed), strict=True):
+            assert off(got, want, readable(x)) < TOLERANCE
+            assert name in LOSSY or off(got, exported(x), readable(x)) < TOLERANCE
+    assert steps(exported) == steps(model)
+    assert dllm_compile.stats(exported)["layers"] == dllm_compile.stats(model)["layers"]
+
+
+def test_a_model_that_is_exported_for_any_length_is_cached() -> None:
+    shapes = {"ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    exported = torch.export.export(Logits(llama()), (start(),), dynamic_shapes=shapes).module()
+    call, plain = models.compiled_loop(exported, **METHODS["dual"]), logits_of(llama())
+    for prompt in (PROMPT, PROMPT + 3):
+        x = start(prompt=prompt)
+        for step in range(3):
+            got = call(x).clone()
+            assert (off(got, plain(x), readable(x)) < TOLERANCE) == (step == 0)
+            x = fill(got, x)
+    assert steps(exported) == {"full": 2, "block": 4}
+
+
+def test_an_exported_graph_that_cannot_be_cached_says_why() -> None:
+    model = models.build("llama", num_hidden_layers=1, is_causal=True)
+    exported = torch.export.export(Logits(model), (start(),)).module()
+    with pytest.warns(UserWarning, match=r"runs on plain Inductor: .*causal"):
+        assert max(worst(models.compiled_loop(exported, **METHODS["dual"]), logits_of(model))) < TOLERANCE
+
+
+def test_attention_in_pieces_that_nobody_knows_is_said_to_give_full_steps() -> None:
+    decomposed = torch.export.export(Logits(llama(1)), (start(),)).run_decompositions().module()
+    with pytest.warns(UserWarning, match="computes every row at every step: .* no attention is seen"):
+        apart = worst(models.compiled_loop(decomposed, **METHODS["dual"]), logits_of(llama(1)))
+    assert max(apart) < TOLERANCE
+
+
+def test_offloaded_weights_give_full_steps_and_a_warning() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = llama(1), llama(1)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    call = logits_of(models.compiled_loop(model, **METHODS["dual"]))
+    with pytest.warns(UserWarning, match=r"a graph broke at .*accelerate.hooks\.py") as told:
+        assert max(worst(call, logits_of(plain))) < TOLERANCE
+    assert len([each for each in told if "dllm" in str(each.message)]) == 1
