@@ -270,3 +270,38 @@ def test_offloaded_weights_give_full_steps_and_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"a graph broke at .*accelerate.hooks\.py") as told:
         assert max(worst(call, logits_of(plain))) < TOLERANCE
     assert len([each for each in told if "dllm" in str(each.message)]) == 1
+
+
+def diffusion_gemma() -> Any:
+    """A small DiffusionGemma: an encoder whose keys the decoder reads, beside those of a canvas of 8 random tokens."""
+    made = pytest.importorskip("transformers.models.diffusion_gemma")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, **heads}
+    text = {**sizes, "vocab_size": models.VOCABULARY, "layer_types": ["full_attention"], "global_head_dim": 8}
+    text |= {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8, "max_position_embeddings": 64}
+    special = {"image_token_id": 60, "boi_token_id": 58, "eoi_token_id": 59}
+    config = made.configuration_diffusion_gemma.DiffusionGemmaConfig(
+        text_config=text, vision_config=sizes, canvas_length=8, **special
+    )
+    torch.manual_seed(0)
+    model = made.modeling_diffusion_gemma.DiffusionGemmaForBlockDiffusion(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.25) if weight.dim() > 1 else None
+    return model.eval()
+
+
+def test_diffusion_gemma_compiles_itself_with_this_backend_and_a_warning(default: Callable[[Any], None]) -> None:
+    """There are no masks, so no method applies: it runs as Inductor runs it, and says so."""
+    model, ids = diffusion_gemma(), start(prompt=6, response=0)
+
+    def generated(**more: Any) -> torch.Tensor:
+        torch.manual_seed(7)
+        found = model.generate(ids, max_new_tokens=16, max_denoising_steps=3, eos_token_id=None, **more)
+        return found.sequences  # type: ignore[no-any-return]
+
+    want = generated(disable_compile=True)
+    default(partial(dllm, options={"lowering": "eager"}))
+    with pytest.warns(UserWarning, match="dllm: .* plain Inductor"):
+        assert torch.equal(generated(cache_implementation="static"), want)
+    assert hasattr(model, "_compiled_decoder_forward")
+    assert not steps(model)
