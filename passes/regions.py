@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import tree_leaves
-from dllm_compile.core.arguments import attention, attention_arguments
+from dllm_compile.core.arguments import argument, attention, attention_arguments
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused, TokensUnseen
 from dllm_compile.core.graph import output_node
@@ -70,7 +70,25 @@ def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
     for name in given._fields[:3]:
         layout = axes.layout.get(getattr(given, name))
         if layout is None or position(layout, "T") != len(layout) - 2 or position(layout, "B") is None:
+            join = _join_of(given.query, axes)
+            if name == "query" and join is not None:
+                reason = (
+                    "the rows of the tokens are joined to others here, such as those of an image; join them outside of "
+                    "what is compiled, and call that with inputs_embeds"
+                )
+                raise TokensUnseen(reason, join)
             raise TokensUnseen(f"the tokens of attention's {name} cannot be followed back to the input", node)
+
+
+def _join_of(query: torch.fx.Node, axes: Axes) -> torch.fx.Node | None:
+    """The call behind a query that joins the tokens to something else, in their own dimension."""
+    for node in closure([query], set()):
+        if node.target in (torch.cat, torch.concat, torch.concatenate):
+            at = argument(node, 1, "dim", 0)
+            layouts = [axes.layout[part] for part in node.all_input_nodes if part in axes.layout]
+            if any(position(layout, "T") == at % len(layout) for layout in layouts):
+                return node
+    return None
 
 
 def _check_random(graph: torch.fx.Graph, units: list[Unit], axes: Axes) -> None:

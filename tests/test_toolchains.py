@@ -272,6 +272,98 @@ def test_offloaded_weights_give_full_steps_and_a_warning() -> None:
     assert len([each for each in told if "dllm" in str(each.message)]) == 1
 
 
+# -- rows that are no tokens ------------------------------------------------------------------------------------------
+
+PATCHES, IMAGE_TOKEN = 8, 5
+
+
+class Sees(torch.nn.Module):
+    """A model of images ``[B, 8, 12]`` and text: the rows of the image come before the text, or, as in transformers, in
+    place of tokens that stand for them.
+    """
+
+    def __init__(self, joins: bool) -> None:
+        super().__init__()
+        self.text, self.joins = llama(), joins
+        torch.manual_seed(4)
+        self.encoder = torch.nn.Linear(12, WIDTH).double()
+
+    def rows(self, ids: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        tokens = self.text.get_input_embeddings()(ids)  # type: ignore[operator]
+        if self.joins:
+            return torch.cat([self.encoder(image), tokens], 1)
+        return tokens.masked_scatter((ids == IMAGE_TOKEN).unsqueeze(-1), self.encoder(image))  # type: ignore[no-any-return]
+
+    def forward(self, ids: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return self.text(inputs_embeds=self.rows(ids, image)).logits[:, -len(ids[0]) :]  # type: ignore[no-any-return]
+
+
+def image(seed: int) -> torch.Tensor:
+    return torch.randn(2, PATCHES, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def surest(call: Call, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and logits of a loop that fills the surest mask of each block of 4."""
+    x = ids
+    for step in range(RESPONSE):
+        logits = call(x).clone()
+        yield x, logits
+        block = slice(-RESPONSE + step // 4 * 4, -RESPONSE + step // 4 * 4 + 4 or None)
+        best = logits[..., : models.MASK].softmax(-1).max(-1)
+        sure = torch.where(x == models.MASK, best.values, -1)[:, block]
+        rows = torch.zeros_like(x, dtype=torch.bool)
+        rows[:, block] = sure == sure.amax(1, keepdim=True)
+        x = torch.where(rows, best.indices, x)
+
+
+def with_embeddings(model: Sees, declared: bool, **options: Any) -> Callable[[int], Call]:
+    """The model compiled behind its embeddings, by the seed of an image."""
+    make = models.compiled_loop if declared else models.compiled
+    text = make(model.text, **options)
+
+    def call(seed: int) -> Call:
+        return lambda ids: text(inputs_embeds=model.rows(ids, image(seed))).logits[:, -len(ids[0]) :]  # type: ignore[no-any-return]
+
+    return call
+
+
+@pytest.mark.parametrize("name", [*EQUAL, *LOSSY])
+def test_embeddings_of_images_and_text_are_cached_as_tokens_are(name: str) -> None:
+    """Another image is another sequence; a model that gets the same rows by ids alone makes the same logits."""
+    options = {**EQUAL, **LOSSY}[name]
+    joined, scattered = Sees(joins=True), Sees(joins=False)
+    embeds, ids = with_embeddings(joined, True, **options), models.compiled_loop(scattered, **options)
+    for seed in (1, 2):
+        apart = []
+        longer = torch.cat([torch.full((2, PATCHES), IMAGE_TOKEN), start()], 1)
+        runs = surest(embeds(seed), start()), surest(lambda x: ids(x, image(seed)), longer)  # noqa: B023
+        for (x, got), (y, want) in zip(*runs, strict=True):
+            assert torch.equal(x, y[:, PATCHES:])
+            rows = readable(x)
+            assert off(got, want[:, PATCHES:], rows) < TOLERANCE
+            apart.append(off(got, joined(x, image(seed)), rows))
+        assert apart[0] < TOLERANCE
+        assert (max(apart) < TOLERANCE) == (name in EQUAL)
+    assert steps(joined.text) == steps(scattered)
+    assert name in EQUAL or steps(joined.text).keys() - {"full", "exact"}
+
+
+def test_a_loop_over_embeddings_that_nobody_declared_is_found_after_four_calls() -> None:
+    model = Sees(joins=True)
+    call = with_embeddings(model, False, **METHODS["dyllm"])(1)
+    apart = [off(got, model(x, image(1)), readable(x)) for x, got in surest(call, start())]
+    assert max(apart[:5]) < TOLERANCE < min(apart[5:])
+
+
+def test_rows_that_are_joined_inside_of_the_graph_are_said_to_be_why_nothing_is_cached() -> None:
+    model = Sees(joins=True)
+    call = models.compiled_loop(model, **METHODS["dual"])
+    with pytest.warns(UserWarning, match=r"joined to others here.*inputs_embeds.*\(cat\)") as told:
+        run = [*surest(lambda ids: call(ids, image(1)), start())]
+    assert max(off(got, model(x, image(1)), readable(x)) for x, got in run) < TOLERANCE
+    assert len([each for each in told if "dllm" in str(each.message)]) == 1
+
+
 def diffusion_gemma() -> Any:
     """A small DiffusionGemma: an encoder whose keys the decoder reads, beside those of a canvas of 8 random tokens."""
     made = pytest.importorskip("transformers.models.diffusion_gemma")
