@@ -2,6 +2,7 @@
 
 0. ``tensor_parallel``     what each rank of tensor parallelism holds, and the sums between ranks, as plain calls
    ``exported``            ATen calls, which ``torch.export`` writes, by the names that a model's code has for them
+   ``flex_attention``      FlexAttention with a block mask as attention with a mask
 1. ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
@@ -38,9 +39,10 @@ from dllm_compile.core.stand_ins import StandIns
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
 from dllm_compile.passes.exported import as_written
+from dllm_compile.passes.flex_attention import as_masks
 from dllm_compile.passes.normalize import memory_handed_over, name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
-from dllm_compile.passes.seeds import find_seed
+from dllm_compile.passes.seeds import find_seed, refuse_without_tokens
 from dllm_compile.passes.spelled_attention import spelled_attention
 from dllm_compile.passes.tensor_parallel import find_shards, localized, refuse_shards_between
 from dllm_compile.passes.unmask import unmask
@@ -88,8 +90,9 @@ def analyzed(
     keep("traced", module)
     with timed("tensor_parallel"):
         plain = localized(module.graph)
-    with timed("exported"):
-        plain = as_written(plain)
+    refuse_without_tokens(args)
+    with timed("exported, flex_attention"):
+        plain = as_masks(module, as_written(plain))
     with timed("fix sizes"):
         fixed = fix_sizes(plain, args, fake_mode, given, stand_ins)
     graph = fixed.graph

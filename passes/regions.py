@@ -293,7 +293,15 @@ def _branches(
 
 def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
     given = attention_arguments(node.args, node.kwargs)
-    return Attention(node, _narrowest(given.key, axes), _narrowest(given.value, axes))
+    kept = _narrowest(given.key, axes), _narrowest(given.value, axes)
+    query: torch.fx.Node | None = given.query
+    while query is not None:
+        if query in kept:
+            raise GraphRefused("the queries of attention are its keys or values, which are kept for more rows", node)
+        above = [n for n in query.all_input_nodes if n in axes.live]
+        moves = getattr(query.target, "__name__", query.target) in _MOVES
+        query = above[0] if moves and len(above) == 1 else None
+    return Attention(node, *kept)
 
 
 def _narrowest(node: object, axes: Axes) -> torch.fx.Node:

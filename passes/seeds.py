@@ -30,19 +30,38 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
         roots = [attention_arguments(calls[0].args, calls[0].kwargs).value]
     behind = closure([n for n in roots if isinstance(n, torch.fx.Node)], set())
     tensors = {n: a for n, a in zip(names, args, strict=True) if n in behind and _is_input(a)}
-    ids = [n for n, a in tensors.items() if a.dim() == 2 and a.dtype in (torch.int64, torch.int32) and _is_looked_up(n)]
+    ids = [n for n, a in tensors.items() if _are_ids(a) and _is_looked_up(n)]
     if len(ids) > 1:
         ids = _token_ids(ids)
     if ids:
         batch, tokens = tensors[ids[0]].shape
         return ids[0], ((Factor("B", batch),), (Factor("T", tokens),))
-    hidden = [n for n, a in tensors.items() if a.dim() == 3 and a.is_floating_point()]
+    hidden = [n for n, a in tensors.items() if _is_hidden(a)]
     if len(hidden) == 1:
         batch, tokens, width = tensors[hidden[0]].shape
         return hidden[0], ((Factor("B", batch),), (Factor("T", tokens),), (Factor("", width),))
     if not ids and not hidden:
         raise TokensUnseen("no input looks like token ids or a hidden state")
     raise TokensUnseen(f"{len(hidden)} inputs look like a hidden state: {', '.join(n.name for n in hidden)}")
+
+
+def refuse_without_tokens(args: Sequence[Any]) -> None:
+    """Refuse a graph that :func:`find_seed` would find nothing in, before anybody reads what it calls.
+
+    Raises:
+        TokensUnseen: none of its inputs has the shape of token ids or of a hidden state.
+    """
+    given = [value for value in args if _is_input(value)]
+    if not any(_is_hidden(value) or _are_ids(value) for value in given):
+        raise TokensUnseen("no input looks like token ids or a hidden state")
+
+
+def _are_ids(value: torch.Tensor) -> bool:
+    return value.dim() == 2 and value.dtype in (torch.int64, torch.int32)
+
+
+def _is_hidden(value: torch.Tensor) -> bool:
+    return value.dim() == 3 and value.is_floating_point()
 
 
 def _is_input(value: Any) -> bool:

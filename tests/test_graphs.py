@@ -285,17 +285,32 @@ def test_a_variant_that_cannot_be_compiled_in_mid_sequence(monkeypatch: pytest.M
     assert dllm_compile.stats(m)["state_bytes"] == 0
 
 
-def test_flex_attention_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [1, 2], ids=["key", "value"])
+def test_queries_that_are_keys_or_values_run_plainly(shared: int) -> None:
+    """They were computed for the rows of the step, and stood for all keys."""
+
+    class Shared(Layer):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            made = [self.q(x), self.out(x), self.q(x) + self.out(x)]
+            made[shared] = made[0]
+            q, k, v = (each.unflatten(-1, (4, 8)).transpose(1, 2) for each in made)
+            return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    m = Model([Shared(False), Shared(False)]).double().eval()
+    with pytest.warns(UserWarning, match="queries of attention are its keys"):
+        got = steps(models.compiled_loop(m, **PARTIAL), count=3)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(got, steps(m, count=3), strict=True))
+
+
+def test_flex_attention_that_changes_scores_runs_plainly() -> None:
     class Flex(nn.Module):
         def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             y = x.unflatten(-1, (2, 16)).transpose(1, 2)
             seen = flex_attention(y, y, y, score_mod=lambda score, b, h, q, k: score - 0.1 * (q - k).abs())
             return x + seen.transpose(1, 2).flatten(2)
 
-    monkeypatch.setenv("DLLM_DEBUG", "0")
     m = Model([Flex()]).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match=r"flex_attention changes its scores"):
         got = steps(models.compiled(m, **PARTIAL))
     for a, b in zip(got, steps(m), strict=True):
         torch.testing.assert_close(a, b)

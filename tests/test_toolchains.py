@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import dllm_compile
 from dllm_compile.backend import dllm
@@ -269,6 +270,99 @@ def test_offloaded_weights_give_full_steps_and_a_warning() -> None:
     call = logits_of(models.compiled_loop(model, **METHODS["dual"]))
     with pytest.warns(UserWarning, match=r"a graph broke at .*accelerate.hooks\.py") as told:
         assert max(worst(call, logits_of(plain))) < TOLERANCE
+    assert len([each for each in told if "dllm" in str(each.message)]) == 1
+
+
+# -- FlexAttention ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "padded"), in_turn([*EQUAL, *LOSSY], [False, True]))
+def test_flex_attention_is_cached_as_other_attention_is(name: str, padded: bool) -> None:
+    model, other, options = llama(), llama(), {**EQUAL, **LOSSY}[name]
+    model.config._attn_implementation = "flex_attention"  # type: ignore[union-attr]
+    mask = torch.ones(2, PROMPT + RESPONSE, dtype=torch.long)
+    mask[0, :2] = 0
+    given = {"attention_mask": mask} if padded else {}
+    flex, plain = (models.compiled_loop(each, **options) for each in (model, other))
+    warnings.filterwarnings("ignore", message="dllm: a graph broke")  # where transformers makes the block mask
+    runs = (walk(logits_of(partial(call, **given))) for call in (flex, plain))
+    for (x, got), (_, want) in zip(*runs, strict=True):
+        assert off(got, want, readable(x)) < TOLERANCE
+        assert name in LOSSY or off(got, other(input_ids=x, **given).logits, readable(x)) < TOLERANCE
+    assert steps(model) == steps(other)
+    assert dllm_compile.stats(model)["layers"] == dllm_compile.stats(other)["layers"]
+
+
+def test_flex_attention_of_any_length_is_cached() -> None:
+    model, plain = llama(), logits_of(llama())
+    model.config._attn_implementation = "flex_attention"  # type: ignore[union-attr]
+    call = logits_of(models.compiled_loop(model, **METHODS["dual"]))
+    warnings.filterwarnings("ignore", message="dllm: a graph broke")
+    for prompt in (PROMPT, PROMPT + 3, PROMPT + 5):
+        x = start(prompt=prompt)
+        for step in range(3):
+            got = call(x).clone()
+            assert (off(got, plain(x), readable(x)) < TOLERANCE) == (step == 0)
+            x = fill(got, x)
+    assert steps(model) == {"full": 3, "block": 6}
+
+
+class Masked(torch.nn.Module):
+    """One layer whose two heads see what a mask allows, by FlexAttention or by a mask for each query and key."""
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed, self.head = torch.nn.Embedding(models.VOCABULARY, 16), torch.nn.Linear(16, models.VOCABULARY)
+        self.mix, self.mask = torch.nn.Linear(16, 48), mask
+        self.double().eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.mix(x).chunk(3, -1))
+        if isinstance(self.mask, torch.Tensor):
+            seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        else:
+            seen = flex_attention(q, k, v, block_mask=self.mask)
+        return self.head(x + seen.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def window(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return ((i - j).abs() <= 3) | ((h == 1) & (j % 2 == 0)) | (j < 2 * b)
+
+
+def blocks_alone() -> tuple[Any, torch.Tensor]:
+    """A mask without a function: blocks of 4 see themselves, and the first sees the second."""
+    which = torch.tensor([[0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3], [3, 0, 1, 2]], dtype=torch.int32)
+    count = torch.tensor([2, 1, 1, 1], dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(count[None, None], which[None, None], BLOCK_SIZE=4, seq_lengths=(14, 14))
+    block = torch.arange(14) // 4
+    return mask, (block[:, None] == block) | ((block[:, None] == 0) & (block == 1))
+
+
+def by_function() -> tuple[Any, torch.Tensor]:
+    """A function of all four places, in blocks of 4: some are full, and some are hidden."""
+    b, h, i, j = torch.meshgrid(*map(torch.arange, (2, 2, 14, 14)), indexing="ij")
+    return create_block_mask(window, 2, 2, 14, 14, device="cpu", BLOCK_SIZE=4), window(b, h, i, j)
+
+
+@pytest.mark.parametrize("made", [by_function, blocks_alone])
+def test_a_block_mask_is_its_function_in_the_blocks_that_it_names(made: Callable[[], tuple[Any, Any]]) -> None:
+    blocks, dense = made()
+    assert not dense.all()
+    model, plain = Masked(blocks), Masked(dense)
+    assert max(worst(models.compiled_loop(model, **NEUTRAL), plain)) < TOLERANCE
+    runs = (walk(models.compiled_loop(each, **METHODS["dyllm"])) for each in (model, plain))
+    for (x, got), (_, want) in zip(*runs, strict=True):
+        assert off(got, want, readable(x)) < TOLERANCE
+    assert steps(model)["salient"] == 7
+
+
+def test_a_mask_that_calls_what_nobody_follows_is_said_to_be_why_nothing_is_cached() -> None:
+    mask = create_block_mask(lambda b, h, i, j: torch.sin(i - j) > -0.9, 2, 2, 14, 14, device="cpu")
+    model = Masked(mask)
+    with pytest.warns(UserWarning, match=r"mask of flex_attention calls sin.*attn_implementation") as told:
+        assert max(worst(models.compiled_loop(model, **METHODS["dual"]), model)) < TOLERANCE
     assert len([each for each in told if "dllm" in str(each.message)]) == 1
 
 
