@@ -37,7 +37,7 @@ def as_written(graph: torch.fx.Graph) -> torch.fx.Graph:
         if name.startswith("_assert_") and not node.users:
             copy.erase_node(node)
         elif name in _SAME:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             copy.erase_node(node)
         elif name:
             canonical(node)
@@ -53,7 +53,8 @@ def aten_name(node: torch.fx.Node) -> str:
 
 def _rewrite(node: torch.fx.Node, name: str) -> None:
     """Give one call its name in Python, in place."""
-    args, kwargs = list(node.args), dict(node.kwargs)
+    args: list[Any] = list(node.args)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     if name == "embedding":  # what is behind the ids concerns gradients
         node.target, node.args, node.kwargs = torch.nn.functional.embedding, (args[1], args[0]), {}
     elif name == "layer_norm":
@@ -71,7 +72,7 @@ def _rewrite(node: torch.fx.Node, name: str) -> None:
         node.args = tuple(args)
         node.kwargs = {key: value for key, value in kwargs.items() if key not in ("layout", "pin_memory")}
     else:
-        found = _NAMED.get(name) or getattr(torch, name, None)
+        found: Any = _NAMED.get(name) or getattr(torch, name, None)
         if found is not None:
             node.target = found
         elif hasattr(torch.Tensor, name):

@@ -42,8 +42,8 @@ def as_masks(module: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.Gr
         graph: the graph.
 
     Raises:
-        GraphRefused: scores are changed by more than a mask, the log-sum-exp is read, or the function of a mask calls
-            what does not work entry by entry.
+        GraphRefused: scores are changed by more than a mask, the log-sum-exp is read, the function of a mask calls
+            what does not work entry by entry, or the graph makes its block mask itself.
     """
     if not any(node.target is _FLEX for node in graph.nodes):
         return graph
@@ -53,6 +53,10 @@ def as_masks(module: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.Gr
     for node in [node for node in copy.nodes if node.target is _FLEX]:
         _rewrite(copy, module, node, written)
     copy.eliminate_dead_code()
+    for node in copy.nodes:
+        if called(node) == "_vmap_increment_nesting":
+            reason = "the block mask of flex_attention is made in the graph: make it outside of what is compiled"
+            raise GraphRefused(f"{reason}; {_ADVICE}", node)
     return copy
 
 

@@ -366,6 +366,14 @@ def test_a_mask_that_calls_what_nobody_follows_is_said_to_be_why_nothing_is_cach
     assert len([each for each in told if "dllm" in str(each.message)]) == 1
 
 
+def test_a_block_mask_that_the_graph_makes_is_said_to_be_why_nothing_is_cached() -> None:
+    """As ``flex_attention`` does by itself where it gets none."""
+    model = Masked(None)
+    with pytest.warns(UserWarning, match="block mask of flex_attention is made in the graph: make it outside") as told:
+        assert max(worst(models.compiled_loop(model, **METHODS["dual"]), model)) < TOLERANCE
+    assert len([each for each in told if "dllm" in str(each.message)]) == 1
+
+
 # -- rows that are no tokens ------------------------------------------------------------------------------------------
 
 PATCHES, IMAGE_TOKEN = 8, 5
