@@ -17,7 +17,7 @@ from . import compat
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
 from .compat import CompileContext, FakeTensor, is_traceable_wrapper_subclass, tree_leaves
-from .core.errors import GraphRefused, TokensUnseen, refusing
+from .core.errors import GraphRefused, TokensUnseen, describe, refusing
 from .core.graph import called, numbers
 from .core.stand_ins import StandIns
 from .debug import labelled, log
@@ -26,6 +26,7 @@ from .interface.plan import Exact
 from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
 from .passes.exported import aten_name
+from .passes.own_cache import keys_handed_over
 from .runtime.batch import Batch, Step
 from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
@@ -45,6 +46,7 @@ _MAKING = threading.Lock()  # held where a session is looked up or made
 _SIZES: dict[int | None, list[str]] = {}  # of the ids that graphs of a function were made for, by its number
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
 _WORTH_SAYING = {"scaled_dot_product_attention", "flex_attention", "embedding", "softmax"}
+_OWN_CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights of models whose loop has a cache of its own
 
 
 def dllm(
@@ -174,9 +176,13 @@ class Backend:
         self.inputs: list[int] = []
         self.weights: list[int] | None = None
         self.broke = last_break()
+        self.joins: torch.fx.Node | None = None  # keys that are an input to those of the tokens
+        self.told = False  # of that
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
+        if self.joins is not None:
+            return self._leave_alone(self.joins, args)
         begin, key = perf_counter(), self._key(args)
         programs = self.programs  # replaced as a whole by other threads
         program = programs[key] if key in programs else self._program(key, args)
@@ -189,6 +195,9 @@ class Backend:
                 return self._run_plain(args)
             chain = Chain()
             session = self._session_of(program, args)
+            if session.is_of(_OWN_CACHE):
+                enter(None)
+                return self._run_plain(args)
             with session.lock:
                 chain.found = self._begin(program, args, session)
                 enter(chain)
@@ -305,6 +314,9 @@ class Backend:
         Returns:
             Whether no cache can serve the graph. What only a call can tell is left to the first one.
         """
+        self.joins = keys_handed_over(self.module.graph, shown)
+        if self.joins is not None:
+            return False  # each call says which model it is of
         if any(is_traceable_wrapper_subclass(a) for a in shown) or any(
             isinstance(shown[i], FakeTensor) for i in self.numbers
         ):
@@ -350,6 +362,29 @@ class Backend:
         elif worth:
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
 
+    def _leave_alone(self, joins: torch.fx.Node, args: Sequence[Any]) -> Any:
+        """Run a call of a loop that keeps keys and values by itself. From now on all calls of its model run exactly,
+        those that fill its cache among them.
+        """
+        weights = [a for a in args if isinstance(a, torch.nn.Parameter)]
+        new = [weight for weight in weights if weight not in _OWN_CACHE]
+        _OWN_CACHE.update(dict.fromkeys(new))
+        if new:
+            for session in sessions():
+                if session.is_of(_OWN_CACHE):
+                    session.drop()
+        if len(new) == len(weights) and not self.told:
+            self.told = True
+            reason = "the loop hands over keys and values of a cache of its own"
+            _REFUSED.append(f"{reason} (at {describe(joins)})")
+            warnings.warn(
+                f"dllm: {reason} (at {describe(joins)}), so this model is left alone: its calls run on plain Inductor, "
+                "exactly, and nothing is cached. For a loop that hands over none (use_cache=False), call "
+                "dllm_compile.reset() first",
+                stacklevel=3,
+            )
+        return self._run_plain(args)
+
     def _session_of(self, program: Program, args: Sequence[Any]) -> Session:
         """The session of a model: of all its weights, or of those of the first layer where layers are traced alone."""
         if program.ids is not None:
@@ -363,7 +398,7 @@ class Backend:
         if program.ids is not None:
             check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
-            found = session.begin(stream, side_inputs, program, [args[i] for i in program.head_inputs])
+            found = session.begin(stream, side_inputs, program, [args[i] for i in program.head_inputs], args)
         else:
             found = session.begin_hidden(stream, side_inputs, program)
             if found is None and session.mask_id is None:
@@ -374,6 +409,8 @@ class Backend:
         batch, step = found
         if program.hides_attention and not batch.whole and not isinstance(batch.new_schedule(), Exact):
             batch.run_whole("rows of its graph meet where no attention is seen")
+        if not batch.asked_masks and program.ids is not None:
+            batch.follow_masks(program, args)
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
             batch.thread = threading.get_ident()  # further graphs of the step follow
         step.inputs = {id(tensor): tensor for tensor in side_inputs}
@@ -512,6 +549,7 @@ def reset() -> None:
     forget()
     forget_breaks()
     _REFUSED.clear()
+    _OWN_CACHE.clear()
     for session in sessions():
         session.drop()
 

@@ -18,8 +18,8 @@
    - keys                  ``eviction``, ``flashblock``
    - what is written       ``falling_threshold``, ``frechet``, ``length_cut``
 
-:func:`analyzed` runs 0 to 6. ``causal`` looks at the values of attention masks. Passes never import each other; only
-this page names them all.
+:func:`analyzed` runs 0 to 6. ``causal`` looks at the values of attention masks, and ``own_cache`` for keys and values
+that the loop hands over, before all else. Passes never import each other; only this page names them all.
 """
 
 from __future__ import annotations

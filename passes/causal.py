@@ -1,8 +1,9 @@
-"""What attention masks hide, where they depend on no tokens: later tokens, which is refused, or nothing.
+"""What attention masks hide, where they depend on no tokens: all later tokens, which is refused, some, or nothing.
 
 Tracing can turn a bidirectional model into a causal one (a remote model does so when it gets no 4-D mask), and a model
 may simply be causal. Then later tokens do not change earlier rows and none of our methods applies. A mask that hides
-nothing, as of a batch without padding, costs a GPU its fastest attention, and is left out.
+nothing, as of a batch without padding, costs a GPU its fastest attention, and is left out. Between the two are masks
+that hide the blocks behind a token's own: what comes later never changes the rows of an earlier block.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.outline import Outline, outline
 
 Mask = tuple[torch.fx.Node, Outline]
+HIDDEN = -1e9
+"""What is added to the score of a key that has no weight: no two scores of a model are so far apart."""
+HIDES = -1e4
+"""What is added to the score of a key that is left as it is, is larger."""
+LAYERS = 64
+"""Rounds in which rows come to depend on what those that they see depend on; a mask that takes more is not followed."""
 
 
 def masks_of(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Mask], bool]:
@@ -30,6 +37,12 @@ def masks_of(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Mask], bool]:
     nodes = {mask: call for mask, call in masks.items() if isinstance(mask, torch.fx.Node)}
     found = [(call, outline(graph, [mask])) for mask, call in nodes.items() if mask not in axes.live]
     return found, len(found) == len(nodes)
+
+
+def all_masked(graph: torch.fx.Graph) -> bool:
+    """Whether every attention call of a graph reads a mask, if there are any."""
+    calls = [node for node in graph.nodes if node.target is attention]
+    return all(attention_arguments(node.args, node.kwargs).attn_mask is not None for node in calls)
 
 
 def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> None:
@@ -60,6 +73,43 @@ def hide(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> bool:
     """
     found = _values(masks, given)
     return any(bool(~value.all() if value.dtype == torch.bool else value.any()) for _, value in found)
+
+
+def depends_on(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any], size: tuple[int, int]) -> torch.Tensor | None:
+    """How far each row of a model depends on tokens, if these are the masks of all its attention calls.
+
+    A row depends on what it sees, and on what that depends on, in any number of layers. A key counts as hidden where
+    adding to its score leaves it no weight at all, in a row with keys that are left as they are.
+
+    Args:
+        masks: of a graph, one or more.
+        given: the value of each placeholder of the graph.
+        size: sequences ``B`` and tokens ``S``.
+
+    Returns:
+        ``[B, S]`` int64 on the CPU: of each row, one past the last token that it depends on. ``None`` where that is the
+        last of all for every row, and for a mask of other sizes.
+    """
+    batch, tokens = size
+    sees: torch.Tensor | None = None
+    for _, value in _values(masks, given):
+        if value.dim() < 2 or value.shape[-1] != tokens or value.shape[-2] not in (1, tokens):
+            return None
+        seen = value if value.dtype == torch.bool else value > max(torch.finfo(value.dtype).min / 2, HIDDEN)
+        plain = seen if value.dtype == torch.bool else value > HIDES
+        seen = seen | ~plain.any(-1, keepdim=True)  # where all keys are hidden alike, none is
+        each = seen.dim() == 4 and seen.shape[0] in (1, batch)
+        seen = seen.flatten(1, -3).any(1) if each else seen.reshape(1, -1, *seen.shape[-2:]).any(1)
+        sees = seen if sees is None else sees | seen
+    if sees is None:
+        return None
+    ends = torch.arange(1, tokens + 1, dtype=torch.int32, device=sees.device).expand(len(sees), tokens)
+    for _ in range(LAYERS):
+        further = torch.maximum(ends, torch.where(sees, ends.unsqueeze(1), 0).amax(-1))
+        if torch.equal(further, ends):
+            return None if bool((ends == tokens).all()) else ends.cpu().long().expand(batch, tokens)
+        ends = further
+    return None
 
 
 def _values(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> list[tuple[torch.fx.Node, torch.Tensor]]:

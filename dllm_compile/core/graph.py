@@ -200,6 +200,7 @@ def fingerprint(
     outputs: Sequence[torch.fx.Node],
     axes: Axes,
     values: Values | None = None,
+    forms: bool = True,
 ) -> str:
     """A hash that two parts share when one's compiled code can serve the other, of whatever length and batch.
 
@@ -207,12 +208,13 @@ def fingerprint(
         nodes, inputs, outputs: the part.
         axes: of its graph.
         values: the sizes, where the graph was analyzed at stand-ins for them.
+        forms: whether code counts as another where an input lies in memory in another way.
 
     Raises:
         GraphRefused: without ``values``, a number is computed from sizes, so that no code serves all of them.
     """
     name = {node: f"in{i}" for i, node in enumerate(inputs)}
-    lines = [f"in{i} {_signature(node, axes)}" for i, node in enumerate(inputs)]
+    lines = [f"in{i} {_signature(node, axes, forms)}" for i, node in enumerate(inputs)]
     for i, node in enumerate(nodes):
         layout, args = axes.layout.get(node), node.args
         if layout is not None:
@@ -302,12 +304,12 @@ def _kinds(layout: Layout | None) -> list[list[str]]:
     return [[f.kind if f.size != 1 else f"one {f.kind}" for f in dim] for dim in layout or ()]
 
 
-def _signature(node: torch.fx.Node, axes: Axes) -> str:
+def _signature(node: torch.fx.Node, axes: Axes, forms: bool) -> str:
     value = axes.fake[node]
     if isinstance(value, FakeTensor):
         layout = axes.layout.get(node, axes.made.get(node))
         extents = of_layout(layout) if layout is not None else of_constant(value, *axes.size)
-        return f"{type(value)} {value.dtype} {extents} {form(value)} {value.device}"
+        return f"{type(value)} {value.dtype} {extents} {form(value) if forms else ''} {value.device}"
     return _parts(value)
 
 

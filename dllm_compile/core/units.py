@@ -76,9 +76,13 @@ class Unit:
         skip = inside | ({self.stream} if self.stream is not None else set())
         used = (n for node in self.nodes for n in node.all_input_nodes)
         self.inputs = list(dict.fromkeys(n for n in used if n not in skip))
-        entering = [*([self.stream] if self.stream is not None else []), *self.inputs]
-        self.key = fingerprint(self.nodes, entering, [*self.outputs, *self.anchors()], axes)
+        self.key = self.code(axes)
         return self
+
+    def code(self, axes: Axes, forms: bool = True) -> str:
+        """A hash of all that a sealed unit computes, and without ``forms`` not of how its inputs lie in memory."""
+        entering = [*([self.stream] if self.stream is not None else []), *self.inputs]
+        return fingerprint(self.nodes, entering, [*self.outputs, *self.anchors()], axes, forms=forms)
 
     def anchors(self, keep: frozenset[str] = FEATURES) -> list[torch.fx.Node]:
         """The values whose rows are kept between steps, of the roles in ``keep``; keys and values come first."""

@@ -72,6 +72,15 @@ class Blocks:
         self.at = self.at.masked_fill(rows.unsqueeze(1), -1)
         self.calls = self.calls.masked_fill(rows.unsqueeze(1), -1)
 
+    def grow(self, response: torch.Tensor) -> None:
+        """The response has new tokens behind its last, whose blocks begin with the first of them."""
+        old = self.response.shape[1]
+        more = (0, response.shape[1] - old)
+        rank = response[:, old:].cumsum(1) - 1
+        new = self.block.max() + 1 + rank // (self.length or rank.shape[1])
+        self.response, self.active = response, torch.nn.functional.pad(self.active, more)
+        self.block = torch.cat([self.block, torch.where(response[:, old:], new, -1)], 1)
+
     def next(self, call: Call) -> None:
         """Follow one call."""
         self.warning = None

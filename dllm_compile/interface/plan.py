@@ -25,6 +25,9 @@ class Call:
         filling: ``[B, S]`` bool, positions that the sampler fills from this call; ``None`` where it does not say.
         notes: by layer, what :class:`AfterLayer` noted at the last step that ran the layer.
         wanted: ``[B, S]`` bool, positions that are of use to the sampler; ``None`` where it does not say.
+        read: ``[B, S]`` bool, positions whose logits the sampler reads; ``None`` where it does not say.
+        depends: ``[B, S]`` int64, of each row one past the last token that it depends on, by the model's attention
+            masks; ``None`` where every row may depend on all, or logits of all rows are read.
     """
 
     number: int
@@ -35,6 +38,8 @@ class Call:
     filling: torch.Tensor | None = None
     notes: Mapping[Any, Any] = field(default_factory=dict)
     wanted: torch.Tensor | None = None
+    read: torch.Tensor | None = None
+    depends: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

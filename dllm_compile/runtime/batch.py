@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dllm_compile.core.assignment import ACTIVE, Assignment
+from dllm_compile.core.state import grown
 from dllm_compile.declared import Declared
 from dllm_compile.interface.plan import Call, Exact, Schedule, copied
 from dllm_compile.schedule.method import response_of, schedule
@@ -189,9 +190,12 @@ class Batch:
         self.stale = False  # what is kept is not good for the next call
         self.last: Step | None = None
         self.opened: Step | None = None  # the first that ran
+        self.shorter: Batch | None = None  # what this one goes on with, where it has more tokens
         self.drafts_of: Batch | None = None  # the batch whose rows are read, where these are drafts
         self.layers_seen = 0  # of a step
         self.told_unskipped = False
+        self.depends: torch.Tensor | None = None  # see :class:`.interface.plan.Call`
+        self.asked_masks = False  # for it
         self.drop_rows()
         self._start(ids)
 
@@ -204,6 +208,13 @@ class Batch:
     def _locate(self) -> None:
         self.answer = response_of(self.options, self.response)
         self.fixed = {"response": positions(self.answer), "prompt": positions(~self.answer)}
+
+    def follow_masks(self, program: Program, args: Sequence[Any]) -> None:
+        """From the next call on know how far rows depend on tokens, where masks tell."""
+        self.asked_masks = True
+        found = program.depends(args, self.session.vocabulary)
+        if found is not None and self.inputs.compare_whole(found[1]):
+            self.depends = found[0]
 
     def new_schedule(self) -> Schedule:
         """The schedule of a sequence that begins."""
@@ -393,12 +404,46 @@ class Batch:
         self.held, self.without_outside = outside
         self.part_inputs.clear()
         self.first, self.response = some(self.first), some(self.response)
+        self.depends = None if self.depends is None else some(self.depends)
         self._locate()
         plans = copied(past.schedule, lambda each: some(each) if each.shape[:1] == (size,) else each)
         read = None if past.read is None else some(past.read)
         here = {"ids": some(past.ids), "on_device": some(past.on_device), "read": read}
         self.past = replace(past, **here, schedule=plans, history=())  # type: ignore[arg-type]
         self.last = None  # what was noted behind its layers is of all sequences
+
+    def longer(
+        self, ids: torch.Tensor, on_device: torch.Tensor, inputs: Inputs, program: Program, args: Sequence[Any]
+    ) -> Batch:
+        """The same sequences with masks behind their last tokens, which the rows kept so far do not depend on; see
+        :mod:`.growing`. It takes the place of this one when it has run.
+
+        Args:
+            ids, on_device: ``[B, L]`` int64 of the longer call, on the CPU and where they came from.
+            inputs: of it.
+            program: the graph that is called.
+            args: its arguments.
+        """
+        past, new = self.past, copy(self)
+        assert past is not None
+        tokens = past.ids.shape[1]
+        new.drop_rows()
+        new.layers = {key: [grown(each, ids.shape[1]) for each in rows] for key, rows in self.layers.items()}
+        new.kept = {key: grown(each, ids.shape[1]) for key, each in self.kept.items()}
+        new.shorter, new.inputs, new.model, new.part_inputs = self, inputs, program.signature, {}
+        masks = ids[:, tokens:]
+        new.first = torch.cat([self.first, masks], 1)
+        new.response = torch.cat([self.response, torch.ones_like(masks, dtype=torch.bool)], 1)
+        new._locate()
+        plans = copied(past.schedule)
+        plans.grow(new.response)
+        here = torch.cat([past.on_device, on_device[:, tokens:]], 1)
+        before = torch.cat([past.ids, masks], 1)
+        new.past = replace(past, ids=before, on_device=here, schedule=plans, history=(), caller=None, read=None)
+        new.last, new.late = None, None  # what was noted behind its layers is of fewer rows
+        new.depends = None
+        new.follow_masks(program, args)
+        return new
 
     def late_inputs(self, ids: torch.Tensor | None, late: Sequence[torch.Tensor]) -> Inputs | None:
         """What only the head read at the last call, to be compared with ``late``; ``None`` where ``ids`` ``[B, S]``
@@ -409,9 +454,15 @@ class Batch:
         return known if known is not None and again and known.fit(late) else None
 
     def call(
-        self, ids: torch.Tensor, caller: object, filling: torch.Tensor | None, wanted: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        caller: object,
+        filling: torch.Tensor | None,
+        wanted: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
+        follow: bool = False,
     ) -> Call:
-        """What happened since the last call, for the schedule."""
+        """What happened since the last call, for the schedule; ``follow``: say what rows depend on."""
         masked, past = ids == self.mask_id, self.past
         before = ids if past is None else past.ids
         changed = before != ids
@@ -421,7 +472,9 @@ class Batch:
         repeat = repeat and not bool(changed.any())
         last = self.last
         notes = {**last.past.notes, **last.noted} if last is not None else {}
-        return Call(number, repeat, masked, filled, changed, filling, notes, wanted)
+        follow = follow and not bool((changed & masked).any())  # after that, logits of filled tokens may be read
+        depends = self.depends if follow else None
+        return Call(number, repeat, masked, filled, changed, filling, notes, wanted, read, depends)
 
     def expect(self, program: Program) -> None:
         """While it is undecided whether these calls are a loop, keep the returned logits, to compare the tokens filled

@@ -26,7 +26,7 @@ from dllm_compile.core.units import Unit, closure
 from dllm_compile.debug import asked, keep, part
 from dllm_compile.options import Options
 from dllm_compile.passes import analyzed
-from dllm_compile.passes.causal import hide, masks_of, refuse_causal_masks
+from dllm_compile.passes.causal import all_masked, depends_on, hide, masks_of, refuse_causal_masks
 
 from .cost import whole
 from .unchanged import SMALL
@@ -76,10 +76,12 @@ class Program:
 
     Attributes:
         size: sequences and tokens, 0 where there is none.
+        sizes: those that Dynamo left open, as they are here.
         units: stem, layers and head, whichever the graph has.
         reads: places of the arguments that are read, not those whose number the graph was analyzed for.
         masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
         knows_masks: whether there are no others.
+        masks_all: whether every attention call reads one of them.
         depth: layers with attention.
         group: the process group whose ranks share the layers; ``None`` where one process has all of them.
         decision: the unit behind the head that chooses tokens, if the graph is a whole denoising step.
@@ -101,6 +103,7 @@ class Program:
         found = analyzed(module, args, options.saliency is not None, stand_ins)
         self.graph, self.seed, self.axes, self.units = found.graph, found.seed, found.axes, found.units
         self.stand_ins, self.size = stand_ins, found.axes.size
+        self.sizes = {} if stand_ins is None else stand_ins.values
         self.first, self.group = found.first, found.axes.group
         graph, args, constants, names = found.graph, found.args, found.constants, placeholders(found.graph)
         _keep_units(self.units, self.axes)
@@ -131,6 +134,7 @@ class Program:
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude = outline(graph, self.constants) if self.constants else None
         self.masks, self.knows_masks = masks_of(graph, self.axes)
+        self.masks_all = self.knows_masks and bool(self.masks) and all_masked(graph)
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
@@ -144,7 +148,7 @@ class Program:
             refuse_unfollowed(run, handed, self.axes, self.seed, stand_ins.values.values())
         self.signature = Signature(
             tuple(unit.key for unit in self.units if unit is not self.decision),
-            fingerprint(*self.made, self.axes, stand_ins.values if stand_ins is not None else {}),
+            fingerprint(*self.made, self.axes, self.sizes),
             tuple(target_name(node) for nodes in (constants, *parts) for node in nodes),
         )
 
@@ -157,14 +161,21 @@ class Program:
         if min(sizes.values()) < 2:
             return None
         batch, tokens = args[self.index[self.seed]].shape[:2]
-        other.size, other.memo = (batch, tokens), {}
-        vars(other).pop("flops", None)
+        other.size, other.memo, other.sizes = (batch, tokens), {}, sizes
+        for name in ("flops", "computes"):
+            vars(other).pop(name, None)
         other.prelude = self.prelude.at(sizes) if self.prelude is not None else None
         other.first = self.first.at(sizes) if self.first is not None else None
         other.masks = [(call, mask.at(sizes)) for call, mask in self.masks]
         other.result = at_values(self.result, sizes)
         other.signature = replace(self.signature, constants=fingerprint(*self.made, self.axes, sizes))
         return other
+
+    @cached_property
+    def computes(self) -> tuple[str, ...]:
+        """A hash of what each part computes, and of what they read beside tokens, however inputs lie in memory."""
+        constants = fingerprint(*self.made, self.axes, self.sizes, forms=False)
+        return constants, *(unit.code(self.axes, forms=False) for unit in self.units)
 
     def masked(self, args: Mapping[torch.fx.Node, Any]) -> bool:
         """Whether an attention mask hides a key, or may: one that depends on tokens is not looked at, and inputs of
@@ -177,6 +188,46 @@ class Program:
         given = [each for each in read if isinstance(each, torch.Tensor)]
         watched = all(each.numel() <= SMALL and not isinstance(each, torch.nn.Parameter) for each in given)
         return not (self.knows_masks and watched) or hide(self.masks, args)
+
+    def depends(self, args: Sequence[Any], vocabulary: int | None) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """How far each row depends on tokens; ``None`` where nobody can tell: on all, for all one knows.
+
+        Nothing but attention mixes rows then, all of the model is in the graph, and masks are made of inputs that are
+        compared at every call. What a layer treats as one otherwise is tried when it first runs.
+
+        Args:
+            args: of a call.
+            vocabulary: tokens that the model knows.
+
+        Returns:
+            ``[B, S]`` int64, see :func:`dllm_compile.passes.causal.depends_on`, and the inputs that masks are made of.
+        """
+        rest = [unit for unit in self.units if not unit.is_layer and unit is not self.decision]
+        whole = self.ids is not None and self.head(vocabulary) is not None and self.group is None
+        if not (self.masks_all and whole) or any(unit.mixing(self.axes) for unit in rest):
+            return None
+        heads = [self.axes.layout[call] for call, _ in self.masks]
+        read = {self.index[node] for _, mask in self.masks for node in mask.reads}
+        tensors = {i for i in read if isinstance(args[i], torch.Tensor)}
+        if any(len(each) != 4 or position(each, "B") != 0 for each in heads) or not tensors <= {*self.side_inputs}:
+            return None
+        found = depends_on(self.masks, dict(zip(self.index, args, strict=True)), self.size)
+        return None if found is None else (found, [args[i] for i in sorted(tensors)])
+
+    def beside_tokens(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """All that the graph makes of other inputs than the tokens, and of sizes, and reads beside tokens.
+
+        Args:
+            args: of a call; the graph has to be one that was analyzed for any size.
+        """
+        assert self.stand_ins is not None
+        read = [n for node in self.graph.nodes if node in self.axes.live for n in node.all_input_nodes]
+        made = [n for n in dict.fromkeys(read) if n not in self.axes.live and n.op != "placeholder"]
+        if not made:
+            return ()
+        with torch.no_grad():
+            values = outline(self.graph, made).at(self.stand_ins.read(args))
+            return values(dict(zip(self.index, args, strict=True)))
 
     def check(self, args: Sequence[Any]) -> None:
         """Look at the values that the first call has.

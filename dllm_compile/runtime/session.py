@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from operator import is_
 from time import perf_counter
 from typing import Any
@@ -25,6 +25,7 @@ from dllm_compile.passes.block_cache import BLOCK, of_drafts
 
 from .batch import Batch, Past, Step, bytes_of
 from .evidence import SHORT, Evidence, begins_masked
+from .growing import grows, may_grow
 from .ids import infer_mask_id, labels, mask_of_changes
 from .program import Program
 from .stats import Stats
@@ -91,6 +92,10 @@ class Session:
         """Whether all weights that it was made for are alive."""
         return all(ref() is not None for ref in self.owners)
 
+    def is_of(self, weights: Container[torch.Tensor]) -> bool:
+        """Whether any of its weights is among these."""
+        return any(weight in weights for weight in map(weakref.ref.__call__, self.owners) if weight is not None)
+
     def shares(self, weights: set[int]) -> bool:
         """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
         return any(ref() is not None and id(ref()) in weights for ref in self.owners)
@@ -142,6 +147,7 @@ class Session:
         side_inputs: Sequence[torch.Tensor],
         program: Program,
         late: Sequence[torch.Tensor] = (),
+        args: Sequence[Any] = (),
     ) -> tuple[Batch, Step] | None:
         """Read one call.
 
@@ -150,6 +156,7 @@ class Session:
             side_inputs: the other tensors that the layers read, but parameters.
             program: the graph that is called.
             late: those that only the head reads; with others the same ids are no repetition.
+            args: all arguments of the graph, where ``ids`` are among them.
 
         Returns:
             The sequence that the call belongs to and the step that it is, to be committed once it has run; ``None``
@@ -176,6 +183,7 @@ class Session:
         batch, branched = self._found(read.ids, candidates)
         if batch is None and not branched:
             batch = self._smaller(read.ids, side_inputs, program, word)
+            batch = batch or self._longer(read, side_inputs, program, word, args)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
             batch.finished = True
             return None
@@ -227,9 +235,10 @@ class Session:
             self.stats.count(step)
             return
         batch.past, batch.late, batch.last, batch.finished = step.past, step.late, step, False
-        if batch not in self.batches:
+        if batch not in self.batches and batch.shorter is None:
             self.stats.sequences += 1
-        self.batches = [*(each for each in self.batches if each is not batch), batch]
+        self.batches = [*(each for each in self.batches if each not in (batch, batch.shorter)), batch]
+        batch.shorter = None
         self.stats.count(step)
 
     def took(self, batch: Batch, step: Step, begin: float) -> None:
@@ -383,6 +392,25 @@ class Session:
             ):
                 each.keep_sequences(index, inputs, program.signature)
                 return each
+        return None
+
+    def _longer(
+        self,
+        read: Read,
+        side_inputs: Sequence[torch.Tensor],
+        program: Program,
+        word: Declared | None,
+        args: Sequence[Any],
+    ) -> Batch | None:
+        """A sequence that goes on with masks behind its last tokens; see :mod:`.growing`."""
+        for each in reversed(self.batches if args and self.group is None else []):
+            if each.word is not (word if isinstance(word, Loop) else None) or each.thread is not None:
+                continue
+            inputs = None
+            if not each.interrupted and may_grow(each, read.ids):
+                inputs = grows(each, side_inputs, program, args)
+            if inputs is not None:
+                return each.longer(read.ids, read.on_device, inputs, program, args)
         return None
 
     def _start(

@@ -63,14 +63,15 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     asked = to_be_read(read.ids.shape)
     known = past.read is None or (asked is not None and not bool((asked & ~past.read).any()))
     caller = program if known and read.same_late.get(batch, False) else None
-    said = to_be_filled(read.ids.shape), wanted(read.ids.shape)
-    call = batch.call(read.ids, caller, *said)
+    said = to_be_filled(read.ids.shape), wanted(read.ids.shape), asked
+    follow = not _reads_all(session, program, batch.mask_id)
+    call = batch.call(read.ids, caller, *said, follow=follow)
     if call.repeat and past.number == 0 and session.agree(session.weights.written_anywhere(), device):
         session.weights.sum()  # a few numbers differ of which the sample has none
         batch.begin_anew()
         past = batch.past
         assert past is not None
-        call = batch.call(read.ids, caller, *said)
+        call = batch.call(read.ids, caller, *said, follow=follow)
     if call.repeat and last is not None and not last.delivered and program in batch.outputs:
         # an interrupt came between the step and its result
         return replace(last, repeat=True, layer=0, depth=0, seen=set(), timed=False)
@@ -136,9 +137,8 @@ def _planned(
     if plan.held is not None:
         batch.held = max(batch.held, int(plan.held.sum(1).max()), 2)
         plan = _with_all_renewed(batch, plan)
-    every = session.options.readable == "all" or session.reads_filled or program.reads_all(session.vocabulary)
+    every = _reads_all(session, program, batch.mask_id)
     every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
-    every |= not session.mask_seen(batch.mask_id)  # a sampler may read rows of another token
     multiple = MULTIPLE if session.records else 1
     skips = past.schedule.skips is not None  # by how sure all masked rows are
     rows = positions_of_call(
@@ -169,6 +169,12 @@ def _planned(
     step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
     step.refresh = plan.refresh
     return step
+
+
+def _reads_all(session: Session, program: Program, mask_id: int) -> bool:
+    """Whether outputs of rows that are not masked may be read."""
+    every = session.options.readable == "all" or session.reads_filled or program.reads_all(session.vocabulary)
+    return every or not session.mask_seen(mask_id)  # a sampler may read rows of another token
 
 
 def _with_all_renewed(batch: Batch, plan: Plan) -> Plan:

@@ -134,6 +134,17 @@ class Inputs:
             for part, copy in zip(parts, self.copies, strict=True)
         ]
         self.sums = [checksum(part) if copy is None else None for part, copy in zip(parts, self.copies, strict=True)]
+        self.whole: frozenset[int] = frozenset()
+
+    def compare_whole(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """From now on compare all numbers of these inputs, however large they are; whether they are among them."""
+        wanted = set(map(id, tensors))
+        self.whole = frozenset(i for i, ref in enumerate(self.refs) if id(ref()) in wanted)
+        return len(self.whole) >= len(wanted)
+
+    def shapes(self) -> list[torch.Size]:
+        """Of each tensor, or of each of those that it is made of."""
+        return [kind[0] for kind in self.kinds]
 
     def fit(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether others have the same shapes, dtypes and devices."""
@@ -158,7 +169,7 @@ class Inputs:
                 continue
             if copy is not None:
                 groups.setdefault((part.dtype, part.device), []).append((_bits(part), copy))
-            elif same and sample is not None:
+            elif same and sample is not None and i not in self.whole:
                 groups.setdefault((part.dtype, part.device), []).append((_bits(_sample_view(part)), sample))
             else:
                 assert known is not None

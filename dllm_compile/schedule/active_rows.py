@@ -2,7 +2,8 @@
 
 Each sequence of a batch is at one of three levels, and the call is written for the rows of all of them:
 
-    full       every row present       a block begins (and ``delay`` steps after it), or a refresh is due
+    full       every row present       a block begins (and ``delay`` steps after it), or a refresh is due; without
+                                       those that are as such a step would compute them, by the model's masks
     response   the response            where a prompt interval keeps the prompt longer than that
     partial    what the cache leaves   otherwise; with a saliency threshold, the salient ones among those
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch.nn.functional import pad
 
 from dllm_compile.core.assignment import Assignment
 from dllm_compile.core.errors import named
@@ -49,6 +51,7 @@ class ActiveRows:
         self.since = torch.zeros_like(response)  # rows filled since the last call that computed every row
         self.mechanisms = turned_on(options)
         self.leaves_out = any(each.present is not None for each in self.mechanisms)
+        self.stale = torch.ones_like(response)  # rows that a step of all rows may compute otherwise than they are kept
         self.current = torch.zeros_like(response)  # rows computed since a refresh; kept where rows may be left out
         self.blocks = blocks_of(options, response)
         full, self.part = FULL, BLOCK
@@ -69,6 +72,10 @@ class ActiveRows:
             full, self.part = (replace(each, measure=measure) for each in (full, self.part))
         self.full = full
         self.variants: tuple[Assignment, ...] = self._variants()
+        approximates = self.leaves_out or any(each.visible is not None for each in self.mechanisms)
+        approximates |= options.keep_ratio is not None or options.keep_outside or self.salient is not None
+        approximates |= self.skips is not None or self.after_layer is not None
+        self.follows_changes = not approximates  # whether a partial step computes its rows in all layers, of all keys
         self.refreshes = Refreshes(options, response.shape[0])
         self.edited = torch.zeros(response.shape[0], 1, dtype=torch.bool)  # a change that no refresh has seen yet
         self.chosen: Plan | None = None  # the eviction whose entries are kept
@@ -91,14 +98,26 @@ class ActiveRows:
         self.response = with_row_before(response) if self.wide else response
         self.blocks.begin_anew(rows, response)
         self.since, self.current = self.since & ~rows.unsqueeze(1), self.current & ~rows.unsqueeze(1)
+        self.stale = self.stale | rows.unsqueeze(1)
         self.refreshes.begin_anew(rows)
         return self.options.keep_ratio is None
+
+    def grow(self, response: torch.Tensor) -> None:
+        """The sequences have new tokens behind their last, and refresh: ``response`` ``[B, S]`` bool is that of all."""
+        more = (0, response.shape[1] - self.response.shape[1])
+        self.response = response
+        self.since, self.current = (pad(each, more) for each in (self.since, self.current))
+        self.stale, self.edited = pad(self.stale, more, value=True), torch.ones_like(self.edited)
+        self.blocks.grow(response)
 
     def next(self, call: Call) -> Plan:
         """Rows of the call; a repeated one counts."""
         self.blocks.next(call)
         self.since = self.since | (call.filled & (call.number > 0))
+        self._note_changes(call)
         plan = self._planned(call)
+        if self.follows_changes and not (call.repeat and plan.same):
+            self._note_computed(call, plan)
         return replace(plan, warning=self.blocks.warning) if self.blocks.warning else plan
 
     def _planned(self, call: Call) -> Plan:
@@ -107,10 +126,13 @@ class ActiveRows:
         part = part if present is None else part & present
         full, response, why = self.refreshes.next(call.number, self._begins(call, part, present))
         self.since = self.since & ~(full | response)
-        if bool((full | self.blocks.done).all()):
+        some = call.depends is not None and self.follows_changes
+        if bool((full | self.blocks.done).all()) and not (some and bool((full & ~self.stale).any())):
             return replace(self._full(call, part, present), refresh=why)
-        written = part | full | (response & self.response)
+        written = part | (full & self.stale if some else full) | (response & self.response)
         active = with_row_before(written) if self.before else written
+        if some and why:  # of what is left as it is, logits may have been of no use when it was computed
+            active = active | self._readable(call, written)
         if present is not None:
             written, active = written & present, active & present
             self.current = torch.where(full, present, self.current | written)
@@ -129,6 +151,28 @@ class ActiveRows:
             return plan
         assignment = evicted(plan.assignment, self.gaps)
         return replace(plan, assignment=assignment, fresh=self.chosen.fresh, kept=self.chosen.kept)
+
+    def _readable(self, call: Call, written: torch.Tensor) -> torch.Tensor:
+        """The rows ``[B, S]`` bool that tokens are read of which were computed or are asked for."""
+        rows = written if call.read is None else written | (call.read & call.masked)
+        return rows if self.options.shift is False else with_row_before(rows)
+
+    def _note_changes(self, call: Call) -> None:
+        """Rows that depend on a changed token are stale."""
+        tokens = call.changed.shape[1]
+        first = torch.where(call.changed, torch.arange(tokens), tokens).amin(1, keepdim=True)
+        ends = torch.full_like(first, tokens) if call.depends is None else call.depends
+        self.stale = self.stale | (ends > first)
+
+    def _note_computed(self, call: Call, plan: Plan) -> None:
+        """A step has computed rows: those that depend on no row that is still stale are as any step would have them."""
+        if plan.written is None:
+            self.stale = torch.zeros_like(self.stale)
+            return
+        tokens = self.stale.shape[1]
+        left = torch.where(self.stale & ~plan.written, torch.arange(tokens), tokens).amin(1, keepdim=True)
+        ends = torch.full_like(left, tokens) if call.depends is None else call.depends
+        self.stale = self.stale & ~(plan.written & (ends <= left))
 
     def _partial(self, call: Call) -> torch.Tensor:
         """Rows of a partial step."""
