@@ -195,7 +195,7 @@ class Backend:
                 return self._run_plain(args)
             chain = Chain()
             session = self._session_of(program, args)
-            if session.is_of(_OWN_CACHE):
+            if len(_OWN_CACHE) and session.is_of(_OWN_CACHE):
                 enter(None)
                 return self._run_plain(args)
             with session.lock:

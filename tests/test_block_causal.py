@@ -224,33 +224,35 @@ def some_mask(kind: str, tokens: int, batch: int, seed: int) -> torch.Tensor:
     return seen | (place[:, None] == place)
 
 
-@pytest.mark.parametrize("cache", ["dual", "decoded"])
-@pytest.mark.parametrize("kind", ["blocks", "before", "texts", "window", "padding", "any"])
-@pytest.mark.parametrize("shift", [False, None])
-def test_whatever_a_mask_hides_neutral_settings_equal_eager(kind: str, cache: str, shift: bool | None) -> None:
-    """Tokens are filled anywhere in a block, by several at a time, and edited."""
-    model, tokens = build(), PROMPT + RESPONSE
-    mask, draw = some_mask(kind, tokens, 2, 3), torch.Generator().manual_seed(7)
+def edited_loop(call: Callable[..., Any], eager: Callable[..., Any], shift: bool | None) -> None:
+    """Compare readable rows with eager where tokens are filled anywhere in a block, several at a time, and edited."""
+    ids, draw = models.start(PROMPT, RESPONSE), torch.Generator().manual_seed(7)
+    for step in range(9):
+        got, want = call(ids), eager(ids)
+        rows = (ids == MASK) | (F.pad(ids == MASK, (0, 1))[:, 1:] & (shift is not False))
+        torch.testing.assert_close(got[rows], want[rows], atol=1e-9, rtol=0)
+        ids, begin = ids.clone(), PROMPT + step // 3 * BLOCK
+        for row in ids:
+            row[begin + torch.randint(BLOCK, (2,), generator=draw)] = torch.randint(MASK, (2,), generator=draw)
+        if step == 4:
+            ids[:, PROMPT + 1] = 5
+        if step % 3 == 2:
+            block = ids[:, begin : begin + BLOCK]
+            block[block == MASK] = 9
+
+
+@pytest.mark.parametrize(("cache", "shift"), [("dual", False), ("dual", None), ("decoded", None)])
+def test_whatever_a_mask_hides_neutral_settings_equal_eager(cache: str, shift: bool | None) -> None:
+    model = build(shape=Shape(layers=2, heads=4, groups=2, head_dim=4, seed=5))
     given = {"cache": cache, "block_length": BLOCK if cache == "dual" else None, "refresh_interval": 1}
-    call = compiled(model, **given, shift=shift)
-    ids, computed = models.start(PROMPT, RESPONSE), 0
-    with torch.no_grad():
-        for step in range(9):
-            got, want = call(ids, mask), model(ids, mask)
-            rows = (ids == MASK) | (F.pad(ids == MASK, (0, 1))[:, 1:] & (shift is not False))
-            torch.testing.assert_close(got[rows], want[rows], atol=1e-9, rtol=0)
-            ids = ids.clone()
-            begin = PROMPT + step // 3 * BLOCK
-            for row in ids:
-                row[begin + torch.randint(BLOCK, (2,), generator=draw)] = torch.randint(MASK, (2,), generator=draw)
-            if step == 4:
-                ids[:, PROMPT + 1] = 5
-            if step % 3 == 2:
-                ids[:, begin : begin + BLOCK] = torch.where(
-                    ids[:, begin : begin + BLOCK] == MASK, 9, ids[:, begin : begin + BLOCK]
-                )
-            computed = dllm_compile.stats(model)["rows"].get("block", 0)
-    assert (computed > 0) == (kind != "any")
+    call, before = compiled(model, **given, shift=shift), 0
+    for kind in ("blocks", "before", "texts", "window", "padding", "any"):
+        mask = some_mask(kind, PROMPT + RESPONSE, 2, 3)
+        with torch.no_grad():
+            edited_loop(lambda ids, mask=mask: call(ids, mask), lambda ids, mask=mask: model(ids, mask), shift)  # type: ignore[misc]
+        computed = dllm_compile.stats(model)["rows"].get("block", 0)
+        assert (computed > before) == (kind != "any"), kind
+        before = computed
 
 
 @pytest.mark.parametrize("how", ["another", "in place", "unseen"])
@@ -331,6 +333,23 @@ def test_a_growing_window_goes_on_with_its_sequence(kind: type[Model], settings:
     if settings["cache"] == "dual" and "refresh_interval" not in settings:
         assert found["refreshes"] == {"block": 5}
         assert found["rows"]["block"] == 4 * (2 * BLOCK) + 4 * (BLOCK - 1) * BLOCK
+
+
+def test_a_second_loop_on_the_same_prompt_is_a_sequence_of_its_own() -> None:
+    """At its last window it is where the first one was, but for masks."""
+    model, mask = build(), block_causal(PROMPT + RESPONSE)[None, None]
+    call = compiled(model, **DUAL)
+
+    def run(model: Any) -> Call:
+        return lambda ids: model(ids, mask[..., : ids.shape[1], : ids.shape[1]])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for number in (1, 2):
+            assert windows(run(call), run(model), models.start(PROMPT, RESPONSE), every) < 1e-9
+            found = dllm_compile.stats(model)
+            assert found["sequences"] == number
+            assert found["steps"] == {"full": number, "block": number * (RESPONSE - 1)}
 
 
 def test_a_growing_window_goes_on_through_inductor() -> None:

@@ -180,10 +180,11 @@ class Session:
             if each.interrupted:
                 each.begin_anew()
         before, self.before = self.before, read.ids if self.options.mask_id is None else None
-        batch, branched = self._found(read.ids, candidates)
+        batch, branched = self._longer(read, side_inputs, program, word, args), False
+        if batch is None:
+            batch, branched = self._found(read.ids, candidates)
         if batch is None and not branched:
             batch = self._smaller(read.ids, side_inputs, program, word)
-            batch = batch or self._longer(read, side_inputs, program, word, args)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
             batch.finished = True
             return None
