@@ -215,7 +215,9 @@ def some_mask(kind: str, tokens: int, batch: int, seed: int) -> torch.Tensor:
     near = (place[:, None] - place).abs() <= 2
     seen = {
         "blocks": block_causal(tokens, 5) & (drawn < 0.9),
-        "before": (place[:, None] >= place) & (drawn < 0.3) | (place[:, None] + 1 == place),
+        "before": (place[:, None] >= place) & (drawn < 0.3)
+        | (place[:, None] + place == 1),  # the first two see each other
+        "chain": (place[:, None] + 1 == place).expand_as(drawn),  # by many layers a row depends on the last
         "texts": (place[:, None] // 7 == place // 7).expand_as(drawn),
         "window": near & block_causal(tokens),
         "padding": block_causal(tokens) & (place >= torch.tensor([[[[0]]], [[[3]]]])),
@@ -246,12 +248,12 @@ def test_whatever_a_mask_hides_neutral_settings_equal_eager(cache: str, shift: b
     model = build(shape=Shape(layers=2, heads=4, groups=2, head_dim=4, seed=5))
     given = {"cache": cache, "block_length": BLOCK if cache == "dual" else None, "refresh_interval": 1}
     call, before = compiled(model, **given, shift=shift), 0
-    for kind in ("blocks", "before", "texts", "window", "padding", "any"):
+    for kind in ("blocks", "before", "chain", "texts", "window", "padding", "any"):
         mask = some_mask(kind, PROMPT + RESPONSE, 2, 3)
         with torch.no_grad():
             edited_loop(lambda ids, mask=mask: call(ids, mask), lambda ids, mask=mask: model(ids, mask), shift)  # type: ignore[misc]
         computed = dllm_compile.stats(model)["rows"].get("block", 0)
-        assert (computed > before) == (kind != "any"), kind
+        assert (computed > before) == (kind not in ("any", "chain")), kind
         before = computed
 
 
