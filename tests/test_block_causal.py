@@ -251,7 +251,7 @@ def test_whatever_a_mask_hides_neutral_settings_equal_eager(cache: str, shift: b
     for kind in ("blocks", "before", "chain", "texts", "window", "padding", "any"):
         mask = some_mask(kind, PROMPT + RESPONSE, 2, 3)
         with torch.no_grad():
-            edited_loop(lambda ids, mask=mask: call(ids, mask), lambda ids, mask=mask: model(ids, mask), shift)  # type: ignore[misc]
+            edited_loop(lambda ids, mask=mask: call(ids, mask), lambda ids, mask=mask: model(ids, mask), shift)
         computed = dllm_compile.stats(model)["rows"].get("block", 0)
         assert (computed > before) == (kind not in ("any", "chain")), kind
         before = computed
