@@ -52,11 +52,11 @@ def as_masks(module: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.Gr
     written: dict[Any, Node] = {}  # masks that are the same for several layers
     for node in [node for node in copy.nodes if node.target is _FLEX]:
         _rewrite(copy, module, node, written)
-    copy.eliminate_dead_code()
     for node in copy.nodes:
         if called(node) == "_vmap_increment_nesting":
             reason = "the block mask of flex_attention is made in the graph: make it outside of what is compiled"
             raise GraphRefused(f"{reason}; {_ADVICE}", node)
+    copy.eliminate_dead_code()
     return copy
 
 
