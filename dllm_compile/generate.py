@@ -103,7 +103,7 @@ def _run(
     _check_tokens(model, kind.mask_id, how.eos)
     cached = False
     if options:
-        how, options, cached = _for_backend(how, options, kind)
+        how, options, cached = for_backend(how, options, kind)
         _refuse_masks(prompt, kind.mask_id, cached)
     how.check_blocks()
     x = torch.nn.functional.pad(prompt.long(), (0, how.gen_length), value=kind.mask_id)
@@ -145,7 +145,7 @@ def _refuse_masks(prompt: torch.Tensor, mask_id: int, cached: bool) -> None:
         )
 
 
-def _for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> tuple[Settings, dict[str, Any], bool]:
+def for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> tuple[Settings, dict[str, Any], bool]:
     """Settings and options of the backend with the same blocks, and whether a block has a cache of its own."""
     options = {**options, "mask_id": kind.mask_id, "shift": kind.shift}
     backend = Options.of(options)

@@ -337,7 +337,7 @@ def _standard_error(shares: Sequence[float]) -> float:
     return float(torch.tensor(shares, dtype=torch.float64).std() / len(shares) ** 0.5)
 
 
-def _shares(equal: torch.Tensor, masked: torch.Tensor) -> list[float]:
+def shares_where(equal: torch.Tensor, masked: torch.Tensor) -> list[float]:
     """By sequence, the share of masked positions ``[B, S]`` bool at which something is equal."""
     shares: list[float] = ((equal & masked).sum(1).double() / masked.sum(1)).tolist()
     return shares
@@ -348,15 +348,15 @@ def measure(
 ) -> tuple[Found, list[torch.Tensor]]:
     """Fill the stretches of every batch, and compare with the truth and with what eager wrote, of as many as it ran."""
     row, results = play(contender, model, [each.job for each in given])
-    recovered = [_shares(ids == each.truth, each.masked) for ids, each in zip(results, given, strict=True)]
+    recovered = [shares_where(ids == each.truth, each.masked) for ids, each in zip(results, given, strict=True)]
     found = Found(row, [share for shares in recovered for share in shares])
     row.accuracy = sum(found.recovered) / len(found.recovered)
     row.tokens = sum(int(each.masked.sum()) for each in given)
     found.error = _standard_error(found.recovered)
     same, gains = [], []
     for ids, theirs, each, shares in zip(results, eager or results, given, recovered, strict=False):
-        same += _shares(ids == theirs, each.masked)
-        gains += [a - b for a, b in zip(shares, _shares(theirs == each.truth, each.masked), strict=True)]
+        same += shares_where(ids == theirs, each.masked)
+        gains += [a - b for a, b in zip(shares, shares_where(theirs == each.truth, each.masked), strict=True)]
     row.same_tokens = sum(same) / len(same)
     row.flops = row.counted if row.steps else 1.0
     found.gain, found.gain_error = 100 * sum(gains) / len(gains), 100 * _standard_error(gains)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import antibody, frontier
+from . import antibody, frontier, search_command
 from . import eviction as eviction_bench
 from . import floor as floor_bench
 from . import host as host_bench
@@ -46,6 +46,11 @@ FLAGS = {
     "cache_block": "block length of Fast-dLLM's caches, and of their loop",
 }
 """What the fields of :class:`Setting` are, as flags."""
+WITH_FLAGS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "search": (search_command.main, f"find {search_command.ABOUT}"),
+    "antiberty": (antibody.main, "let a trained model fill antibody sequences"),
+}
+"""Measurements that have flags of their own; --search has one by the name of the other."""
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
@@ -121,8 +126,9 @@ def _parser() -> Parser:
     parser.add_argument("--json", type=target, help="also write the rows to this file")
     for flag, (_, what) in DRAWN.items():
         parser.add_argument(flag, type=picture, help=f"instead draw {what} to this PNG file")
-    about = "instead let a trained model fill antibody sequences; it has flags of its own: see --antiberty --help"
-    parser.add_argument("--antiberty", action="store_true", help=about)
+    for name, (_, what) in WITH_FLAGS.items():
+        about = f"instead {what}; it has flags of its own: see --{name} --help"
+        parser.add_argument(f"--{name}", action="store_true", help=about)
     parser.add_argument("--kernels", action="store_true", help="instead measure each operation alone")
     for name, (_, what) in ALONE.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead measure {what}")
@@ -132,8 +138,9 @@ def _parser() -> Parser:
 
 def _alone(parser: Parser, given: dict[str, Any]) -> dict[str, Callable[[], None]]:
     """Measurements of one thing that are asked for, by their flags; takes them out of what is ``given``."""
-    if given.pop("antiberty"):
-        parser.error("write --antiberty in full, as it has flags of its own")
+    for name in WITH_FLAGS:
+        if given.pop(name):
+            parser.error(f"write --{name} in full, as it has flags of its own")
     found = {f"--{name}": measure for name, (measure, _) in ALONE.items() if given.pop(name)}
     if given["lengths"] == []:
         if given["shape"]:
@@ -152,14 +159,14 @@ def _drawn(given: dict[str, Any]) -> dict[str, Callable[[str | None], None]]:
 
 def main(argv: list[str]) -> None:
     """Command line."""
-    if "--antiberty" in argv:
-        antibody.main(argv)
-    else:
-        _main(argv)
+    for name, (command, _) in WITH_FLAGS.items():
+        if f"--{name}" in argv:
+            return command(argv)
+    return _main(argv)
 
 
 def _main(argv: list[str]) -> None:
-    """All but ``--antiberty``, which has flags of its own."""
+    """All but what has flags of its own."""
     parser = _parser()
     shape = parser.parse_known_args(argv)[0].shape
     if shape:

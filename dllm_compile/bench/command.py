@@ -42,6 +42,17 @@ def whole(least: int = 1) -> Callable[[str], int]:
     return read
 
 
+def share(text: str) -> float:
+    """A type of flags: a share from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
+    return value
+
+
 def interval(text: str) -> int:
     """A type of flags: steps between refreshes."""
     if text != "-1" and not (text.isdecimal() and int(text) >= 1):

@@ -248,7 +248,7 @@ def play(
         shapes.setdefault(job.ids.shape, job)
     firsts = [run(job, contender.warm, None) for job in shapes.values()]
     if memory:
-        _drop_state()
+        drop_state()
     if memory and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = backend.stats(model)
@@ -264,7 +264,7 @@ def play(
     if memory and device.type == "cuda":
         row.peak_bytes = after["peak_bytes"]
     elif memory:
-        _drop_state()
+        drop_state()
         weights = sum(parameter.nbytes for parameter in model.parameters())
         row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], contender.warm, None), device)
     return row, [each.ids for each in runs]
@@ -284,7 +284,7 @@ def _timed(name: str, firsts: list[Run], runs: list[Run]) -> Row:
     return row
 
 
-def _drop_state() -> None:
+def drop_state() -> None:
     """Free what is kept of sequences: what a peak is counted from."""
     for session in sessions():
         session.drop()
