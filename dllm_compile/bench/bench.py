@@ -49,13 +49,13 @@ FLAGS = {
 WITH_FLAGS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "search": (search_command.main, f"find {search_command.ABOUT}"),
     "antiberty": (antibody.main, "let a trained model fill antibody sequences"),
+    "floor": (floor_bench.main, f"measure {floor_bench.ABOUT}"),
 }
 """Measurements that have flags of their own; --search has one by the name of the other."""
 ALONE: dict[str, tuple[Callable[[], None], str]] = {
     "depth": (shape_bench.depth, "how the time to compile grows with the number of layers"),
     "eviction": (eviction_bench.main, "what evicting entries saves in memory, and in the time of a step"),
     "sequences": (length_bench.held, "what a process holds behind a thousand sequences of random sizes"),
-    "floor": (floor_bench.main, "a partial step of each method beside its matrix products and attention alone"),
     "host": (host_bench.main, "a partial step of a narrow model, and how many functions it calls"),
     "quantized": (quantized_bench.main, "weights of fewer bits, by every tool that is installed, beside float32"),
     "saliency": (saliency_bench.main, "a step in which a tenth of the response is salient"),
