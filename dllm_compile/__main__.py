@@ -1,4 +1,4 @@
-"""``python -m dllm_compile demo | bench | explain | lm_eval``."""
+"""``python -m dllm_compile demo | bench | explain | models | lm_eval``."""
 
 from __future__ import annotations
 
@@ -135,12 +135,13 @@ def lm_eval_main(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Dispatch to a subcommand; ``argv`` are the words behind ``python -m dllm_compile``."""
     try:
-        from .bench import bench, demo
+        from .bench import bench, compatibility, demo
 
         commands = {
             "demo": (demo.main, demo.ABOUT),
             "bench": (bench.main, bench.ABOUT),
             "explain": (explain_main, ABOUT),
+            "models": (compatibility.main, compatibility.ABOUT),
             "lm_eval": (lm_eval_main, ABOUT_LM_EVAL),
         }
         dispatch(commands, sys.argv[1:] if argv is None else argv)

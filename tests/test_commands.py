@@ -18,7 +18,7 @@ import torch
 
 from dllm_compile import __main__ as command
 from dllm_compile import tiny
-from dllm_compile.bench import bench, demo, frontier, heat, speed
+from dllm_compile.bench import bench, compatibility, demo, frontier, heat, speed
 from dllm_compile.bench import kernels as kernel_bench
 from dllm_compile.bench import lengths as length_bench
 from dllm_compile.bench import model as bench_model
@@ -223,11 +223,12 @@ def test_commands_say_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_lists_the_commands() -> None:
     text = run("-m", "dllm_compile", "--help")
     abouts = {"demo": demo.ABOUT, "bench": bench.ABOUT, "explain": command.ABOUT, "lm_eval": command.ABOUT_LM_EVAL}
+    abouts["models"] = compatibility.ABOUT
     for name, about in abouts.items():
         assert f"  {name:<8} {about}\n" in text
 
 
-@pytest.mark.parametrize("name", ["demo", "bench", "explain"])
+@pytest.mark.parametrize("name", ["demo", "bench", "explain", "models"])
 def test_each_flag_says_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Parser] = []
 

@@ -215,7 +215,7 @@ def test_the_folders_in_front_are_linked_into_the_package(name: str) -> None:
 
 
 SHIPPED = "dllm_compile", "passes", "kernels", "tests", "docs", "examples", "records"
-PAPERS = "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "MANIFEST.in"
+PAPERS = "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml", "MANIFEST.in", ".mkdocs.yml"
 
 
 def shipped() -> Iterator[Path]:

@@ -1,0 +1,446 @@
+"""``python -m dllm_compile models``: small random models of transformers under samplers, beside eager, as a table."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import dllm_compile
+from dllm_compile.backend import dllm
+from dllm_compile.interface.mechanism import nearest
+from dllm_compile.opaque_modules import CALL_FAILS
+from dllm_compile.quota_loop import quota_loop
+
+from .command import Parser, require, target
+
+ABOUT = "which models of transformers are cached under which sampling loops, beside eager, as a table"
+
+VOCABULARY = 256
+MASK = VOCABULARY - 1
+PROMPT, RESPONSE, BLOCK, STEPS = 16, 16, 8, 8
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+CAUSAL: dict[str, Any] = {
+    **SMALL, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4,
+    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "is_causal": False, "use_cache": False,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+"""A configuration of a class that is causal by default; names that it does not know are kept and mean nothing."""
+MASKED: dict[str, Any] = {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"sliding_window": 8}
+GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+CANVAS: dict[str, Any] = {
+    "text_config": {
+        **SMALL, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 24, "layer_types": ["sliding_attention", "full_attention"], **SLIDING,
+    },
+    "vision_config": {
+        "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "canvas_length": BLOCK, "boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 5,
+}  # fmt: skip
+
+CLASSES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": CAUSAL,
+    "MistralForCausalLM": {**CAUSAL, **SLIDING},
+    "Qwen2ForCausalLM": CAUSAL,
+    "Qwen3ForCausalLM": CAUSAL,
+    "GemmaForCausalLM": CAUSAL,
+    "Gemma2ForCausalLM": {**CAUSAL, **SLIDING},
+    "Gemma3ForCausalLM": {**CAUSAL, **SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi3ForCausalLM": CAUSAL,
+    "Olmo2ForCausalLM": CAUSAL,
+    "Cohere2ForCausalLM": {**CAUSAL, **SLIDING},
+    "Glm4ForCausalLM": CAUSAL,
+    "SmolLM3ForCausalLM": CAUSAL,
+    "GPT2LMHeadModel": CAUSAL,
+    "GPTNeoXForCausalLM": CAUSAL,
+    "Qwen3MoeForCausalLM": CAUSAL,
+    "MixtralForCausalLM": CAUSAL,
+    "OlmoeForCausalLM": CAUSAL,
+    "GptOssForCausalLM": {**CAUSAL, **SLIDING},
+    "DeepseekV3ForCausalLM": {**CAUSAL, **GROUPS, **LATENT},
+    "Qwen3NextForCausalLM": {
+        **CAUSAL, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "BertForMaskedLM": MASKED,
+    "RobertaForMaskedLM": MASKED,
+    "DistilBertForMaskedLM": {**MASKED, "hidden_dim": 48},
+    "AlbertForMaskedLM": {**MASKED, "embedding_size": 16},
+    "ElectraForMaskedLM": {**MASKED, "embedding_size": 16},
+    "DebertaV2ForMaskedLM": MASKED,
+    "ModernBertForMaskedLM": {**MASKED, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+    "EuroBertForMaskedLM": MASKED,
+    "NomicBertForMaskedLM": MASKED,
+    "EsmForMaskedLM": {**MASKED, "mask_token_id": MASK, "position_embedding_type": "rotary"},
+    "FNetForMaskedLM": MASKED,
+    "DiffusionGemmaForBlockDiffusion": CANVAS,
+}  # fmt: skip
+"""Rows of the table: a class of transformers, and its configuration."""
+
+CACHED = {"cache": "dual", "block_length": BLOCK}
+NEUTRAL = {"prompt_interval": 1, "response_interval": 100, "transfer_ratio": 1.0}
+"""Partial steps that compute every row: what a sampler reads equals eager's, and comes by way of the cached rows."""
+FAILS = (*CALL_FAILS, KeyError, ImportError, NotImplementedError)
+COLUMNS = "model", "sampler", "cached layers", "dtype", "largest error", "tokens as eager", "remark"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model did under one sampler.
+
+    Attributes:
+        model: the name of the class, or of the folder.
+        sampler: the name of the loop.
+        cached: layers that computed fewer rows than all in a partial step of Fast-dLLM's dual cache.
+        layers: of the model.
+        dtype: of the weights: float64, or float32 where the model computes in no other.
+        error: largest difference of a logit that the loop may read from eager's, at a neutral setting; ``None`` where
+            nothing was compiled.
+        same: whether the tokens at this setting were those of the loop in eager.
+        remark: why graphs run on plain Inductor, or what failed.
+    """
+
+    model: str
+    sampler: str
+    cached: int = 0
+    layers: int = 0
+    dtype: str = ""
+    error: float | None = None
+    same: bool | None = None
+    remark: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """Texts of the columns."""
+        of = f"{self.cached} of {self.layers}" if self.layers else ""
+        error = "" if self.error is None else f"{self.error:.0e}" if self.error else "0"
+        same = "" if self.same is None else "yes" if self.same else "**no**"
+        return self.model, self.sampler, of, self.dtype, error, same, self.remark
+
+
+class Beside(torch.nn.Module):
+    """A model as a loop calls it: each call also runs in eager, and the logits of the masks are compared.
+
+    Dynamo traces it once for both settings. No sampler is offered the mask token, which these random models would write
+    now and then.
+
+    Attributes:
+        model: what is called, ``[B, S]`` ids to an output with ``logits``.
+        options: of the backend for the calls from now on, one of ``settings``; ``None`` calls the model in eager alone.
+        error: the largest difference of a logit of a mask so far.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__()
+        self.model, self.settings, self.error = model, settings, 0.0
+        self.options: dict[str, Any] | None = None
+        self.call: Callable[..., Any] = torch.compile(model, backend=self._compile)
+
+    def _compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A graph under each setting, by the one that counts when it is called."""
+        made = [dllm(module, inputs, options={**each, "mask_id": MASK}) for each in self.settings]
+        return lambda *args: made[[each is self.options for each in self.settings].index(True)](*args)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights; diffusers asks for it."""
+        return next(self.model.parameters()).device
+
+    def forward(self, ids: torch.Tensor, **more: Any) -> Any:
+        """As the model; ``more`` is what else a loop hands it."""
+        out = self.model(ids, **more)
+        if self.options is not None:
+            wanted, out = out.logits, self.call(ids, **more)
+            apart = (out.logits - wanted)[ids == MASK].abs()
+            self.error = max([self.error, *apart.max().reshape(-1).tolist()]) if apart.numel() else self.error
+        out.logits = out.logits.index_fill(-1, torch.tensor([MASK]), -1e9)
+        return out
+
+
+# -- samplers ----------------------------------------------------------------------------------------------------------
+
+Sampler = Callable[[Beside, torch.Tensor], torch.Tensor]
+"""Fills ``[1, PROMPT]`` ids by a model with its options, and returns all ids."""
+
+
+def own_loop(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
+    """LLaDA's loop in plain PyTorch, as a user has it."""
+    x = torch.nn.functional.pad(prompt, (0, RESPONSE), value=MASK)
+    for _ in quota_loop(lambda ids: beside(ids).logits, x, PROMPT, RESPONSE, BLOCK, MASK, STEPS):
+        pass
+    return x
+
+
+def generate(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
+    """``dllm_compile.generate``, whose step is compiled as a whole: its error is the one that ``verify`` finds."""
+    options = {"block_length": BLOCK, **(beside.options or {})}
+    more = {**options, "steps": STEPS, "gen_length": RESPONSE, "mask_id": MASK}
+    neutral = beside.options is not None and "cache" not in options
+    out: Any = dllm_compile.generate(beside.model, prompt, **more, **({"verify": 1} if neutral else {}))
+    if neutral:
+        found = dllm_compile.stats(beside.model)
+        beside.error = found["max_logit_error"] if found["checked"] else math.nan
+    return out  # type: ignore[no-any-return]
+
+
+def pipeline(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
+    """diffusers' ``LLaDA2Pipeline``, which hands the model a growing window, a mask and positions."""
+    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+
+    pipe: Any = LLaDA2Pipeline(model=beside, scheduler=BlockRefinementScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        input_ids=prompt, gen_length=RESPONSE, block_length=BLOCK, num_inference_steps=STEPS // 2, temperature=0.0,
+        sampling_method="greedy", threshold=2.0, editing_threshold=None, eos_early_stop=False, mask_token_id=MASK,
+        output_type="seq",
+    )  # fmt: skip
+    return out.sequences  # type: ignore[no-any-return]
+
+
+def canvas(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
+    """The model's own ``generate``, which renoises with random tokens and knows no mask."""
+    model: Any = beside.model
+    if beside.options is not None:
+        model.compile(backend="dllm", options={**beside.options, "mask_id": MASK})
+    beside.error = math.nan
+    torch.manual_seed(0)
+    found = model.generate(prompt, max_new_tokens=BLOCK, disable_compile=True)
+    return getattr(found, "sequences", found)  # type: ignore[no-any-return]
+
+
+SAMPLERS: dict[str, Sampler] = {"own loop": own_loop, "generate": generate, "LLaDA2Pipeline": pipeline}
+OWN = "its own generate"
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def build(name: str) -> torch.nn.Module:
+    """A random model: of a class of transformers, or of a folder with a configuration, and code or weights.
+
+    Weights are drawn wide, so that logits are far apart and attention is no average; those of a checkpoint are its own.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    if os.path.isdir(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
+        masked = "MaskedLM" in " ".join(config.architectures or ())
+        auto: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        if any(each.endswith((".safetensors", ".bin")) for each in os.listdir(name)):
+            loaded: torch.nn.Module = auto.from_pretrained(name, config=config, trust_remote_code=True)
+            return loaded.eval()
+        model: torch.nn.Module = auto.from_config(config, trust_remote_code=True)
+    else:
+        made = getattr(transformers, name)
+        model = made(made.config_class(**_settings(name)))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """The configuration of a class, by its name where the table does not know it."""
+    return CLASSES.get(name, MASKED if "MaskedLM" in name else CAUSAL)
+
+
+def every_class() -> list[str]:
+    """Classes of transformers that predict tokens, masked or causal."""
+    from transformers.models.auto import modeling_auto as auto
+
+    lists = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found = [name for each in lists for name in each.values()]
+    return [*dict.fromkeys(name if isinstance(name, str) else name[0] for name in found)]
+
+
+def _precise(model: torch.nn.Module, prompt: torch.Tensor) -> torch.nn.Module:
+    """The model in float64, or in float32 where it cannot be called in that."""
+    try:
+        model.double()(prompt)
+    except CALL_FAILS:
+        model.float()
+    return model
+
+
+def _mixes_backwards(model: torch.nn.Module, prompt: torch.Tensor) -> bool:
+    """Whether the last token changes what the first row predicts."""
+    other = prompt.clone()
+    other[:, -1] += 1
+    first, second = (model(ids).logits[:, 0] for ids in (prompt, other))
+    return bool((first - second).abs().max() > 1e-5)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def rows(name: str, samplers: Sequence[str], lowering: str) -> Iterator[Row]:
+    """One row for each sampler.
+
+    Args:
+        name: of a class, or a folder.
+        samplers: keys of ``SAMPLERS``.
+        lowering: of the backend.
+    """
+    shown = os.path.basename(name.rstrip("/"))
+    prompt = torch.randint(6, MASK - 1, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    own = CLASSES.get(name) is CANVAS
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = build(name)
+            if not own:
+                _precise(model, prompt)
+                if not _mixes_backwards(model, prompt):
+                    yield Row(shown, "", remark="is causal in every form that its configuration offers")
+                    return
+                dllm_compile.prepare(model, prompt)
+        except FAILS as error:
+            yield Row(shown, "", remark=f"not built: {_line(error)}")
+            return
+        for sampler in [OWN] if own else samplers:
+            yield _row(shown, model, sampler, canvas if own else SAMPLERS[sampler], prompt, lowering)
+
+
+def _row(name: str, model: Any, sampler: str, run: Sampler, prompt: torch.Tensor, lowering: str) -> Row:
+    weight = next(model.parameters())
+    config = model.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", getattr(config, "n_layers", 0))
+    row = partial(Row, name, sampler, layers=layers, dtype=str(weight.dtype).removeprefix("torch."))
+    settings = [{**each, "lowering": lowering} for each in (NEUTRAL, CACHED)]
+    beside = Beside(model, settings)
+    try:
+        wanted = run(beside, prompt)
+    except FAILS as error:
+        return row(remark=f"does not run in eager: {_line(error)}")
+    try:
+        with _fresh() as said:
+            beside.options = settings[0]
+            got = run(beside, prompt)
+            apart, before = beside.error, dllm_compile.stats(model)
+            beside.options = settings[1]
+            run(beside, prompt)
+            found = dllm_compile.stats(model)
+    except FAILS as error:
+        return row(remark=f"fails: {_line(error)}")
+    steps = Counter(found["steps"]) - Counter(before["steps"])
+    partial_steps = sum(count for kind, count in steps.items() if kind not in ("full", "exact", "repeat"))
+    cached = (found["layers"]["cached"] - before["layers"]["cached"]) // max(partial_steps, 1)
+    shown = None if math.isnan(apart) or not found["steps"] else apart
+    return row(cached=cached, error=shown, same=torch.equal(got, wanted), remark=_remark(said, found))
+
+
+@contextlib.contextmanager
+def _fresh() -> Iterator[list[str]]:
+    """Nothing compiled before; the warnings of this package in the block."""
+    torch.compiler.reset()
+    dllm_compile.reset()
+    gc.collect()  # sessions of the model whose counters would be added to those of the block
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(each.message) for each in caught if str(each.message).startswith("dllm")]
+
+
+def _remark(said: Sequence[str], found: dict[str, Any]) -> str:
+    """The first warning, or the first graph that was refused where no layer ran; without folders of this machine."""
+    if not found["compiled"]:
+        return "not compiled: its `generate` calls its parts, not itself"
+    reasons = [*said, *([] if found["steps"] else found["refused"])]
+    if reasons:
+        return _tidy(reasons[0].removeprefix("dllm: "))
+    return "" if found["layers"]["seen"] else "no layer is recognized, and every row is computed"
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error with its kind."""
+    text = next((each for each in str(error).splitlines() if each.strip()), "")
+    return _tidy(f"{type(error).__name__}: {text}")
+
+
+def _tidy(text: str) -> str:
+    """A text that fits into a cell: one line, no folder before a package, no sign that ends the cell."""
+    text = re.sub(r"(/[^\s:'\"]*)?/site-packages/", "", " ".join(text.split()))
+    return text.replace("|", "\\|")
+
+
+def print_table(found: Sequence[Row]) -> str:
+    """The rows in Markdown."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *(row.cells() for row in found)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+
+
+def write(path: str, text: str) -> None:
+    """Put the table between the two markers of a file.
+
+    Raises:
+        ValueError: it has no such markers.
+    """
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    before, begin, rest = page.partition(BEGIN)
+    _, end, behind = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{before}{BEGIN}\n{text}\n{END}{behind}")
+
+
+def main(argv: list[str]) -> None:
+    """Print the table, a row as soon as it is known."""
+    parser = Parser(prog="dllm_compile models", description=ABOUT)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--model", nargs="+", help="classes of transformers, or folders with a config.json, and code")
+    chosen.add_argument("--all", action="store_true", help="every class of transformers that predicts tokens")
+    parser.add_argument("--sampler", nargs="+", choices=[*SAMPLERS], help="loops; by default those that are installed")
+    parser.add_argument("--lowering", choices=["eager", "inductor"], default="eager", help="of the backend; eager")
+    parser.add_argument("--write", type=target, help="also put the table between the markers of this Markdown file")
+    given = parser.parse_args(argv)
+    require(parser, "demo", "transformers")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    for name in given.model or ():
+        if not os.path.isdir(name) and not hasattr(transformers, name):
+            near = nearest(name, CLASSES)
+            parser.error(f"argument --model: {name!r} is no folder and no class of transformers; did you mean {near}?")
+    samplers = given.sampler or [
+        each for each in SAMPLERS if each != "LLaDA2Pipeline" or importlib.util.find_spec("diffusers") is not None
+    ]
+    found, begin = [], time.perf_counter()
+    print(print_table([]), flush=True)
+    for name in given.model or (every_class() if given.all else CLASSES):
+        for row in rows(name, samplers, given.lowering):
+            found.append(row)
+            print(print_table([row]).splitlines()[-1], flush=True)
+    spent = time.perf_counter() - begin
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{len(found)} rows in {spent:.0f} s; {versions}, lowering {given.lowering}", file=sys.stderr)
+    if given.write:
+        try:
+            write(given.write, print_table(found))
+        except ValueError as error:
+            parser.error(str(error))
