@@ -5,20 +5,20 @@
 It checkpoints every 500 steps; --resume goes on from there, --eval-only just evaluates the model in --out.
 
 Recipe
-    Model   Llama layers without the causal mask: 4 layers, width 160, 5 heads of 32, SwiGLU of 480; 1.36 M parameters.
+    Model   Llama layers without the causal mask: 6 layers, width 160, 5 heads of 32, SwiGLU of 448; 2.2 M parameters.
     Data    fresh problems for each step (dllm_compile/tiny/tasks.py), drawn from random.Random(TRAIN_STREAM + step).
+            To find a record by its key is learned first, in RECALL steps most of which have 8 records: among 40 it is
+            not found in many more.
             Held-out problems are drawn from random.Random(EVAL_SEED); no seed below TRAIN_STREAM is ever trained on.
-            Steps 1000 to 1500 get many sums of small digits: before that the running sum is not learned at all, as the
-            character before has to be visible to be of use; it takes about 200 such steps.  From step 3000 on, over
-            half are peaks, then the one task not yet exact: its high letters come late, where no crop reaches.
-    Masks   half of the samples hide a random share of the response characters; the other half look like a state of
-            block-wise decoding: blocks before the current one visible, those after it hidden, and in the current one
-            a visible prefix and, sometimes, further visible characters.
-    Loss    cross-entropy, averaged over the hidden characters of the batch.  In the second half only the current block
-            counts, and a character less the further it is past the first hidden one, as a sum's far characters cannot
-            be known yet.  No 1/t weight: exactness is wanted, not a likelihood bound.
-    Crops   most steps keep only the first 32 characters of payload and response, at the positions they have in the full
-            sequence.  An answer is determined by what comes before, so a crop is a true problem, and a cheaper one.
+    Masks   half of the samples hide a random share of the response; the other half look like a state of block-wise
+            decoding: blocks before the current one visible, those after it hidden, and in the current one a visible
+            prefix and, sometimes, further visible tokens.
+    Loss    cross-entropy, averaged over the hidden tokens of the batch.  In the second half only the current block
+            counts.  No 1/t weight: exactness is wanted, not a likelihood bound.
+    Crops   most steps keep only the first tokens of template and response, the records that these need and some others,
+            at the positions they have in the full sequence: a true problem, and a cheaper one.
+    Keys    in half of the samples attention does not see a random share of the records that the answer does not need,
+            nor of the masks behind the current block: what they hold is of no use, so nothing may depend on them.
     Steps   Muon (the layers' matrices, 3e-3) and AdamW (the rest, 1.5e-3), warm-up and cosine decay, gradient norm at
             most 1, bf16 autocast.  The saved weights are a running average over about 500 steps.  Every step has a
             seed of its own: a resumed run sees the same data as one that was never stopped.
@@ -40,24 +40,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dllm_compile import tiny
 from dllm_compile.tiny import PROMPT_LENGTH, RESPONSE_LENGTH, TASKS, Problem
-from dllm_compile.tiny.tasks import TAGS
+from dllm_compile.tiny.tasks import RECORDS, SUDOKU_LENGTH, VOCABULARY
 
 TRAIN_STREAM = 1_000_000  # training step n uses the random stream of seed TRAIN_STREAM + n
 EVAL_SEED = 7  # must be below TRAIN_STREAM
 BLOCKS = (8, 16, 32, RESPONSE_LENGTH)
-EXTRA_SUMS = range(1000, 1500)  # training steps with more sums
-EXTRA_PEAKS = 3000  # from this step on: more peaks, and full problems only
-HEAD, TAIL = 2, 1  # characters of the prompt before and after the payload
+CROPS = {8: (8, 128), SUDOKU_LENGTH: (40, 48), 2 * SUDOKU_LENGTH: (96, 24), RESPONSE_LENGTH: (RECORDS, 12)}
+"""Records that are kept, and problems in a batch, by the tokens of the response that are kept."""
+RECALL = 500
+"""Steps most of which have very few records."""
+INDEX = {token: i for i, token in enumerate(VOCABULARY)}  # as the tokenizer has it, only faster
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer: one token per character of ALPHABET, plus [UNK], [MASK] and an unused end token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """One token per word of VOCABULARY, plus [UNK], [MASK] and an unused end token; words are divided by spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokens = [*tiny.ALPHABET, "[UNK]", "[EOS]", "[MASK]"]
+    tokens = [*VOCABULARY, "[UNK]", "[EOS]", "[MASK]"]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", pad_token=tiny.FILLER, mask_token="[MASK]"
     )
@@ -68,8 +69,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         hidden_size=160,
-        intermediate_size=480,
-        num_hidden_layers=4,
+        intermediate_size=448,
+        num_hidden_layers=6,
         num_attention_heads=5,
         num_key_value_heads=5,
         head_dim=32,
@@ -80,23 +81,32 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         is_causal=False,
         use_cache=False,
+        tie_word_embeddings=True,
     )
     config.mask_token_id = tokenizer.mask_token_id
     return LlamaForCausalLM(config)
 
 
-def crop_positions(width: int) -> torch.Tensor:
-    """Positions [S] kept when payload and response are cut to ``width`` characters (all of them at RESPONSE_LENGTH)."""
-    if width >= RESPONSE_LENGTH:
-        return torch.arange(PROMPT_LENGTH + RESPONSE_LENGTH)
-    prompt = torch.arange(HEAD + width), torch.arange(PROMPT_LENGTH - TAIL, PROMPT_LENGTH)
-    return torch.cat([*prompt, PROMPT_LENGTH + torch.arange(width)])
+def crop(problem: Problem, width: int, rng: random.Random) -> tuple[list[int], list[bool]]:
+    """Positions kept when template and response are cut to ``width`` tokens, and which of them the answer needs.
+
+    The records that the cut answer repeats are kept, and others at random, as many as CROPS says.
+    """
+    answer = {*problem.answer.split()[:width]}
+    needed = {i for i, record in enumerate(problem.prompt.split()[:RECORDS]) if record in answer}
+    others = [i for i in range(RECORDS) if i not in needed]
+    kept = sorted([*needed, *rng.sample(others, CROPS[width][0] - len(needed))])
+    rest = [*range(RECORDS, RECORDS + width), *range(PROMPT_LENGTH, PROMPT_LENGTH + width)]
+    return [*kept, *rest], [*(i in needed for i in kept), *[True] * len(rest)]
 
 
-def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which response characters are hidden (a mask), and how much each counts in the loss: two tensors [B, width].
+def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which response tokens are hidden, how much each counts in the loss, and which lie behind the current block.
 
     The first half of the samples are states of block-wise decoding.
+
+    Returns:
+        Three tensors ``[B, width]``.
     """
     noise = torch.rand(batch, width, generator=rng)
     random_hidden = noise < torch.rand(batch, 1, generator=rng)
@@ -107,35 +117,38 @@ def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Ten
     extra = (torch.rand(batch, 1, generator=rng) * 2 - 1).clamp_min(0)
     place = torch.arange(width)
     current = (place >= frontier) & (place < start + size)
-    block_hidden = (place >= start + size) | (current & (noise >= extra))
+    behind = place >= start + size
+    block_hidden = behind | (current & (noise >= extra))
     ordered = torch.arange(batch)[:, None] < batch // 2
     hidden = torch.where(ordered, block_hidden, random_hidden)
-    weight = torch.where(ordered, current / (1 + (place - frontier).clamp_min(0)), 1.0) * hidden
-    return hidden, weight / weight.sum()
+    weight = torch.where(ordered, current, True) * hidden
+    return hidden, weight / weight.sum(), ordered & behind
 
 
-def draw_problem(step: int, rng: random.Random) -> Problem:
-    """A problem for a training step: any, but in EXTRA_SUMS every second one is a small-digit sum, later on a peak."""
-    extra = "sum" if step in EXTRA_SUMS else "peak" if step >= EXTRA_PEAKS else None
-    if extra is None or rng.random() < 0.5:
-        return tiny.make_problem(rng)
-    while True:
-        problem = tiny.make_problem(rng, extra)
-        if extra == "peak" or not set("456789") & set(problem.prompt[HEAD:-TAIL]):
-            return problem
+def make_batch(step: int, width: int, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, ...]:
+    """Training data of one step.
 
-
-def make_batch(step: int, batch: int, width: int, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, ...]:
-    """Training data of one step: ids with masks [B, S], the response's true ids and loss weights [B, width]."""
-    rng = random.Random(TRAIN_STREAM + step)
-    drawn = [draw_problem(step, rng) for _ in range(batch)]
-    texts = [problem.prompt + problem.answer.ljust(RESPONSE_LENGTH, tiny.FILLER) for problem in drawn]
-    index = {character: i for i, character in enumerate(tiny.ALPHABET)}  # as the tokenizer has it, only faster
-    ids = torch.tensor([[index[character] for character in text] for text in texts])[:, crop_positions(width)]
-    hidden, weight = draw_hidden(batch, width, torch.Generator().manual_seed(TRAIN_STREAM + step))
+    Returns:
+        Tasks ``[B]``, positions and ids with masks ``[B, S]``, keys that attention sees ``[B, 1, 1, S]`` bool, true ids
+        and loss weights ``[B, width]``.
+    """
+    rng, noise = random.Random(TRAIN_STREAM + step), torch.Generator().manual_seed(TRAIN_STREAM + step)
+    whole = width >= SUDOKU_LENGTH  # half a sudoku has no one solution
+    drawn = [tiny.make_problem(rng, None if whole else "lookup") for _ in range(CROPS[width][1])]
+    kept, needed = zip(*(crop(problem, width, rng) for problem in drawn), strict=True)
+    texts = [problem.prompt.split() + problem.answer.split() for problem in drawn]
+    texts = [text + [tiny.FILLER] * (PROMPT_LENGTH + RESPONSE_LENGTH - len(text)) for text in texts]
+    positions = torch.tensor(kept)
+    ids = torch.tensor([[INDEX[token] for token in text] for text in texts]).gather(1, positions)
+    tasks = torch.tensor([TASKS.index(problem.task) for problem in drawn])
+    hidden, weight, behind = draw_hidden(len(ids), width, noise)
     target = ids[:, -width:].clone()
     ids[:, -width:][hidden] = tokenizer.mask_token_id
-    return ids, target, weight
+    useful = torch.tensor(needed)
+    useful[:, -width:] &= ~behind
+    unseen = torch.rand(len(ids), 1, generator=noise) * 2 - 1  # the share of what is of no use; none in half of them
+    seen = useful | (torch.rand(ids.shape, generator=noise) >= unseen)
+    return tasks, positions, ids, seen[:, None, None], target, weight
 
 
 @torch.no_grad()
@@ -175,15 +188,16 @@ def evaluate(
     return {**result, "all": sum(map(sum, exact.values())) / max(count, 1)}
 
 
-def width_and_batch(step: int, steps: int) -> tuple[int, int]:
-    """Crop and batch size of a step, at about equal cost: mostly short crops at first, full problems at the end."""
-    share = 1.0 if step >= EXTRA_PEAKS else max(0.15, 2 * step / steps - 0.6)
-    return (RESPONSE_LENGTH, 16) if random.Random(step).random() < share else (32, 48)
+def draw_width(step: int, steps: int) -> int:
+    """Tokens of the response that a step keeps: few at first, mostly all of them at the end."""
+    share = step / steps
+    often = [3, 1, 0, 0] if step < RECALL else [0, max(0.1, 0.8 - share), 0.3, max(0.1, 1.2 * share - 0.2)]
+    return random.Random(step).choices([*CROPS], often)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4400)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW; Muon takes twice as much")
     parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for weights, config and tokenizer")
     parser.add_argument("--curve", type=Path, default=Path(__file__).with_suffix(".csv"), help="the loss curve's file")
@@ -219,8 +233,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [*model.model.embed_tokens.parameters(), *model.lm_head.parameters()]
-    others += [p for p in model.model.parameters() if p.ndim == 1]
+    others = [model.model.embed_tokens.weight, *(p for p in model.model.parameters() if p.ndim == 1)]
     parts = {
         "model": model,
         "average": average,
@@ -237,10 +250,10 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
         first, seconds, rows = state["step"], state["seconds"], state["rows"]
 
     def loss_of(
-        ids: torch.Tensor, positions: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+        positions: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
-            logits = model(ids, position_ids=positions).logits[:, -target.shape[1] :]
+            logits = model(ids, attention_mask=seen, position_ids=positions).logits[:, -target.shape[1] :]
         losses = F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
         return (losses * weight).sum(), losses.detach()
 
@@ -251,9 +264,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
         rate = args.lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for optimizer, factor in zip(optimizers, (2, 1), strict=True):
             optimizer.param_groups[0]["lr"] = factor * rate
-        width, batch = width_and_batch(step, args.steps)
-        ids, target, weight = (x.to(args.device) for x in make_batch(step, batch, width, tokenizer))
-        loss, losses = step_loss(ids, crop_positions(width)[None].to(args.device), target, weight)
+        drawn = make_batch(step, draw_width(step, args.steps), tokenizer)
+        tasks, *data = (x.to(args.device) for x in drawn)
+        loss, losses = step_loss(*data)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -262,11 +275,12 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
         average.update_parameters(model)
 
         # Per task, the loss at the first hidden character of decode-like samples: what in-order decoding asks for next.
-        half = batch // 2
+        half = len(tasks) // 2
+        weight = data[-1]
         frontier = losses[:half].gather(1, weight[:half].argmax(1, keepdim=True))[:, 0]
         sums["loss"].append(loss.item())
-        for task, tag in TAGS.items():
-            chosen = (ids[:half, 0] == tiny.ALPHABET.index(tag)) & weight[:half].any(1)
+        for i, task in enumerate(TASKS):
+            chosen = (tasks[:half] == i) & weight[:half].any(1)
             sums[task].extend(frontier[chosen].tolist())
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
             elapsed = seconds + time.perf_counter() - began

@@ -24,7 +24,7 @@ from dllm_compile.bench import lengths as length_bench
 from dllm_compile.bench import model as bench_model
 from dllm_compile.bench import shape as shape_bench
 from dllm_compile.bench.command import Parser
-from dllm_compile.bench.contest import Contender, Row, play
+from dllm_compile.bench.contest import Contender, Row, finish, play
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,16 +40,21 @@ def run(*command: str) -> str:
 @pytest.mark.parametrize("task", tiny.TASKS)
 def test_answers_follow_from_prompts(task: str) -> None:
     problem = tiny.make_problem(random.Random(5), task)
-    assert len(problem.prompt) == tiny.PROMPT_LENGTH
-    assert 64 <= len(problem.answer) <= tiny.RESPONSE_LENGTH
-    assert tiny.is_exact(problem, problem.answer.ljust(tiny.RESPONSE_LENGTH, tiny.FILLER))
-    assert not tiny.is_exact(problem, problem.answer[:-1] + "#")
+    prompt, answer = problem.prompt.split(), problem.answer.split()
+    assert len(prompt) == tiny.PROMPT_LENGTH
+    assert 48 <= len(answer) <= tiny.RESPONSE_LENGTH
+    filler = [tiny.FILLER] * (tiny.RESPONSE_LENGTH - len(answer))
+    assert tiny.is_exact(problem, " ".join(answer + filler))
+    assert not tiny.is_exact(problem, " ".join([*answer[:-1], answer[0], *filler]))
+    assert {*prompt, *answer} <= {*tiny.VOCABULARY}
+    if task == "lookup":
+        assert {*answer} <= {*prompt[: tiny.PROMPT_LENGTH - tiny.RESPONSE_LENGTH]}
 
 
 def test_the_embedded_model_is_small_and_solves_held_out_problems() -> None:
     model, tokenizer = tiny.load()
     assert sum(p.numel() for p in model.parameters()) < 4_000_000
-    assert sum(path.stat().st_size for path in tiny.WEIGHTS.iterdir()) < 10_000_000
+    assert sum(path.stat().st_size for path in tiny.WEIGHTS.iterdir()) < 12_000_000
     problems = tiny.problems(8, seed=21)
     jobs = demo.jobs_of(problems, tokenizer, model.config.mask_token_id, 8, 32)
     row, results = play(Contender("eager", warm=1), model, jobs)
@@ -87,6 +92,13 @@ def test_demo_writes_its_table(
     assert rows["fast-dllm dual"]["flops"] < 0.6
     assert set(rows["fast-dllm dual"]["steps"]) == {"full", "block"}
     assert "x inductor" in capsys.readouterr().out
+
+
+def test_points_beyond_eager_are_paired_by_problem() -> None:
+    answers = [True, True, True, False], [True, False, True, True], [True, False, False, False]
+    rows = [Row(str(i), tokens=4, seconds=1.0, forwards=4, right=right) for i, right in enumerate(answers)]
+    found = [(row.gain, round(row.gain_error, 1)) for row in finish(rows)]
+    assert found == [(0, 0), (0, 40.8), (-50, 28.9)]
 
 
 def test_bench_runs_on_a_small_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +289,7 @@ def test_the_explain_command_and_the_examples_run() -> None:
 
 def test_loop_fills_every_mask_and_keeps_the_prompt() -> None:
     model, tokenizer = tiny.load()
-    job = demo.jobs_of(tiny.problems(1, seed=2), tokenizer, model.config.mask_token_id, 1, 96)[0]
+    job = demo.jobs_of(tiny.problems(1, seed=2), tokenizer, model.config.mask_token_id, 1, tiny.RESPONSE_LENGTH)[0]
     _, (ids,) = play(Contender("eager", warm=1), model, [job])
     assert not (ids == job.mask_id).any()
     assert torch.equal(ids[:, : tiny.PROMPT_LENGTH], job.ids[:, : tiny.PROMPT_LENGTH])

@@ -69,9 +69,9 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_stop_strings_and_prompts_of_several_lengths() -> None:
-    long, short = PROBLEMS[0], PROBLEMS[1].prompt[-40:]
-    stop = long.answer[10:12]
-    given = {"until": [stop, ""], "max_gen_toks": 96}
+    long, short = PROBLEMS[0], " ".join(PROBLEMS[1].prompt.split()[-40:])
+    stop = long.answer.split()[5]
+    given = {"until": [stop, ""], "max_gen_toks": tiny.RESPONSE_LENGTH}
     together = model(lowering="eager", method="exact").generate_until(requests((short, given), (long.prompt, given)))
     alone = model(lowering="eager", method="exact", batch_size=1)
     assert together == alone.generate_until(requests((short, given), (long.prompt, given)))
@@ -87,21 +87,22 @@ def test_a_loop_of_ones_own() -> None:
 
     lm = model(loop=loop, letter=5)
     letter = lm.tokenizer.decode([5])
-    assert lm.generate_until(requests((PROBLEMS[0].prompt, {"max_gen_toks": 3}))) == [3 * letter]
+    assert lm.generate_until(requests((PROBLEMS[0].prompt, {"max_gen_toks": 3}))) == [" ".join([letter] * 3)]
     assert seen == [3]
 
 
 def test_sampling_repeats_by_its_seed() -> None:
-    asked = requests((PROBLEMS[0].prompt[-20:], {"max_gen_toks": 8, "do_sample": True, "temperature": 3.0}))
+    asked = requests((PROBLEMS[0].prompt[-66:], {"max_gen_toks": 8, "do_sample": True, "temperature": 3.0}))
     texts = [model(seed=seed).generate_until(asked) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_likelihood_of_right_and_wrong() -> None:
-    right = PROBLEMS[0].answer.ljust(96, ".")
-    wrong = right[::-1]
+    answer = PROBLEMS[0].answer.split()
+    answer += [tiny.FILLER] * (tiny.RESPONSE_LENGTH - len(answer))
+    right, wrong = " ".join(answer), " ".join(reversed(answer))
     (good, written), (bad, other) = model().loglikelihood(
-        requests((PROBLEMS[0].prompt, right), (PROBLEMS[0].prompt, wrong))
+        requests((PROBLEMS[0].prompt, f" {right}"), (PROBLEMS[0].prompt, f" {wrong}"))
     )
     assert good > -1 > bad
     assert (written, other) == (True, False)
@@ -124,7 +125,8 @@ def test_bad_arguments(given: dict[str, Any], said: str) -> None:
 
 
 def test_what_does_not_fit() -> None:
+    length = tiny.PROMPT_LENGTH + tiny.RESPONSE_LENGTH
     with pytest.warns(UserWarning, match="cut to its last"):
-        model().loglikelihood(requests(("~" * 189, "abcdef")))
+        model().loglikelihood(requests((length * "_ ", "ba bi")))
     with pytest.raises(ValueError, match="no window"):
-        model().loglikelihood_rolling(requests(("a" * 192,)))
+        model().loglikelihood_rolling(requests((length * "ba ",)))

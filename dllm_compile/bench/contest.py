@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -111,6 +111,8 @@ class Row:
         jobs: seconds, seconds on a processor (``cpu``), and forwards of each job.
         compile_seconds: time of the first generation of each shape beyond what the same forwards take once compiled.
         accuracy: share of problems answered exactly, where answers are known.
+        right: which problems are.
+        gain, gain_error: points of accuracy beyond the first contender's, paired by problem, and its standard error.
         same_tokens: share of response tokens equal to those of the first contender.
         flops: FLOPs of an average step relative to a full step.
         tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
@@ -129,6 +131,9 @@ class Row:
     forwards: int = 0
     compile_seconds: float = 0.0
     accuracy: float | None = None
+    right: list[bool] = field(default_factory=list)
+    gain: float = 0.0
+    gain_error: float = 0.0
     same_tokens: float = 1.0
     flops: float = 1.0
     tokens_per_second: float = 0.0
@@ -319,4 +324,7 @@ def finish(rows: list[Row]) -> list[Row]:
         row.vs_inductor = row.tokens_per_second / rows[min(1, len(rows) - 1)].tokens_per_second
         row.cheaper = (rows[0].seconds / rows[0].forwards) / (row.seconds / row.forwards)
         row.fewer = (rows[0].forwards / rows[0].tokens) / (row.forwards / row.tokens)
+        gains = [100.0 * (mine - first) for mine, first in zip(row.right, rows[0].right, strict=True)]
+        if len(gains) > 1:
+            row.gain, row.gain_error = fmean(gains), stdev(gains) / len(gains) ** 0.5
     return rows

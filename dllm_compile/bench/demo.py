@@ -56,9 +56,9 @@ def jobs_of(problems: list[tiny.Problem], tokenizer: Any, mask_id: int, batch: i
 def score(row: Row, results: list[torch.Tensor], problems: list[tiny.Problem], tokenizer: Any) -> None:
     """Accuracy and tokens of a row; the filler behind an answer does not count as tokens."""
     texts = [text for ids in results for text in tiny.decode(ids[:, tiny.PROMPT_LENGTH :], tokenizer)]
-    right = [tiny.is_exact(problem, text) for problem, text in zip(problems, texts, strict=True)]
-    row.accuracy = sum(right) / len(right)
-    row.tokens = sum(len(problem.answer) for problem in problems)
+    row.right = [tiny.is_exact(problem, text) for problem, text in zip(problems, texts, strict=True)]
+    row.accuracy = sum(row.right) / len(row.right)
+    row.tokens = sum(len(problem.answer.split()) for problem in problems)
 
 
 def run(count: int, batch: int, block: int, show: Any = None, entrants: list[Contender] | None = None) -> list[Row]:
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     for name, value, about in (
         ("--problems", 16, "held-out problems, a multiple of the batch"),
         ("--batch", 8, "problems solved together"),
-        ("--block", 32, "block length, a divisor of 96"),
+        ("--block", 32, f"block length, a divisor of {tiny.RESPONSE_LENGTH}"),
     ):
         parser.add_argument(name, type=whole(), default=value, help=f"{about}; {value} by default")
     parser.add_argument("--json", type=target, help="also write the rows to this file")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .contest import Row
 
 _COLUMNS = (
-    *("", "exact", "tokens/s", "x eager", "cheaper calls", "fewer calls", "x inductor", "FLOPs/step"),
+    *("", "exact", "beyond eager", "tokens/s", "x eager", "cheaper calls", "fewer calls", "x inductor", "FLOPs/step"),
     *("forwards", "compile s", "same tokens"),
 )
 
@@ -15,6 +15,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         "-" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+        f"{row.gain:+.1f} +- {row.gain_error:.1f}" if row.right else "-",
         f"{row.tokens_per_second:.1f}",
         f"{row.vs_eager:.2f}",
         f"{row.cheaper:.2f}",

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from .tasks import (
-    ALPHABET,
     FILLER,
     PROMPT_LENGTH,
     RESPONSE_LENGTH,
     TASKS,
+    VOCABULARY,
     Problem,
     is_exact,
     make_problem,
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 __all__ = [
-    "ALPHABET",
     "FILLER",
     "PROMPT_LENGTH",
     "RESPONSE_LENGTH",
     "TASKS",
+    "VOCABULARY",
     "WEIGHTS",
     "Problem",
     "decode",
@@ -83,4 +83,4 @@ def decode(ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
     Mask tokens that are left show as ``[MASK]``, so that an unfinished response is never taken for an answer.
     """
-    return [text.rstrip(FILLER) for text in tokenizer.batch_decode(ids, skip_special_tokens=False)]
+    return [text.rstrip(f" {FILLER}") for text in tokenizer.batch_decode(ids, skip_special_tokens=False)]

@@ -1,17 +1,17 @@
-"""Synthetic problems with checkable answers for the embedded model.
+"""Synthetic problems with checkable answers for the embedded model: few tokens of a long prompt matter to each answer.
 
-A prompt is ``tag key payload... key``, filled on the right of the payload with ``.`` to a fixed length; the answer has
-one character per payload character.  Because of the fixed length, answer character ``i`` always sits at the same
-distance from payload character ``i`` and directly after answer character ``i - 1`` (or the key, for ``i = 0``).
+A prompt is 192 records and a template of 64 tokens.  The answer fills the template in, so that answer token ``i``
+always sits 64 tokens behind template token ``i``.  A record is a key and a digit from 0 to 3 in one token, ``ba2``; no
+two records of a prompt have the same key.  Tokens are separated by spaces.
 
-====== === ======== =========================================== ======================================================
-task   tag payload  answer                                      order
-====== === ======== =========================================== ======================================================
-shift  ``~`` letters  payload letter moved on by the key (mod 26) any: each character depends on the prompt alone
-diff   ``-`` digits   digit minus the digit before it (mod 10)    any: each character depends on the prompt alone
-sum    ``+`` digits   running sum, from the key (mod 10)          in order: each character needs the one before it
-peak   ``^`` letters  running maximum, from the key               mostly in order: a new maximum can be seen early
-====== === ======== =========================================== ======================================================
+====== ========================== ===================== ==============================================================
+task   template                   answer                order
+====== ========================== ===================== ==============================================================
+lookup keys: ``ke ba tou``        their records:        any: each record depends on the prompt alone
+                                  ``ke0 ba2 tou1``
+sudoku three 4x4 sudokus with     the sudokus solved    the surest cell first; the records do not matter
+       gaps: ``1 _ _ 4 / _ ...``
+====== ========================== ===================== ==============================================================
 """
 
 from __future__ import annotations
@@ -19,78 +19,89 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from string import ascii_lowercase, ascii_uppercase, digits
+from functools import cache
+from itertools import permutations, product
 
 FILLER = "."
-TAGS = {"shift": "~", "diff": "-", "sum": "+", "peak": "^"}
-TASKS = tuple(TAGS)
-ALPHABET = FILLER + "".join(TAGS.values()) + digits + ascii_lowercase + ascii_uppercase
+GAP, ROW_END, SUDOKU_END = "_", "/", "="
+CELLS = "1234"
+KEYS = tuple(map("".join, product([*"bcdfghjklmnpqrstvwxyz", "ch", "sh", "th"], [*"aeiou", "ai", "ea", "ou"])))
+DIGITS = 4
+VOCABULARY = (
+    *(FILLER, GAP, ROW_END, SUDOKU_END, *CELLS),
+    *KEYS,
+    *(f"{key}{digit}" for key in KEYS for digit in range(DIGITS)),
+)
 
-PROMPT_LENGTH = 96
-RESPONSE_LENGTH = 96
-SHORTEST_PAYLOAD = 64
-LONGEST_PAYLOAD = PROMPT_LENGTH - 3  # the tag and the key twice take the rest of the prompt
+RECORDS = len(KEYS)
+RESPONSE_LENGTH = 64
+PROMPT_LENGTH = RECORDS + RESPONSE_LENGTH
+SUDOKUS, SUDOKU_LENGTH = 3, 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: ``prompt`` has exactly PROMPT_LENGTH characters, ``answer`` at most RESPONSE_LENGTH (no filler)."""
+    """One problem: ``prompt`` has exactly PROMPT_LENGTH tokens, ``answer`` at most RESPONSE_LENGTH (no filler)."""
 
     task: str
     prompt: str
     answer: str
 
 
-# Half of the problems of the first three tasks use small numbers.  Modulo 10 (or 26) a sum of two uniform terms says
-# nothing about either, so that training would have to find both at once; with small terms the other is a good guess.
+def _lookup(rng: random.Random, digit: dict[str, int]) -> tuple[list[str], list[str]]:
+    keys = rng.sample(KEYS, rng.randint(48, RESPONSE_LENGTH))
+    return keys, [f"{key}{digit[key]}" for key in keys]
 
 
-def _shift(rng: random.Random, length: int) -> tuple[str, str, str]:
-    # The key is a capital letter, which occurs nowhere else, so that it can be found by its looks.
-    key = rng.randrange(26) if rng.random() < 0.5 else rng.randint(1, 3)
-    letters = [rng.randrange(26) for _ in range(length)]
-    moved = [ascii_lowercase[(letter + key) % 26] for letter in letters]
-    return ascii_uppercase[key], "".join(ascii_lowercase[letter] for letter in letters), "".join(moved)
+@cache
+def _solutions() -> list[str]:
+    """All 288 solved 4x4 sudokus, each as 16 digits row by row."""
+    rows = list(permutations(CELLS))
+
+    def fits(above: tuple[tuple[str, ...], ...], row: tuple[str, ...]) -> bool:
+        if any(other[i] == row[i] for other in above for i in range(4)):
+            return False
+        return len(above) % 2 == 0 or not ({*row[:2]} & {*above[-1][:2]} or {*row[2:]} & {*above[-1][2:]})
+
+    grids: list[tuple[tuple[str, ...], ...]] = [()]
+    for _ in range(4):
+        grids = [(*grid, row) for grid in grids for row in rows if fits(grid, row)]
+    return ["".join("".join(row) for row in grid) for grid in grids]
 
 
-def _digits(rng: random.Random, length: int) -> list[int]:
-    top = 9 if rng.random() < 0.5 else rng.randint(1, 3)
-    return [rng.randint(0, top) for _ in range(length)]
+def _written(cells: str) -> list[str]:
+    """The 16 cells of a sudoku as the prompt and the answer have them."""
+    return [*ROW_END.join(cells[i : i + 4] for i in range(0, 16, 4)), SUDOKU_END]
 
 
-def _diff(rng: random.Random, length: int) -> tuple[str, str, str]:
-    numbers = _digits(rng, length + 1)  # the first is the key
-    answer = [(digit - before) % 10 for before, digit in pairwise(numbers)]
-    return str(numbers[0]), "".join(map(str, numbers[1:])), "".join(map(str, answer))
+def _sudoku(rng: random.Random, digit: dict[str, int]) -> tuple[list[str], list[str]]:
+    given, solved = list[str](), list[str]()
+    for _ in range(SUDOKUS):
+        solution = rng.choice(_solutions())
+        order = rng.sample(range(16), 16)
+        count = rng.randint(5, 9)
+        while sum(all(other[i] == solution[i] for i in order[:count]) for other in _solutions()) > 1:
+            count += 1  # until the cells shown leave one solution
+        shown = order[:count]
+        given += _written("".join(cell if i in shown else GAP for i, cell in enumerate(solution)))
+        solved += _written(solution)
+    return given, solved
 
 
-def _sum(rng: random.Random, length: int) -> tuple[str, str, str]:
-    key, payload = rng.randrange(10), _digits(rng, length)
-    totals = [total % 10 for total in accumulate(payload, initial=key)]
-    return str(key), "".join(map(str, payload)), "".join(map(str, totals[1:]))
-
-
-def _peak(rng: random.Random, length: int) -> tuple[str, str, str]:
-    # The letters range higher toward the end: the maximum then keeps rising instead of reaching "z" at once.
-    payload = [ascii_lowercase[rng.randrange(1 + 26 * (i + 1) // (length + 1))] for i in range(length)]
-    key = rng.choice("abc")
-    return key, "".join(payload), "".join(accumulate(payload, max, initial=key))[1:]
-
-
-_MAKERS: dict[str, Callable[[random.Random, int], tuple[str, str, str]]] = {
-    "shift": _shift,
-    "diff": _diff,
-    "sum": _sum,
-    "peak": _peak,
+_MAKERS: dict[str, Callable[[random.Random, dict[str, int]], tuple[list[str], list[str]]]] = {
+    "lookup": _lookup,
+    "sudoku": _sudoku,
 }
+TASKS = tuple(_MAKERS)
 
 
 def make_problem(rng: random.Random, task: str | None = None) -> Problem:
-    """Draws one problem of ``task`` (any of TASKS where None) with a payload of 64 to 93 characters."""
+    """Draws one problem of ``task`` (any of TASKS where None)."""
     task = task or rng.choice(TASKS)
-    key, payload, answer = _MAKERS[task](rng, rng.randint(SHORTEST_PAYLOAD, LONGEST_PAYLOAD))
-    return Problem(task, TAGS[task] + key + payload.ljust(LONGEST_PAYLOAD, FILLER) + key, answer)
+    digit = {key: rng.randrange(DIGITS) for key in rng.sample(KEYS, RECORDS)}
+    template, answer = _MAKERS[task](rng, digit)
+    template += [FILLER] * (RESPONSE_LENGTH - len(template))
+    return Problem(task, " ".join([*(f"{key}{digit[key]}" for key in digit), *template]), " ".join(answer))
 
 
 def problems(count: int, seed: int) -> list[Problem]:
@@ -100,5 +111,5 @@ def problems(count: int, seed: int) -> list[Problem]:
 
 
 def is_exact(problem: Problem, text: str) -> bool:
-    """Whether ``text``, a response with or without its filler at the end, is the answer, character for character."""
-    return text.rstrip(FILLER) == problem.answer
+    """Whether ``text``, a response with or without its filler at the end, is the answer, token for token."""
+    return text.rstrip(f" {FILLER}") == problem.answer
