@@ -91,7 +91,7 @@ def main() -> None:
     problem = tiny.problems(1, seed=3)[0]
     print("problem:", problem)
     prompt, chosen = tiny.encode([problem], tokenizer), {"beta": args.beta, "gamma": args.gamma}
-    ids = dllm_compile.generate(model, prompt, gen_length=96, method="elastic-cache", **chosen)
+    ids = dllm_compile.generate(model, prompt, gen_length=tiny.RESPONSE_LENGTH, method="elastic-cache", **chosen)
     print("answer:", tokenizer.decode(ids[0, prompt.shape[1] :]))
     print(dllm_compile.stats(model))
 

@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", help="a LLaDA checkpoint, by hub name or folder")
     parser.add_argument("--prompt", default="What is 12 * 7?")
-    parser.add_argument("--response", type=int, default=96)
+    parser.add_argument("--response", type=int, default=64)
     parser.add_argument("--block", type=int, default=32)
     args = parser.parse_args()
     if args.model:

@@ -143,7 +143,7 @@ def test_what_a_model_refuses_is_out_with_its_sentence() -> None:
 
 def test_candidates_are_drawn_by_the_seed_and_are_all_allowed() -> None:
     def meaning(setting: Mapping[str, Any]) -> Any:
-        return search_command.resolved(setting, 96, 8)
+        return search_command.resolved(setting, 64, 8)
 
     drawn = search_command.drawn(60, 5, meaning)
     assert len(drawn) == 60
@@ -152,11 +152,11 @@ def test_candidates_are_drawn_by_the_seed_and_are_all_allowed() -> None:
     assert len({(how, Options.of(options) if options else None) for how, options in meant}) == 60
     assert {bool(options) for _, options in meant} == {True, False}
     assert not any("drafts" in setting for setting in drawn.values())
-    alone = search_command.drawn(400, 0, lambda setting: search_command.resolved(setting, 96))
+    alone = search_command.drawn(400, 0, lambda setting: search_command.resolved(setting, 64))
     parts = {name for parts in search_command.AXES.values() for part in parts for name in part}
     assert parts <= {name for setting in alone.values() for name in setting}
     with pytest.raises(ValueError, match="keep_outside"):
-        search_command.resolved({"cache": "dual", "keep_outside": True, "keep_ratio": 0.5, "threshold": 0.9}, 96)
+        search_command.resolved({"cache": "dual", "keep_outside": True, "keep_ratio": 0.5, "threshold": 0.9}, 64)
 
 
 def test_what_only_generate_does_is_not_drawn_for_stretches() -> None:

@@ -47,7 +47,7 @@ AXES: dict[str, tuple[Setting, ...]] = {
         *({"method": "dllm-cache", "prompt_interval": 50, "response_interval": every} for every in (2, 7)),
         {},
     ),
-    "block": ({"block_length": 32}, {"block_length": 16}, {"block_length": 64}, {"block_length": 96}),
+    "block": ({"block_length": 32}, {"block_length": 16}, {"block_length": 64}),
     "tokens": (
         {"threshold": 0.9},
         {"threshold": 0.8},
@@ -58,7 +58,7 @@ AXES: dict[str, tuple[Setting, ...]] = {
         {"frechet_delta": 0.5},
     ),
     "saliency": ({}, {"saliency_threshold": 0.99}),
-    "window": ({}, {"suffix_window": 32}, {"suffix_window": 96}),
+    "window": ({}, {"suffix_window": 32}),
     "skipping": ({}, {"row_shares": (0.5, 0.25)}, {"row_shares": (0.75, 0.5)}),
     "eviction": ({}, {"keep_ratio": 0.5}, {"keep_ratio": 0.7}),
     "outside": ({}, {"keep_outside": True}),
