@@ -20,7 +20,7 @@ def embedded() -> None:
     problem = tiny.problems(1, seed=4)[0]
     print("problem:", problem)
     x = torch.nn.functional.pad(tiny.encode([problem], tokenizer), (0, tiny.RESPONSE_LENGTH), value=mask_id)
-    model.compile(backend="dllm", options={"preset": "dllm-cache/tiny", "mask_id": mask_id})
+    model.compile(backend="dllm", options={"preset": "dllm-cache/dream-instruct-gsm8k", "mask_id": mask_id})
     times = torch.linspace(1, 1e-3, tiny.RESPONSE_LENGTH + 1)
     with torch.no_grad():
         for i in range(tiny.RESPONSE_LENGTH):

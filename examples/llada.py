@@ -27,18 +27,18 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.bfloat16).to(device).eval()
         model.config.use_cache = False
-        mask_id, preset = 126336, "dllm-cache/llada-instruct-gsm8k"
+        mask_id = 126336
         chat = [{"role": "user", "content": args.prompt}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         prompt = tokenizer(text, return_tensors="pt").input_ids.to(device)
     else:
         model, tokenizer = tiny.load()
-        mask_id, preset = model.config.mask_token_id, "dllm-cache/tiny"
+        mask_id = model.config.mask_token_id
         problem = tiny.problems(1, seed=3)[0]
         print("problem:", problem)
         prompt = tiny.encode([problem], tokenizer)
 
-    model.compile(backend="dllm", options={"preset": preset, "mask_id": mask_id})
+    model.compile(backend="dllm", options={"preset": "dllm-cache/llada-instruct-gsm8k", "mask_id": mask_id})
 
     x = torch.nn.functional.pad(prompt, (0, args.response), value=mask_id)
     with torch.no_grad():

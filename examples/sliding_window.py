@@ -48,7 +48,9 @@ def main() -> None:
     problem = tiny.problems(1, seed=3)[0]
     print("problem:", problem)
     prompt = tiny.encode([problem], tokenizer)
-    ids = dllm_compile.generate(model, prompt, gen_length=tiny.RESPONSE_LENGTH, method="sliding-window", window=args.window)
+    ids = dllm_compile.generate(
+        model, prompt, gen_length=tiny.RESPONSE_LENGTH, method="sliding-window", window=args.window
+    )
     print("answer:", tokenizer.decode(ids[0, prompt.shape[1] :]))
     print(dllm_compile.stats(model))
 

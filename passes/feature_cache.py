@@ -147,10 +147,8 @@ _AUTHORS = {
     "llada-base-gpqa": (100, 8),
     "dream-instruct-gsm8k": (25, 2),
     "dream-base-gsm8k": (100, 8),
-    "tiny": (50, 2),
 }
-"""Intervals that the paper's authors recommend by model and task, and ``tiny``, found on the embedded model, whose
-running sums need the token just before. The transfer ratio is 0.25 in all of them."""
+"""Intervals that the paper's authors recommend by model and task. The transfer ratio is 0.25 in all of them."""
 
 MECHANISM = Mechanism(
     "feature-cache",
