@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("train_tiny.pt"), help="written every 500 steps")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the model in --out and train nothing")
-    parser.add_argument("--eval-count", type=int, default=500)
+    parser.add_argument("--eval-count", type=int, default=100)
     parser.add_argument("--eval-blocks", type=int, nargs="+", default=[32, 8])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
