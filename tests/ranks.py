@@ -84,10 +84,24 @@ def run(model: Any, **options: Any) -> dict[str, Any]:
     }
 
 
+def by_the_first(
+    mesh: DeviceMesh, made: Callable[[], Any], methods: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What :func:`run` says of each method on a whole model: the first rank runs it, and tells the others."""
+    told: list[Any] = [None]
+    if mesh.get_local_rank() == 0:
+        model = made()
+        told = [{name: run(model, **options) for name, options in methods.items()}]
+    dist.broadcast_object_list(told, src=0)
+    found: dict[str, dict[str, Any]] = told[0]
+    return found
+
+
 def methods(mesh: DeviceMesh) -> dict[str, Any]:
     """Every method on the whole model and on the shared one, which are called with the same weights."""
-    whole, part = build(), build(mesh=mesh)
-    found = {name: (run(whole, **options), run(part, **options)) for name, options in METHODS.items()}
+    part = build(mesh=mesh)
+    whole = by_the_first(mesh, build, METHODS)
+    found = {name: (whole[name], run(part, **options)) for name, options in METHODS.items()}
     kept, row_change.summed = row_change.summed, lambda x, group: x
     try:
         alone = run(part, **METHODS["dllm-cache"])
@@ -99,12 +113,8 @@ def methods(mesh: DeviceMesh) -> dict[str, Any]:
 def compiled(mesh: DeviceMesh) -> dict[str, Any]:
     """One method as Inductor compiles it, of a model with biases and norms of queries and keys."""
     options = {**METHODS["dllm-cache"], "lowering": "inductor"}
-    whole, part = build("qwen3", attention_bias=True), build("qwen3", mesh, attention_bias=True)
-    for turn in range(RANKS):  # the first rank compiles the whole model, the other finds its code on disk
-        if turn == mesh.get_local_rank():
-            alone = run(whole, **options)
-        dist.barrier()
-    return {"compiled": (alone, run(part, **options))}
+    alone = by_the_first(mesh, lambda: build("qwen3", attention_bias=True), {"whole": options})["whole"]
+    return {"compiled": (alone, run(build("qwen3", mesh, attention_bias=True), **options))}
 
 
 def disagreeing(mesh: DeviceMesh) -> dict[str, Any]:

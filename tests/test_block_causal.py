@@ -15,6 +15,7 @@ import dllm_compile
 
 from . import models
 from .callers import METHODS, NEUTRAL, fill
+from .grids import in_turn
 from .models import MASK
 from .test_properties import Model, Shape, turned
 
@@ -75,8 +76,7 @@ def build(kind: type[Model] = Given, shape: Shape = SHAPE) -> Model:
 
 def compiled(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
     """``model`` with this backend; all calls are one loop."""
-    given = {"mask_id": MASK, "lowering": "eager", "shift": False, **options}
-    return models.in_a_loop(torch.compile(model, backend="dllm", options=given))
+    return models.compiled_loop(model, **{"shift": False, **options})
 
 
 def written(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -118,6 +118,7 @@ NEUTRAL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("settings", NEUTRAL_SETTINGS.values(), ids=NEUTRAL_SETTINGS)
 @pytest.mark.parametrize("kind", [Given, Made])
 def test_neutral_settings_equal_eager(kind: type[Model], settings: dict[str, Any]) -> None:
@@ -128,6 +129,7 @@ def test_neutral_settings_equal_eager(kind: type[Model], settings: dict[str, Any
     assert worst(lambda x: call(x, mask), lambda x: model(x, mask), ids, every) < 1e-9
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("form", forms(block_causal(2), 1))
 def test_any_spelling_of_the_mask_equals_eager(form: str) -> None:
     model = build()
@@ -147,6 +149,7 @@ EXACT_IN_BLOCK: dict[str, dict[str, Any]] = {
 """Settings whose partial steps compute all that has changed of what a block sees, if blocks are those of the mask."""
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("settings", EXACT_IN_BLOCK.values(), ids=EXACT_IN_BLOCK)
 def test_partial_steps_read_the_mask_of_their_rows(settings: dict[str, Any]) -> None:
     model = build()
@@ -157,6 +160,7 @@ def test_partial_steps_read_the_mask_of_their_rows(settings: dict[str, Any]) -> 
     assert dllm_compile.stats(model)["layers"]["cached"] > 0
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama-eager"])
 @pytest.mark.parametrize("form", ["one", "added"])
 def test_models_of_transformers_take_such_a_mask(name: str, form: str) -> None:
@@ -199,15 +203,6 @@ def test_a_refresh_leaves_finished_blocks_as_they_are(kind: type[Model]) -> None
     assert found["rows"] == {"full": PROMPT + RESPONSE, "block": 8 * BLOCK + behind}
 
 
-def test_a_refresh_leaves_finished_blocks_as_they_are_through_inductor() -> None:
-    model, ids = build(Given, SMALL), models.start(PROMPT, 2 * BLOCK)
-    mask = block_causal(PROMPT + 2 * BLOCK)[None, None]
-    call = compiled(model, **PREFIX, lowering="inductor")
-    assert worst(lambda x: call(x, mask), lambda x: model(x, mask), ids, every) < 1e-9
-    assert dllm_compile.stats(model)["refreshes"] == {"block": 2}
-    assert dllm_compile.stats(model)["rows"] == {"full": 15, "block": 3 * 6 + 2 * 3}
-
-
 def some_mask(kind: str, tokens: int, batch: int, seed: int) -> torch.Tensor:
     """``[B, 1, S, S]`` bool in which a row sees itself, and others."""
     drawn = torch.rand(batch, 1, tokens, tokens, generator=torch.Generator().manual_seed(seed))
@@ -243,6 +238,7 @@ def edited_loop(call: Callable[..., Any], eager: Callable[..., Any], shift: bool
             block[block == MASK] = 9
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize(("cache", "shift"), [("dual", False), ("dual", None), ("decoded", None)])
 def test_whatever_a_mask_hides_neutral_settings_equal_eager(cache: str, shift: bool | None) -> None:
     model = build(shape=Shape(layers=2, heads=4, groups=2, head_dim=4, seed=5))
@@ -354,16 +350,21 @@ def test_a_second_loop_on_the_same_prompt_is_a_sequence_of_its_own() -> None:
             assert found["steps"] == {"full": number, "block": number * (RESPONSE - 1)}
 
 
-def test_a_growing_window_goes_on_through_inductor() -> None:
+def test_refreshes_of_unfinished_blocks_and_growing_windows_go_through_inductor() -> None:
+    """One model, whose layers have the same code in both loops."""
     model, mask = build(Given, SMALL), block_causal(PROMPT + 2 * BLOCK)[None, None]
-    call = compiled(model, **DUAL, lowering="inductor")
+    call = compiled(model, **PREFIX, lowering="inductor")
 
     def run(model: Any) -> Call:
         return lambda ids: model(ids, mask[..., : ids.shape[1], : ids.shape[1]])
 
-    assert windows(run(call), run(model), models.start(PROMPT, 2 * BLOCK), every) < 1e-9
+    ids = models.start(PROMPT, 2 * BLOCK)
+    assert worst(run(call), run(model), ids, every) < 1e-9
+    assert dllm_compile.stats(model)["refreshes"] == {"block": 2}
+    assert dllm_compile.stats(model)["rows"] == {"full": 15, "block": 3 * 6 + 2 * 3}
+    assert windows(run(call), run(model), models.start(PROMPT, 2 * BLOCK, seed=2), every) < 1e-9
     found = dllm_compile.stats(model)
-    assert (found["sequences"], found["steps"]) == (1, {"full": 1, "block": 2 * BLOCK - 1})
+    assert (found["sequences"], found["steps"]) == (2, {"full": 2, "block": 2 * (2 * BLOCK - 1)})
 
 
 def test_a_growing_window_of_a_model_of_transformers_goes_on() -> None:
@@ -487,9 +488,12 @@ def own_loop(call: Any) -> list[torch.Tensor]:
     return blocks(models.start(PROMPT, RESPONSE), call, lambda ids, kept, at: call(ids, copied(kept), at)[0])
 
 
-@pytest.mark.parametrize("options", [METHODS["dllm-cache"], DUAL], ids=["dllm-cache", "dual"])
-@pytest.mark.parametrize("how", ["joined", "written", "copied", "by hand", "inductor"])
-def test_a_loop_with_a_cache_of_its_own_is_left_alone_and_told_once(how: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("how", "method"),
+    [*in_turn(["joined", "written", "copied", "by hand"], ["dllm-cache", "dual"]), ("inductor", "dual")],
+)
+def test_a_loop_with_a_cache_of_its_own_is_left_alone_and_told_once(how: str, method: str) -> None:
+    options = {"dllm-cache": METHODS["dllm-cache"], "dual": DUAL}[method]
     model, lowering = build(Own, SMALL), "inductor" if how == "inductor" else "eager"
     model.how = how.replace("inductor", "joined")  # type: ignore[assignment]
     call = compiled(model, **options, lowering=lowering)

@@ -78,8 +78,9 @@ def test_a_prepared_model_is_one_graph_and_neutral_settings_equal_eager(
     assert under_way().number == RESPONSE - 1
 
 
-@pytest.mark.parametrize(("name", "dtype"), GRID)
+@pytest.mark.parametrize(("name", "dtype"), GRID[:1])
 def test_inductor_compiles_the_layers_once_with_the_blocks_as_calls(name: str, dtype: torch.dtype) -> None:
+    """Of one model: how the blocks of the others are written is behind the calls, where Inductor does not look."""
     model, made = prepare(build(name, dtype)), []
     unit_code.LISTENERS.append(made.append)
     try:
