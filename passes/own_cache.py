@@ -16,16 +16,16 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.arguments import attention, attention_arguments
-from dllm_compile.core.graph import placeholders
+from dllm_compile.core.arguments import attention_arguments
+from dllm_compile.core.graph import called, placeholders
 from dllm_compile.core.units import closure
 
-_JOINS = {torch.cat, torch.concat, torch.concatenate}
-_WRITES = {operator.setitem, torch.index_copy, torch.index_put, torch.scatter, torch.slice_scatter, torch.where} | {
-    *("copy_", "index_copy", "index_copy_", "index_put", "index_put_", "scatter", "scatter_", "slice_scatter"),
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "row_stack", "column_stack"}
+_WRITES = {"setitem", "copy", "where", "lerp", "put", "index_copy", "index_put", "index_add"} | {
+    *("scatter", "scatter_add", "slice_scatter", "select_scatter", "masked_scatter"),
 }
-_SOFTMAX = {torch.softmax, torch.nn.functional.softmax, "softmax"}
-_PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
+_PRODUCTS = {"matmul", "bmm"}
+_PROJECTIONS = {"linear", "addmm", "conv1d"}  # keys are of tokens there, whatever was joined before
 
 
 def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> torch.fx.Node | None:
@@ -42,10 +42,10 @@ def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> torch.fx.Nod
         return None
     writes = _writes(graph)
     for call in graph.nodes:
-        if call.target is not attention and call.target not in _SOFTMAX:
+        if _name(call) not in ("scaled_dot_product_attention", "softmax"):
             continue
         for node in _behind(call, weights, writes):
-            if node.target not in _JOINS and node.target not in _WRITES:
+            if _name(node).removesuffix("_") not in _JOINS | _WRITES:
                 continue
             behind = [closure([operand], set()) for operand in node.all_input_nodes]
             kept = [not (each & weights) and bool(each & inputs) for each in behind]
@@ -53,6 +53,11 @@ def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> torch.fx.Nod
             if any(kept) and any(made):
                 return node
     return None
+
+
+def _name(node: torch.fx.Node) -> str:
+    """What a function, method or ATen call is called, without module and overload."""
+    return called(node).partition(".")[0]
 
 
 def _may_be_keys(value: Any) -> bool:
@@ -63,7 +68,7 @@ def _writes(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
     """What is written to each value in place; to a view, to what it is a view of, too."""
     found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in graph.nodes:
-        named = isinstance(node.target, str) and node.target.endswith("_")
+        named = _name(node).endswith("_")
         base = node.args[0] if (node.target is operator.setitem or named) and node.args else None
         while isinstance(base, torch.fx.Node):
             found.setdefault(base, []).append(node)
@@ -77,10 +82,10 @@ def _behind(
     """What makes keys and values, back to where a weight is read; of attention by hand, what the product of its scores
     reads.
     """
-    given = attention_arguments(call.args, call.kwargs) if call.target is attention else None
+    whole, seen = _name(call) != "softmax", {call}
+    given = attention_arguments(call.args, call.kwargs) if whole else None
     starts = call.all_input_nodes if given is None else [given.key, given.value]
-    seen = {call}
-    todo = [(node, given is not None) for node in starts]
+    todo = [(node, whole) for node in starts]
     while todo:
         node, inside = todo.pop()
         if node in seen:
@@ -88,8 +93,8 @@ def _behind(
         seen.add(node)
         if inside:
             yield node
-            if node.target in _PRODUCTS:
+            if _name(node) in _PRODUCTS:
                 continue
-        if not weights.intersection(node.all_input_nodes):
-            inside = inside or node.target in _PRODUCTS
+        if not weights.intersection(node.all_input_nodes) and _name(node) not in _PROJECTIONS:
+            inside = inside or _name(node) in _PRODUCTS
             todo += [(each, inside) for each in (*node.all_input_nodes, *writes.get(node, ()))]

@@ -461,8 +461,16 @@ class Own(Model):
         end = at + new.shape[2]
         if self.how in ("joined", "by hand"):
             return torch.cat([kept[:, :, :at], new, kept[:, :, end:]], 2)
+        if self.how == "stacked":
+            parts = [kept[:, :, :at], new, kept[:, :, end:]]
+            return torch.hstack([each.transpose(1, 2) for each in parts]).transpose(1, 2)
+        if self.how == "chosen":
+            place = torch.arange(kept.shape[2])[:, None]
+            return kept.where((place < at) | (place >= end), F.pad(new, (0, 0, at, kept.shape[2] - end)))
         if self.how == "copied":
             return kept.index_copy(2, torch.arange(at, end), new)
+        if self.how == "aten":
+            return torch.ops.aten.index_copy(kept, 2, torch.arange(at, end), new)  # type: ignore[no-any-return]
         kept[:, :, at:end] = new
         return kept
 
@@ -494,7 +502,10 @@ def own_loop(call: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("how", "method"),
-    [*in_turn(["joined", "written", "copied", "by hand"], ["dllm-cache", "dual"]), ("inductor", "dual")],
+    [
+        *in_turn(["joined", "written", "copied", "by hand", "stacked", "chosen", "aten"], ["dllm-cache", "dual"]),
+        ("inductor", "dual"),
+    ],
 )
 def test_a_loop_with_a_cache_of_its_own_is_left_alone_and_told_once(how: str, method: str) -> None:
     options = {"dllm-cache": METHODS["dllm-cache"], "dual": DUAL}[method]

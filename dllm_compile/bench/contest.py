@@ -310,7 +310,7 @@ def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str
     for name, count in row.steps.items():
         if name in found.flops:
             rows = row.rows[name] / count
-            here = {**lengths, A: rows, W: rows, R: row.logits[name] / count, T: row.salient}
+            here = {**lengths, A: rows, W: rows, R: row.logits.get(name, 0) / count, T: row.salient}
             work += count * float(found.flops[name].subs(here) / whole)
     return work / sum(row.steps.values())
 
