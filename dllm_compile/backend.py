@@ -45,7 +45,8 @@ _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
 _SIZES: dict[int | None, list[str]] = {}  # of the ids that graphs of a function were made for, by its number
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
-_WORTH_SAYING = {"scaled_dot_product_attention", "flex_attention", "embedding", "softmax"}
+_WORTH_SAYING = {"scaled_dot_product_attention", "flex_attention", "embedding"}
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "linear", "mm", "addmm"}
 _OWN_CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights of models whose loop has a cache of its own
 
 
@@ -462,7 +463,8 @@ class Backend:
 
 def _worth_saying(graph: torch.fx.Graph) -> bool:
     """Whether a graph does what models do: one of arithmetic alone has no cache that anybody would miss."""
-    return any((aten_name(node) or called(node)) in _WORTH_SAYING for node in graph.nodes)
+    names = {aten_name(node) or called(node) for node in graph.nodes}
+    return bool(names & _WORTH_SAYING) or ("softmax" in names and bool(names & _PRODUCTS))  # a sampler's has none
 
 
 def _literal(value: Any) -> Any:

@@ -5,7 +5,8 @@
 It checkpoints every 500 steps; --resume goes on from there, --eval-only just evaluates the model in --out.
 
 Recipe
-    Model   Llama layers without the causal mask: 6 layers, width 160, 5 heads of 32, SwiGLU of 448; 2.2 M parameters.
+    Model   Llama layers without the causal mask: 6 layers, width 160, 5 heads of 32, SwiGLU of 448, tied
+            embeddings; 2.1 M parameters.
     Data    fresh problems for each step (dllm_compile/tiny/tasks.py), drawn from random.Random(TRAIN_STREAM + step).
             To find a record by its key is learned first, in RECALL steps most of which have 8 records: among 40 it is
             not found in many more.

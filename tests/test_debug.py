@@ -20,7 +20,17 @@ from dllm_compile.runtime import program
 from . import models
 from .test_graphs import PARTIAL, model, steps
 
-PASSES = ["tensor_parallel", "fix sizes", "normalize", "spelled_attention", "seeds", "follow axes", "unmask", "regions"]
+PASSES = [
+    "tensor_parallel",
+    "exported, flex_attention",
+    "fix sizes",
+    "normalize",
+    "spelled_attention",
+    "seeds",
+    "follow axes",
+    "unmask",
+    "regions",
+]
 UNIT = r"(layer|part)-[0-9a-f]{8}"
 
 

@@ -409,6 +409,7 @@ class Normed(torch.nn.Module):
         torch.manual_seed(0)
         self.embed = torch.nn.Embedding(models.VOCABULARY, 16)
         self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(16) for _ in range(3))
+        self.query = torch.nn.Linear(16, 16)
         self.head = torch.nn.Linear(16, models.VOCABULARY)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -416,7 +417,7 @@ class Normed(torch.nn.Module):
         *layers, last = self.norms
         for norm in layers:
             a = norm(x).unsqueeze(1)
-            x = x + torch.nn.functional.scaled_dot_product_attention(a, a, a).squeeze(1)
+            x = x + torch.nn.functional.scaled_dot_product_attention(self.query(a), a, a).squeeze(1)
         logits: torch.Tensor = self.head(last(x))
         return logits
 
