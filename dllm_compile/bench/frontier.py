@@ -10,14 +10,12 @@ from dataclasses import asdict
 from math import cos, radians, sin
 from typing import Any
 
-from dllm_compile.tiny import RESPONSE_LENGTH
-
 from . import demo
 from .contest import Contender, Row
 from .table import print_rows
 
 PROBLEMS, BATCH, BLOCK = 32, 8, 32
-MARKERS = "osD^v<>pPXhH*d81+x"
+MARKERS = "osD^v<>pPXhH*d8"
 
 
 def entrants() -> dict[str, list[tuple[str, Contender]]]:
@@ -45,8 +43,6 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
         for series, options in {
             "threshold, eager": None,
             "dual + threshold": dual,
-            "dual, one block + threshold": {**dual, "block_length": RESPONSE_LENGTH},
-            "es-dllm + threshold": {"method": "es-dllm", **blocks},
             "dsb + threshold": {"method": "dsb", **blocks},
             "dinfer + threshold": {"method": "dinfer", **blocks},
             "sparse + threshold": sparse,
@@ -54,7 +50,6 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
             "dual, sparse, salient + threshold": {**sparse, "saliency_threshold": 0.99, "full_steps": 1},
         }.items():
             add(series, threshold, options=options, settings={"threshold": threshold})
-    add("dual + Frechet", options={**dual, "frechet_delta": 0.25}, settings={})
     return out
 
 
