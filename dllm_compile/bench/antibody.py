@@ -35,6 +35,7 @@ from dllm_compile.sampler.rules import written
 from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, play
 from .shape import machine
+from .table import aligned
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 SPECIAL = 5
@@ -420,13 +421,8 @@ def cells(found: Found) -> tuple[str, ...]:
 
 def table(every: Sequence[Found]) -> str:
     """All rows, and below them what takes no part."""
-    lines = [COLUMNS, *map(cells, every)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    shown = [
-        "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([*shown, *(f"{name}: refused; {why}" for name, why in REFUSED.items())])
+    refused = [f"{name}: refused; {why}" for name, why in REFUSED.items()]
+    return "\n".join([aligned([COLUMNS, *map(cells, every)]), *refused])
 
 
 def run(

@@ -58,7 +58,7 @@ def score(row: Row, results: list[torch.Tensor], problems: list[tiny.Problem], t
     texts = [text for ids in results for text in tiny.decode(ids[:, tiny.PROMPT_LENGTH :], tokenizer)]
     row.right = [tiny.is_exact(problem, text) for problem, text in zip(problems, texts, strict=True)]
     row.accuracy = sum(row.right) / len(row.right)
-    row.tokens = sum(len(problem.answer.split()) for problem in problems)
+    row.tokens = sum(problem.tokens for problem in problems)
 
 
 def run(count: int, batch: int, block: int, show: Any = None, entrants: list[Contender] | None = None) -> list[Row]:

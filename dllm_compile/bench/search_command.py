@@ -29,6 +29,7 @@ from .command import Parser, require, share, target, whole
 from .contest import Run, drop_state
 from .search import Evaluate, Evaluated, Row, Setting, search
 from .shape import machine
+from .table import aligned
 
 ABOUT = "the fastest composition of settings within an accuracy bound, by successive halving"
 SEED_OF_PROBLEMS = 2
@@ -184,7 +185,7 @@ def embedded() -> Evaluate:
         done, compiling = timed((name_of(setting), prompts.shape), lambda: clocked(filled))
         texts = tiny.decode(done.ids[:, prompts.shape[1] :], tokenizer)
         right = [tiny.is_exact(problem, text) for problem, text in zip(problems, texts, strict=True)]
-        return Evaluated(right, sum(len(each.answer) for each in problems), done.seconds, done.cpu, compiling)
+        return Evaluated(right, sum(each.tokens for each in problems), done.seconds, done.cpu, compiling)
 
     return evaluate
 
@@ -242,13 +243,7 @@ _COLUMNS = "right", "less eager's", "tokens/s", "x eager", "compile s", "", "set
 
 def table(rows: Iterable[Row]) -> str:
     """How settings stand, a line each."""
-    lines = [_COLUMNS, *map(_cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    shown = []
-    for *numbers, verdict, name in lines:
-        cells = [text.rjust(width) for text, width in zip(numbers, widths, strict=False)]
-        shown.append("  ".join([*cells, verdict.ljust(widths[-2]), name]))
-    return "\n".join(shown)
+    return aligned([_COLUMNS, *map(_cells, rows)], left=_COLUMNS[-2:])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

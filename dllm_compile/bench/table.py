@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .contest import Row
 
 _COLUMNS = (
@@ -28,13 +30,18 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def aligned(lines: Sequence[Sequence[str]], left: Sequence[str] = ("",)) -> str:
+    """Lines of cells as text, headings first: to the right, but columns with a heading of ``left`` to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    to_left = [heading in left for heading in lines[0]]
+    shown = [
+        "  ".join(c.ljust(w) if at else c.rjust(w) for c, w, at in zip(line, widths, to_left, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join(shown)
+
+
 def print_rows(title: str, rows: list[Row]) -> None:
     """Print a table to standard output."""
-    lines = [cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in [_COLUMNS, *lines]) for i in range(len(_COLUMNS))]
     print(title)
-    for line in [_COLUMNS, *lines]:
-        first, *rest = [
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join([first, *rest]))
+    print(aligned([_COLUMNS, *map(cells, rows)]))

@@ -47,6 +47,11 @@ class Problem:
     prompt: str
     answer: str
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the answer, without filler."""
+        return len(self.answer.split())
+
 
 def _lookup(rng: random.Random, digit: dict[str, int]) -> tuple[list[str], list[str]]:
     keys = rng.sample(KEYS, rng.randint(48, RESPONSE_LENGTH))
