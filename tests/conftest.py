@@ -9,21 +9,31 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._logging._internal import trace_log
 
 import dllm_compile
 
-from . import shared
+from . import quick_inductor, shared
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each worker of pytest compiles: no pool beside it
 os.environ["DLLM_DEBUG"] = "1"  # what fails in the compiler fails the test
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 
+quick_inductor.begin()
 torch._dynamo.config.run_gc_after_compile = False  # a collection a graph takes longer than some graphs
 
 
 RARELY = 100_000, 10, 10
 """Objects before the collector looks at the young ones, as tracing makes many that live on: a fifth of all time."""
+
+
+def _unheard() -> None:
+    """Pytest listens to logs that are heard nowhere else; PyTorch writes each graph to this one if anybody listens."""
+    trace_log.propagate = True
+
+
+_unheard()  # for the session; and for each test, as tests that set logs undo it
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +51,7 @@ def _imports_stay() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Dynamo keeps at most a few graphs a function, shared by all models of a class; see :mod:`tests.shared`."""
+    _unheard()
     shares = [request.module.__name__] if request.node.get_closest_marker("shares_graphs") else []
     if not shares or shares != shared.MODULES:
         torch._dynamo.reset()

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import dllm_compile
 from dllm_compile.kernels import row_change
 
-from . import loops, models, shared
+from . import loops, models, quick_inductor, shared
 
 RANKS = 2
 LAYERS = 2
@@ -171,6 +171,7 @@ def work(rank: int, port: int, folder: str) -> None:
     """Do everything, and leave what came of it in a file of ``folder``."""
     shared.MODULES[:] = [__name__]
     torch._dynamo.config.run_gc_after_compile = False
+    quick_inductor.begin()
     parts: tuple[Callable[[DeviceMesh], dict[str, Any]], ...] = (methods, compiled, disagreeing, refused)
     with _group(rank, port) as mesh:
         found: dict[str, Any] = {}

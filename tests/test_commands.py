@@ -280,7 +280,8 @@ def test_the_explain_command_and_the_examples_run() -> None:
     uncompiled = "dllm_compile.generate = functools.partial(dllm_compile.generate, lowering='eager')"
     examples = "[(print('---'), runpy.run_path(f'examples/{e}.py', run_name='__main__')) for e in names]"
     imports = "import functools, runpy, sys, torch, dllm_compile; torch.set_num_threads(1)"
-    code = f"{imports}; {uncompiled}; names = {[*EXAMPLES]}; {command}; del sys.argv[1:]; {examples}"
+    quick = "from tests import quick_inductor; quick_inductor.begin()"
+    code = f"{imports}; {quick}; {uncompiled}; names = {[*EXAMPLES]}; {command}; del sys.argv[1:]; {examples}"
     explained, *texts = run("-c", code).split("---\n")
     assert "layers: 6 of 1 kind" in explained
     for (example, word), text in zip(EXAMPLES.items(), texts, strict=True):

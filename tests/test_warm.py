@@ -66,9 +66,10 @@ def test_a_machine_that_is_given_the_artifacts_compiles_nothing(tmp_path: Path) 
     code = """
 import sys, torch
 from torch._dynamo.utils import counters
-from tests import small_model
+from tests import quick_inductor, small_model
 from tests.models import MASK
 import dllm_compile
+quick_inductor.begin()
 if sys.argv[1] == "load":
     torch.compiler.load_cache_artifacts(open(sys.argv[2], "rb").read())
 model = small_model.build(layers=1)
