@@ -57,7 +57,7 @@ def test_the_embedded_model_is_small_and_solves_held_out_problems() -> None:
     assert sum(path.stat().st_size for path in tiny.WEIGHTS.iterdir()) < 12_000_000
     problems = tiny.problems(4, seed=21)
     jobs = demo.jobs_of(problems, tokenizer, model.config.mask_token_id, 4, 32)
-    row, results = play(Contender("eager", warm=1), model, jobs)
+    row, results = play(Contender("eager"), model, jobs)
     demo.score(row, results, problems, tokenizer)
     assert row.accuracy is not None
     assert row.accuracy >= 3 / 4
@@ -202,7 +202,7 @@ def test_speeds_are_measured_at_each_length() -> None:
         layers=2, width=32, mlp=48, heads=4, vocabulary=64, response=8, block=4, baseline_steps=3
     )
     dual = {"method": "fast-dllm", "cache": "dual", "block_length": 4, "shift": False, "lowering": "eager"}
-    found = [*speed.measured(setting, (5, 9), 3, [Contender("eager"), Contender("dual", dual, warm=6)])]
+    found = [*speed.measured(setting, (5, 9), 3, [Contender("eager"), Contender("dual", dual)])]
     assert [(row.name, row.prompt) for row in found] == [("eager", 5), ("eager", 9), ("dual", 5), ("dual", 9)]
     assert all(len(row.tokens_per_second) == 3 and min(row.tokens_per_second) > 0 for row in found)
 
@@ -291,6 +291,6 @@ def test_the_explain_command_and_the_examples_run() -> None:
 def test_loop_fills_every_mask_and_keeps_the_prompt() -> None:
     model, tokenizer = tiny.load()
     job = demo.jobs_of(tiny.problems(1, seed=2), tokenizer, model.config.mask_token_id, 1, tiny.RESPONSE_LENGTH)[0]
-    _, (ids,) = play(Contender("eager", warm=1), model, [job])
+    _, (ids,) = play(Contender("eager"), model, [job])
     assert not (ids == job.mask_id).any()
     assert torch.equal(ids[:, : tiny.PROMPT_LENGTH], job.ids[:, : tiny.PROMPT_LENGTH])

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dllm_compile import tiny
 from dllm_compile.bench import antibody, bench, search_command
-from dllm_compile.bench.contest import Contender, Run
+from dllm_compile.bench.contest import Contender
 from dllm_compile.bench.search import GOES_ON, REFUSED, SLOW, WRONG, Evaluated, Row, rungs, search
 from dllm_compile.options import Options
-from dllm_compile.runtime import unit_code
 
 from .test_antibody import small_batches, small_bert
 
@@ -168,26 +166,6 @@ def test_what_only_generate_does_is_not_drawn_for_stretches() -> None:
 # -- the models --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_compiles_is_not_the_one_that_is_timed() -> None:
-    """The first run of a key, and each in which code is made, up to a limit."""
-    timed, ran = search_command.warmed(), list[float]()
-
-    def run(compiles: int) -> Run:
-        ran.append(float(len(ran)))
-        if len(ran) <= compiles:
-            for listener in unit_code.LISTENERS:
-                listener("block")
-        return Run(torch.zeros(1), 10.0 - len(ran), 0)
-
-    assert (timed("a", lambda: run(2))[0].seconds, len(ran)) == (7.0, 3)
-    assert (timed("a", lambda: run(2)), len(ran)) == ((Run(torch.zeros(1), 6.0, 0), 0.0), 4)
-    ran.clear()
-    assert timed("b", lambda: run(1))[1] == 1.0
-    ran.clear()
-    timed("c", lambda: run(99))
-    assert len(ran) == search_command.MOST_RUNS
-
-
 DUAL: dict[str, Any] = {"cache": "dual", "block_length": 32, "lowering": "eager"}
 CANDIDATES = {
     "dual, threshold": {**DUAL, "threshold": 0.9},
@@ -246,7 +224,7 @@ def test_stretches_are_filled_as_the_rows_of_bench_antiberty_fill_them(monkeypat
     hows: tuple[dict[str, Any], ...] = {"threshold": 0.5, "threshold_fall": 0.5}, {"frechet_delta": 0.1}
     of_loops: tuple[dict[str, Any], ...] = {"threshold": 0.5, "fall": 0.5}, {"delta": 0.1}
     for how, of_loop in zip(hows, of_loops, strict=True):
-        contender = Contender("", options, warm=1, loop=partial(antibody.fill, block=8, **of_loop))
+        contender = Contender("", options, loop=partial(antibody.fill, block=8, **of_loop))
         theirs, _ = antibody.measure(contender, model, [batch])
         mine = evaluate({"cache": "dual", "block_length": 8, "lowering": "eager", **how}, batch)
         assert mine.right == theirs.recovered

@@ -153,7 +153,7 @@ def test_clocks_wait_for_the_device_before_and_after_a_call(monkeypatch: pytest.
     events: list[str] = []
     monkeypatch.setattr(contest, "wait", lambda device: events.append("wait"))
     monkeypatch.setattr(model, "forward", lambda x, call=model.forward: (events.append("call"), call(x))[1])
-    play(Contender("eager", warm=1), model, [job], 2)
+    play(Contender("eager"), model, [job], 2)
     once = ["wait", "call", "wait"]
     assert events == ["wait", *once, "wait", "wait", *once, *once, "wait"]
 
@@ -169,9 +169,9 @@ def test_waiting_synchronises_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_memory_is_counted_on_request_with_the_weights() -> None:
     model, job = small_job()
     weights, logits = sum(p.nbytes for p in model.parameters()), 4 * job.ids.numel() * SHAPES["tiny"].vocabulary
-    row, _ = play(Contender("eager", warm=1), model, [job], 1, memory=True)
+    row, _ = play(Contender("eager"), model, [job], 1, memory=True)
     assert weights + logits < row.peak_bytes < weights + 20 * logits
-    assert play(Contender("eager", warm=1), model, [job], 1)[0].peak_bytes == 0
+    assert play(Contender("eager"), model, [job], 1)[0].peak_bytes == 0
 
 
 def test_depth_compares_layers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from dllm_compile.sampler.rules import written
 
 from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, play
+from .means import gained, standard_error
 from .shape import machine
 from .table import aligned
 
@@ -278,10 +279,10 @@ def contenders() -> list[Contender]:
     dual, of_blocks = known["fast-dllm dual"]
     whole = {name: value for name, value in dual.items() if name != "block_length"}
     sure: dict[str, Any] = {"threshold": THRESHOLD}
-    out = [Contender("eager", warm=1, loop=fill), Contender("inductor", plain=True, warm=2, loop=fill)]
+    out = [Contender("eager", loop=fill), Contender("inductor", plain=True, loop=fill)]
 
     def parallel(name: str, options: dict[str, Any] | None, **how: Any) -> None:
-        out.append(Contender(name, options, warm=5, loop=partial(fill, **how)))
+        out.append(Contender(name, options, loop=partial(fill, **how)))
 
     parallel("threshold, eager", None, **sure)
     parallel("dual, one block + threshold", whole, **sure)
@@ -296,7 +297,7 @@ def contenders() -> list[Contender]:
             begins = {"full_steps": 1} if name == "dyllm" else {}  # else a stretch is filled before it saves anything
             parallel(f"{name} + threshold", {**options, **begins}, **how, **sure)
     for name, (options, how) in known.items():
-        out.append(Contender(name, options, warm=9, loop=partial(fill, **how)))
+        out.append(Contender(name, options, loop=partial(fill, **how)))
     return out
 
 
@@ -316,7 +317,7 @@ class Found:
         row: speed and forwards; its accuracy is the share of masked residues that were recovered, its ``same_tokens``
             the share that are as eager's, of the batches of both.
         recovered: the same of each sequence.
-        error: standard error of ``row.accuracy`` over sequences.
+        error: standard error of ``row.accuracy`` over sequences; ``None`` of one.
         of_eager, of_inductor: speed against theirs by time on a processor, which other work on the machine changes
             little; on the batches of both.
         gain, gain_error: points recovered more than by eager, on the sequences of both, and its standard error.
@@ -324,18 +325,11 @@ class Found:
 
     row: Row
     recovered: list[float]
-    error: float = 0.0
+    error: float | None = None
     of_eager: float = 1.0
     of_inductor: float = 1.0
     gain: float = 0.0
-    gain_error: float = 0.0
-
-
-def _standard_error(shares: Sequence[float]) -> float:
-    """Of the mean of independent shares."""
-    if len(shares) < 2:
-        return float("nan")
-    return float(torch.tensor(shares, dtype=torch.float64).std() / len(shares) ** 0.5)
+    gain_error: float | None = None
 
 
 def shares_where(equal: torch.Tensor, masked: torch.Tensor) -> list[float]:
@@ -353,14 +347,15 @@ def measure(
     found = Found(row, [share for shares in recovered for share in shares])
     row.accuracy = sum(found.recovered) / len(found.recovered)
     row.tokens = sum(int(each.masked.sum()) for each in given)
-    found.error = _standard_error(found.recovered)
-    same, gains = [], []
+    found.error = standard_error(found.recovered)
+    same, mine, first = list[float](), list[float](), list[float]()
     for ids, theirs, each, shares in zip(results, eager or results, given, recovered, strict=False):
         same += shares_where(ids == theirs, each.masked)
-        gains += [a - b for a, b in zip(shares, shares_where(theirs == each.truth, each.masked), strict=True)]
+        mine += [100 * share for share in shares]
+        first += [100 * share for share in shares_where(theirs == each.truth, each.masked)]
     row.same_tokens = sum(same) / len(same)
     row.flops = row.counted if row.steps else 1.0
-    found.gain, found.gain_error = 100 * sum(gains) / len(gains), 100 * _standard_error(gains)
+    found.gain, found.gain_error = gained(mine, first)
     return found, results
 
 
@@ -404,8 +399,8 @@ def cells(found: Found) -> tuple[str, ...]:
     return (
         row.name,
         str(len(found.recovered)),
-        f"{100 * (row.accuracy or 0.0):.1f} +- {100 * found.error:.1f}",
-        f"{found.gain:+.1f} +- {found.gain_error:.1f}",
+        f"{100 * (row.accuracy or 0.0):.1f}" + ("" if found.error is None else f" +- {100 * found.error:.1f}"),
+        f"{found.gain:+.1f}" + ("" if found.gain_error is None else f" +- {found.gain_error:.1f}"),
         f"{100 * row.same_tokens:.1f} %",
         f"{row.tokens_per_second:.1f}",
         f"{row.vs_eager:.2f}",

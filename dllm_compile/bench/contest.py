@@ -6,7 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from statistics import fmean, median, stdev
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ from dllm_compile.options import Options
 from dllm_compile.quota_loop import quota_loop
 from dllm_compile.runtime.cost import A, R, S, T, W
 from dllm_compile.runtime.memory import peak_bytes
-from dllm_compile.runtime.session import sessions
 from dllm_compile.sampler.decode import Generated
+
+from .means import gained
+from .timed import Run, Timed, drop_state
 
 Show = Callable[[torch.Tensor], None]
 Loop = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, int], Iterator[torch.Tensor]]
 """A sampling loop: from a function of ids ``[B, S]`` to logits, the ids, whose masks it fills in place, and the mask
 token to the same ids after each step."""
+FIRST_FORWARDS = 2
+"""Of a model that has one kind of step, before the timed ones."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,6 @@ class Contender:
         plain: whether to compile by Inductor alone.
         steps: forward calls of the plain loop; ``None`` for one a token.
         settings: of ``dllm_compile.generate``, which then takes the place of the plain loop.
-        warm: forwards of the plain loop before the timed ones, enough to compile every variant.
         loop: what fills the masks in place of the plain loop, which is LLaDA's.
     """
 
@@ -65,7 +69,6 @@ class Contender:
     plain: bool = False
     steps: int | None = None
     settings: dict[str, Any] | None = None
-    warm: int = 3
     loop: Loop | None = None
 
     def filling(
@@ -88,19 +91,6 @@ class Contender:
 
 
 @dataclass
-class Run:
-    """One job as it went: ids, seconds, forwards, seconds of each forward by the variant that ran, and seconds of this
-    process' threads on a processor, which other work on the machine changes little.
-    """
-
-    ids: torch.Tensor
-    seconds: float
-    forwards: int
-    calls: dict[str, list[float]] = field(default_factory=dict)
-    cpu: float = 0.0
-
-
-@dataclass
 class Row:
     """What one contender did.
 
@@ -109,10 +99,11 @@ class Row:
         seconds: wall time of the timed forwards, sampling included.
         forwards: timed forward calls.
         jobs: seconds, seconds on a processor (``cpu``), and forwards of each job.
-        compile_seconds: time of the first generation of each shape beyond what the same forwards take once compiled.
+        compile_seconds: by how much generations that do not count, as something was compiled in them, took longer.
         accuracy: share of problems answered exactly, where answers are known.
         right: which problems are.
-        gain, gain_error: points of accuracy beyond the first contender's, paired by problem, and its standard error.
+        gain, gain_error: points of accuracy beyond the first contender's, paired by problem, and its standard error,
+            ``None`` of one problem.
         same_tokens: share of response tokens equal to those of the first contender.
         flops: FLOPs of an average step relative to a full step.
         tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
@@ -120,6 +111,7 @@ class Row:
         milliseconds: median time of a forward by variant.
         state_bytes: bytes of rows kept of layers behind the timed forwards.
         peak_bytes: most bytes of tensors at once, weights included and compilation aside; 0 where not asked for.
+        every_kind: forwards of a job behind which each kind of step that it has had run.
         salient: rows that an average layer of a saliency step found salient.
         counted: FLOPs of the forwards relative to those of as many full steps, as they were counted.
         steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
@@ -133,7 +125,7 @@ class Row:
     accuracy: float | None = None
     right: list[bool] = field(default_factory=list)
     gain: float = 0.0
-    gain_error: float = 0.0
+    gain_error: float | None = None
     same_tokens: float = 1.0
     flops: float = 1.0
     tokens_per_second: float = 0.0
@@ -143,6 +135,7 @@ class Row:
     fewer: float = 1.0
     state_bytes: int = 0
     peak_bytes: int = 0
+    every_kind: int = 0
     salient: float = 0.0
     counted: float = 1.0
     jobs: list[dict[str, float]] = field(default_factory=list)
@@ -187,7 +180,9 @@ def looped(
         wait(ids.device)
         end, end_cpu = time.perf_counter(), time.process_time()
         now = Counter(backend.stats(model)["steps"])
-        run.calls.setdefault(next(iter(now - seen), "plain"), []).append(end - begin)
+        kind = next(iter(now - seen), "plain")
+        run.every_kind = run.every_kind if kind in run.calls else run.forwards + 1
+        run.calls.setdefault(kind, []).append(end - begin)
         seen, beside = now, beside + time.perf_counter() - end
         beside_cpu += time.process_time() - end_cpu
         return logits
@@ -228,12 +223,12 @@ def play(
     show: Show | None = None,
     memory: bool = False,
 ) -> tuple[Row, list[torch.Tensor]]:
-    """Warm one contender up, then time it on every job.
+    """Time one contender on every job, in runs in which nothing is compiled; see :class:`Timed`.
 
     Args:
         contender: the contender.
         model: whom it runs.
-        jobs: generations; the first of each shape is also run to warm up.
+        jobs: generations; the first of each shape also runs before it is timed, as does one that compiles something.
         limit: forwards timed in each job, all by default.
         show: called after each step with the ids.
         memory: also count the peak of memory. On CUDA that costs nothing; else in one more run, as counting takes time.
@@ -242,57 +237,57 @@ def play(
     jobs = list(jobs)
     device = jobs[0].ids.device
     call = contender.compiled(model, jobs[0].mask_id)
+    one_kind = contender.options is None and contender.settings is None
 
     def run(job: Job, limit: int | None, show: Show | None) -> Run:
+        if memory and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        before = backend.stats(model)
         if contender.settings is not None:
-            return _generated(model, job, {**contender.settings, **(contender.options or {})})
-        return looped(call, model, job, contender, limit, show)
+            found = _generated(model, job, {**contender.settings, **(contender.options or {})})
+        else:
+            found = looped(call, model, job, contender, limit, show)
+        found.before, found.after = before, backend.stats(model)
+        return found
 
-    shapes: dict[torch.Size, Job] = {}
+    timed, runs, compiling = Timed(), list[Run](), 0.0
+    few = min(limit or FIRST_FORWARDS, FIRST_FORWARDS) if one_kind else limit
     for job in jobs:
-        shapes.setdefault(job.ids.shape, job)
-    firsts = [run(job, contender.warm, None) for job in shapes.values()]
-    if memory:
-        drop_state()
+        found, spent = timed(job.ids.shape, partial(run, job, limit, show), partial(run, job, few, None))
+        runs.append(found)
+        compiling += spent
+    row = _row(contender.name, runs)
+    row.compile_seconds = compiling
     if memory and device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    before = backend.stats(model)
-    runs = [run(job, limit, show) for job in jobs]
-    after = backend.stats(model)
-    row = _timed(contender.name, firsts, runs)
-    for kind in ("steps", "rows", "logits"):
-        getattr(row, kind).update(Counter(after[kind]) - Counter(before[kind]))
-    layers = after["salient_layers"] - before["salient_layers"]
-    row.salient = (after["salient"] - before["salient"]) / max(layers, 1)
-    row.counted = (after["flops"] - before["flops"]) / max(after["flops_whole"] - before["flops_whole"], 1.0)
-    row.state_bytes = after["state_bytes"]
-    if memory and device.type == "cuda":
-        row.peak_bytes = after["peak_bytes"]
+        row.peak_bytes = max(each.after["peak_bytes"] for each in runs)
     elif memory:
         drop_state()
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], contender.warm, None), device)
+        row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], row.every_kind or limit, None), device)
     return row, [each.ids for each in runs]
 
 
-def _timed(name: str, firsts: list[Run], runs: list[Run]) -> Row:
-    """What clocks say of the runs, those to warm up apart."""
+def _row(name: str, runs: list[Run]) -> Row:
+    """What clocks and counters say of the runs that count."""
     row = Row(name, seconds=sum(r.seconds for r in runs), forwards=sum(r.forwards for r in runs))
     row.jobs = [{"seconds": each.seconds, "cpu": each.cpu, "forwards": each.forwards} for each in runs]
-    warm = sum(each.seconds for each in firsts) - sum(each.forwards for each in firsts) * row.seconds / row.forwards
-    row.compile_seconds = max(0.0, warm)
+    row.every_kind = max(each.every_kind for each in runs)
     calls: dict[str, list[float]] = {}
     for each in runs:
         for variant, spent in each.calls.items():
             calls.setdefault(variant, []).extend(spent)
+        for kind in ("steps", "rows", "logits"):
+            counts = Counter(getattr(row, kind)) + (Counter(each.after[kind]) - Counter(each.before[kind]))
+            getattr(row, kind).update(counts)
     row.milliseconds = {variant: 1000 * median(spent) for variant, spent in calls.items()}
+
+    def more(counter: str) -> float:
+        return float(sum(each.after[counter] - each.before[counter] for each in runs))
+
+    row.salient = more("salient") / max(more("salient_layers"), 1)
+    row.counted = more("flops") / max(more("flops_whole"), 1.0)
+    row.state_bytes = runs[-1].after["state_bytes"]
     return row
-
-
-def drop_state() -> None:
-    """Free what is kept of sequences: what a peak is counted from."""
-    for session in sessions():
-        session.drop()
 
 
 def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
@@ -324,7 +319,6 @@ def finish(rows: list[Row]) -> list[Row]:
         row.vs_inductor = row.tokens_per_second / rows[min(1, len(rows) - 1)].tokens_per_second
         row.cheaper = (rows[0].seconds / rows[0].forwards) / (row.seconds / row.forwards)
         row.fewer = (rows[0].forwards / rows[0].tokens) / (row.forwards / row.tokens)
-        gains = [100.0 * (mine - first) for mine, first in zip(row.right, rows[0].right, strict=True)]
-        if len(gains) > 1:
-            row.gain, row.gain_error = fmean(gains), stdev(gains) / len(gains) ** 0.5
+        if row.right:
+            row.gain, row.gain_error = gained(*[[100.0 * each for each in one.right] for one in (row, rows[0])])
     return rows

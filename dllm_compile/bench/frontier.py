@@ -25,20 +25,20 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
     def add(series: str, label: object = "", **how: Any) -> None:
         out.setdefault(series, []).append((str(label), Contender(f"{series} {label}".strip(), **how)))
 
-    blocks, blocks_warm = {"block_length": BLOCK}, 2 * BLOCK + 2
+    blocks = {"block_length": BLOCK}
     dual = {"method": "fast-dllm", "cache": "dual", **blocks}
     sparse = {"method": "sparse-dllm", **blocks}
     add("eager")
     add("inductor", plain=True)
     for interval in (2, 3, 5, 7):
-        add("dllm-cache", interval, options={"prompt_interval": 50, "response_interval": interval}, warm=52)
-    add("fast-dllm prefix", options={**dual, "cache": "prefix"}, warm=blocks_warm)
-    add("fast-dllm dual", options=dual, warm=blocks_warm)
+        add("dllm-cache", interval, options={"prompt_interval": 50, "response_interval": interval})
+    add("fast-dllm prefix", options={**dual, "cache": "prefix"})
+    add("fast-dllm dual", options=dual)
     for ratio in (0.3, 0.5, 0.7):
-        add("sparse-dllm", ratio, options={**sparse, "keep_ratio": ratio}, warm=blocks_warm)
+        add("sparse-dllm", ratio, options={**sparse, "keep_ratio": ratio})
     for tau in (0.98, 0.99, 0.995):
-        add("dyllm", tau, options={"method": "dyllm", "saliency_threshold": tau, "shift": False}, warm=12)
-    add("dkv-cache", options={"method": "dkv-cache", **blocks, "shift": False}, warm=blocks_warm)
+        add("dyllm", tau, options={"method": "dyllm", "saliency_threshold": tau, "shift": False})
+    add("dkv-cache", options={"method": "dkv-cache", **blocks, "shift": False})
     for threshold in (0.7, 0.9, 0.99):
         for series, options in {
             "threshold, eager": None,

@@ -166,22 +166,21 @@ def contenders(setting: Setting) -> list[Contender]:
     blocks = {"method": "fast-dllm", "block_length": setting.cache_block}
     dual = {**blocks, "cache": "dual"}
     streaming = {**METHODS["streaming-dllm"], "method": "streaming-dllm", "block_length": setting.cache_block}
-    window = streaming["suffix_window"]  # a block from whose end it reaches the last token compiles another full step
     return [
         Contender("eager"),
         Contender("inductor", plain=True),
         Contender("neutral", {"prompt_interval": 1, "response_interval": 1}),
-        Contender("dllm-cache", intervals, warm=setting.prompt_interval + 2),
-        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}, warm=setting.cache_block + 2),
-        Contender("fast-dllm dual", dual, warm=setting.cache_block + 2),
-        Contender("dsb", {"method": "dsb", "block_length": setting.cache_block}, warm=setting.cache_block + 2),
-        Contender("dinfer", {"method": "dinfer", "block_length": setting.cache_block}, warm=setting.cache_block + 2),
-        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}, warm=setting.cache_block + 4),
-        Contender("flashblock", {**blocks, "method": "flashblock"}, warm=setting.cache_block + 3),
-        Contender("dyllm", {"method": "dyllm", "shift": False}, warm=10),
-        Contender("es-dllm", {**blocks, "method": "es-dllm"}, warm=setting.cache_block + 2),
-        Contender("streaming-dllm", streaming, warm=max(setting.response - window, setting.cache_block) + 2),
-        Contender("dual, 4 a call", dual, steps=setting.response // 4, warm=setting.cache_block // 4 + 2),
+        Contender("dllm-cache", intervals),
+        Contender("fast-dllm prefix", {**blocks, "cache": "prefix"}),
+        Contender("fast-dllm dual", dual),
+        Contender("dsb", {"method": "dsb", "block_length": setting.cache_block}),
+        Contender("dinfer", {"method": "dinfer", "block_length": setting.cache_block}),
+        Contender("sparse-dllm", {**blocks, "method": "sparse-dllm"}),
+        Contender("flashblock", {**blocks, "method": "flashblock"}),
+        Contender("dyllm", {"method": "dyllm", "shift": False}),
+        Contender("es-dllm", {**blocks, "method": "es-dllm"}),
+        Contender("streaming-dllm", streaming),
+        Contender("dual, 4 a call", dual, steps=setting.response // 4),
         Contender("fast-dllm++", {**PRESETS["fast-dllm++"], "block_length": setting.cache_block}, settings={}),
         Contender("dual, 4 drafts", dual, settings={"drafts": 4}),
     ]

@@ -13,8 +13,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, log
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
+
+from .means import gained, standard_error
 
 Setting = Mapping[str, Any]
 GOES_ON, SLOW, WRONG, REFUSED = "goes on", "slower half", "accuracy", "refused"
@@ -92,9 +94,8 @@ class _Standing:
 
     def gain(self, base: _Standing) -> tuple[float, float | None]:
         """By how much more of the same problems are right than by ``base``, and the standard error of that."""
-        pairs = zip(self.done, base.done, strict=False)
-        gains = [a - b for mine, theirs in pairs for a, b in zip(mine.right, theirs.right, strict=True)]
-        return fmean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+        theirs = [share for each in base.done[: len(self.done)] for share in each.right]
+        return gained([share for each in self.done for share in each.right], theirs)
 
     def speed(self, base: _Standing) -> float:
         """Relative to ``base``, on the same batches."""
@@ -115,7 +116,7 @@ class _Standing:
             return Row(self.name, self.setting, 0, 0.0, 0.0, None, 0.0, 0.0, None, 0.0, self.verdict, self.why)
         ratio = self.speed(base)
         logs = [log(theirs.cpu / mine.cpu) for mine, theirs in zip(self.done, base.done, strict=False)]
-        right = [share for each in self.done for share in each.right]
+        right, log_error = [share for each in self.done for share in each.right], standard_error(logs)
         return Row(
             self.name,
             self.setting,
@@ -124,7 +125,7 @@ class _Standing:
             *self.gain(base),
             sum(each.tokens for each in self.done) / sum(each.seconds for each in self.done),
             ratio,
-            ratio * stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else None,
+            None if log_error is None else ratio * log_error,
             sum(each.compile_seconds for each in self.done),
             self.verdict,
             self.why,

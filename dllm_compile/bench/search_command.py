@@ -7,7 +7,6 @@ import json
 import random
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,25 +18,22 @@ from dllm_compile import tiny
 from dllm_compile.generate import for_backend, generate
 from dllm_compile.mechanisms import PRESETS, tables
 from dllm_compile.options import Options
-from dllm_compile.runtime import unit_code
 from dllm_compile.sampler.compiled import compiled
 from dllm_compile.sampler.family import Family
 from dllm_compile.sampler.settings import Settings, settings_of
 
 from . import antibody
 from .command import Parser, require, share, target, whole
-from .contest import Run, drop_state
 from .search import Evaluate, Evaluated, Row, Setting, search
 from .shape import machine
 from .table import aligned
+from .timed import Timed, clocked
 
 ABOUT = "the fastest composition of settings within an accuracy bound, by successive halving"
 SEED_OF_PROBLEMS = 2
 """Not those of the demo: what is chosen on problems is not to be shown on the same."""
 BASELINE = "eager", {"block_length": 32}
 THRESHOLD = {"threshold": 0.9}
-MOST_RUNS = 4
-"""Of one batch, of which the last is timed: another one for as long as code was compiled."""
 
 AXES: dict[str, tuple[Setting, ...]] = {
     "rows": (
@@ -139,39 +135,10 @@ def name_of(setting: Setting) -> str:
 # -- the models --------------------------------------------------------------------------------------------------------
 
 
-def warmed() -> Callable[[Any, Callable[[], Run]], tuple[Run, float]]:
-    """A function of a key and of what to run: a run in which nothing was compiled, and the seconds that were spent on
-    compiling before. What has a new key runs once before it is timed, and again when that compiled something.
-    """
-    known: set[Any] = set()
-
-    def timed(key: Any, run: Callable[[], Run]) -> tuple[Run, float]:
-        before = [] if key in known else [run().seconds]
-        known.add(key)
-        while True:
-            made: list[str] = []
-            unit_code.LISTENERS.append(made.append)
-            found = run()
-            unit_code.LISTENERS.remove(made.append)
-            drop_state()
-            if not made or len(before) == MOST_RUNS - 1:
-                return found, sum(max(0.0, each - found.seconds) for each in before)
-            before.append(found.seconds)
-
-    return timed
-
-
-def clocked(filled: Callable[[], torch.Tensor]) -> Run:
-    """Ids that a function returns, and the seconds that it took."""
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    ids = filled()
-    return Run(ids, time.perf_counter() - begin, 0, cpu=time.process_time() - begin_cpu)
-
-
 def embedded() -> Evaluate:
     """Evaluates on the embedded model: problems of a batch at once, by ``generate``."""
     model, tokenizer = tiny.load()
-    timed = warmed()
+    timed = Timed()
 
     def evaluate(setting: Setting, problems: Sequence[tiny.Problem]) -> Evaluated:
         prompts = tiny.encode(problems, tokenizer)
@@ -210,7 +177,7 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def antibodies() -> Evaluate:
     """Evaluates on AntiBERTy: a batch of stretches of antibody sequences, a residue in place of a problem's answer."""
     model = antibody.load()
-    timed = warmed()
+    timed = Timed()
 
     def evaluate(setting: Setting, batch: antibody.Batch) -> Evaluated:
         how, options = of_stretches(setting)

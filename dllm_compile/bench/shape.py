@@ -75,7 +75,7 @@ def entrants(setting: Setting) -> dict[str, Contender]:
     found = {c.name.replace(" ", "-"): c for c in plain}
     fastest = PRESETS["fastest"]
     if Options.of(fastest) not in [Options.of(c.options) for c in found.values() if c.options]:
-        found["fastest"] = Contender("fastest", fastest, warm=setting.cache_block + 4)
+        found["fastest"] = Contender("fastest", fastest)
     return found
 
 
@@ -141,7 +141,7 @@ def _figures(contender: Contender, model: Any, job: Job, limit: int | None, twic
         if compiles and twice and contender.settings is None:
             torch.compiler.reset()
             compat.clear_caches()
-            found["warm_compile_seconds"] = play(contender, model, [job], contender.warm)[0].compile_seconds
+            found["warm_compile_seconds"] = play(contender, model, [job], row.every_kind)[0].compile_seconds
     except torch.OutOfMemoryError as error:
         found = {"out_of_memory": str(error)}
     torch.compiler.reset()  # frees what is kept of the sequence
@@ -265,7 +265,7 @@ def depth() -> None:
         setting = replace(SHAPES["tiny"], layers=layers)
         method = entrants(setting)["dllm-cache"]
         with compat.fresh_cache():
-            row, _ = play(method, random_model(setting), [job_of(setting)], method.warm)
+            row, _ = play(method, random_model(setting), [job_of(setting)], setting.prompt_interval + 2)
         spent[layers] = min(row.compile_seconds, spent.get(layers, row.compile_seconds))
     print(
         f"dllm-cache, width {SHAPES['tiny'].width}, cold: 8 layers {spent[8]:.1f} s, 32 layers {spent[32]:.1f} s, "

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,7 @@ from .contest import Contender, looped
 from .frontier import MARKERS, drawn_to_files
 from .model import Setting, job_of, random_model
 from .shape import entrants
+from .timed import Timed
 
 SMALL = Setting(layers=4, width=256, mlp=1024, heads=4, vocabulary=4096, response=64, block=32, baseline_steps=8)
 PROMPTS, RUNS = (64, 256, 1024), 3
@@ -48,12 +50,11 @@ def measured(setting: Setting, prompts: Sequence[int], runs: int, names: Sequenc
     model = random_model(setting)
     for contender in names:
         torch.compiler.reset()
-        call = contender.compiled(model, setting.vocabulary - 1)
+        call, timed = contender.compiled(model, setting.vocabulary - 1), Timed()
         for prompt in prompts:
             job = contender.within(job_of(replace(setting, prompt=prompt)))
-            looped(call, model, job, contender, limit=contender.warm)
             limit = setting.baseline_steps if contender.options is None else None
-            found = [looped(call, model, job, contender, limit=limit) for _ in range(runs)]
+            found = [timed(prompt, partial(looped, call, model, job, contender, limit))[0] for _ in range(runs)]
             yield Speed(contender.name, prompt, [each.forwards / each.seconds for each in found])
 
 

@@ -17,7 +17,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         "-" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
-        f"{row.gain:+.1f} +- {row.gain_error:.1f}" if row.right else "-",
+        "-" if not row.right else f"{row.gain:+.1f}" + ("" if row.gain_error is None else f" +- {row.gain_error:.1f}"),
         f"{row.tokens_per_second:.1f}",
         f"{row.vs_eager:.2f}",
         f"{row.cheaper:.2f}",
