@@ -354,7 +354,6 @@ def measure(
         mine += [100 * share for share in shares]
         first += [100 * share for share in shares_where(theirs == each.truth, each.masked)]
     row.same_tokens = sum(same) / len(same)
-    row.flops = row.counted if row.steps else 1.0
     found.gain, found.gain_error = gained(mine, first)
     return found, results
 

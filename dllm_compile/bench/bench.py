@@ -23,7 +23,7 @@ from . import saliency as saliency_bench
 from . import shape as shape_bench
 from . import speed as speed_bench
 from .command import Parser, interval, picture, require, target, whole
-from .contest import Row, finish, play, relative_flops
+from .contest import Row, finish, play
 from .model import KINDS, SHAPES, Setting, check_lengths, check_model, contenders, job_of, random_model
 from .table import print_rows
 
@@ -80,7 +80,6 @@ def run(setting: Setting, device: str = "cpu") -> list[Row]:
         reference = ids if reference is None else reference
         both = done & (reference != job.mask_id)
         row.same_tokens = (ids == reference)[both].float().mean().item()
-        row.flops = relative_flops(row, model, job, contender.options or {})
         rows.append(row)
         print(f"{row.name}: {row.forwards} forwards in {row.seconds:.1f} s", file=sys.stderr, flush=True)
     return finish(rows)

@@ -13,12 +13,8 @@ from typing import Any
 import torch
 
 from dllm_compile import backend
-from dllm_compile.explain import explain
 from dllm_compile.generate import generate
-from dllm_compile.mechanisms import turned_on
-from dllm_compile.options import Options
 from dllm_compile.quota_loop import quota_loop
-from dllm_compile.runtime.cost import A, R, S, T, W
 from dllm_compile.runtime.memory import peak_bytes
 from dllm_compile.sampler.decode import Generated
 
@@ -105,7 +101,7 @@ class Row:
         gain, gain_error: points of accuracy beyond the first contender's, paired by problem, and its standard error,
             ``None`` of one problem.
         same_tokens: share of response tokens equal to those of the first contender.
-        flops: FLOPs of an average step relative to a full step.
+        flops: FLOPs of an average step relative to a full step, as they were counted.
         tokens_per_second, vs_eager, vs_inductor: speed, and the same relative to the baselines.
         cheaper, fewer: how much of ``vs_eager`` is from the cost of a forward, and how much from their number.
         milliseconds: median time of a forward by variant.
@@ -113,7 +109,6 @@ class Row:
         peak_bytes: most bytes of tensors at once, weights included and compilation aside; 0 where not asked for.
         every_kind: forwards of a job behind which each kind of step that it has had run.
         salient: rows that an average layer of a saliency step found salient.
-        counted: FLOPs of the forwards relative to those of as many full steps, as they were counted.
         steps, rows, logits: forwards by variant, and their rows of the stream and of the logits (see ``Stats``).
     """
 
@@ -137,7 +132,6 @@ class Row:
     peak_bytes: int = 0
     every_kind: int = 0
     salient: float = 0.0
-    counted: float = 1.0
     jobs: list[dict[str, float]] = field(default_factory=list)
     milliseconds: dict[str, float] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
@@ -285,29 +279,9 @@ def _row(name: str, runs: list[Run]) -> Row:
         return float(sum(each.after[counter] - each.before[counter] for each in runs))
 
     row.salient = more("salient") / max(more("salient_layers"), 1)
-    row.counted = more("flops") / max(more("flops_whole"), 1.0)
+    row.flops = more("flops") / max(more("flops_whole"), 1.0) if row.steps else 1.0
     row.state_bytes = runs[-1].after["state_bytes"]
     return row
-
-
-def relative_flops(row: Row, model: torch.nn.Module, job: Job, options: dict[str, Any]) -> float:
-    """FLOPs of an average step of ``row``, from the closed forms, relative to a full step of the plain model; as they
-    were counted where deeper layers skip rows, or a call is of several drafts.
-    """
-    if not row.steps:
-        return 1.0
-    if "drafts" in row.steps or any(each.skips is not None for each in turned_on(Options.of(options))):
-        return row.counted
-    found = explain(model, job.ids, **{"mask_id": job.mask_id, **options})
-    lengths = {symbol: found.lengths[symbol.name] for e in found.flops.values() for symbol in e.free_symbols}
-    whole = next(iter(found.flops.values())).subs({**lengths, A: lengths[S], R: lengths[S]})
-    work = 0.0
-    for name, count in row.steps.items():
-        if name in found.flops:
-            rows = row.rows[name] / count
-            here = {**lengths, A: rows, W: rows, R: row.logits.get(name, 0) / count, T: row.salient}
-            work += count * float(found.flops[name].subs(here) / whole)
-    return work / sum(row.steps.values())
 
 
 def finish(rows: list[Row]) -> list[Row]:
