@@ -22,7 +22,7 @@ ABOUT = "the embedded model solves problems: in eager mode, by Inductor, and by 
 HELD_OUT_SEED = 1
 THRESHOLD = 0.9
 FEW = 8
-"""Forwards of each batch that plain Inductor is timed for: all cost the same, and it changes eager's by rounding alone."""
+"""Forwards of each batch that plain Inductor is timed for: all cost the same, and its answers would be eager's."""
 FEATURES = PRESETS["dllm-cache/llada-instruct-gsm8k"]
 
 
