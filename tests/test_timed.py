@@ -114,3 +114,15 @@ def test_the_standard_error_of_paired_differences() -> None:
     assert gained([1, 1, 0], [1, 0, 0]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert gained([True], [False]) == (1.0, None)
     assert standard_error([0.0, 2.0]) == 1.0
+
+
+def test_the_first_of_several_jobs_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs once, and its result is there; tokens of the demo are those of the jobs that were timed."""
+    model, calls = models.build("llama"), list[int]()
+    monkeypatch.setattr(model, "forward", lambda x, call=model.forward: (calls.append(len(x)), call(x))[1])
+    jobs = [job(0), job(1)]
+    row, results = play(Contender("eager"), model, jobs, compile_first=True)
+    assert (row.forwards, len(calls), len(row.jobs)) == (RESPONSE, 2 * RESPONSE, 1)
+    assert [torch.equal(a[:, :PROMPT], b.ids[:, :PROMPT]) for a, b in zip(results, jobs, strict=True)] == [True] * 2
+    alone, _ = play(Contender("eager"), model, jobs[:1], compile_first=True)
+    assert (alone.forwards, len(alone.jobs)) == (RESPONSE, 1)

@@ -216,6 +216,7 @@ def play(
     limit: int | None = None,
     show: Show | None = None,
     memory: bool = False,
+    compile_first: bool = False,
 ) -> tuple[Row, list[torch.Tensor]]:
     """Time one contender on every job, in runs in which nothing is compiled; see :class:`Timed`.
 
@@ -226,6 +227,10 @@ def play(
         limit: forwards timed in each job, all by default.
         show: called after each step with the ids.
         memory: also count the peak of memory. On CUDA that costs nothing; else in one more run, as counting takes time.
+        compile_first: the first of several jobs runs once and is not timed.
+
+    Returns:
+        What is known of the jobs that were timed, and what each job ended with.
     """
     torch.compiler.reset()
     jobs = list(jobs)
@@ -244,9 +249,11 @@ def play(
         found.before, found.after = before, backend.stats(model)
         return found
 
-    timed, runs, compiling = Timed(), list[Run](), 0.0
+    timed, runs, compiling, apart = Timed(), list[Run](), 0.0, list[torch.Tensor]()
     few = min(limit or FIRST_FORWARDS, FIRST_FORWARDS) if one_kind else limit
-    for job in jobs:
+    if compile_first and len(jobs) > 1:
+        apart.append(timed.beforehand(jobs[0].ids.shape, partial(run, jobs[0], limit, show)).ids)
+    for job in jobs[len(apart) :]:
         found, spent = timed(job.ids.shape, partial(run, job, limit, show), partial(run, job, few, None))
         runs.append(found)
         compiling += spent
@@ -258,7 +265,7 @@ def play(
         drop_state()
         weights = sum(parameter.nbytes for parameter in model.parameters())
         row.peak_bytes = weights + peak_bytes(lambda: run(jobs[0], row.every_kind or limit, None), device)
-    return row, [each.ids for each in runs]
+    return row, [*apart, *(each.ids for each in runs)]
 
 
 def _row(name: str, runs: list[Run]) -> Row:

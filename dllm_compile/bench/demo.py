@@ -58,13 +58,15 @@ def jobs_of(problems: list[tiny.Problem], tokenizer: Any, mask_id: int, batch: i
 def score(
     row: Row, results: list[torch.Tensor], problems: list[tiny.Problem], tokenizer: Any, finished: bool = True
 ) -> None:
-    """Accuracy and tokens of a row; the filler behind an answer does not count as tokens. Where generations were not
-    finished, as few forwards were asked for, there is no accuracy, and tokens count by the share that is written.
+    """Accuracy of a row, over all problems, and tokens of the batches that were timed; the filler behind an answer does
+    not count as tokens. Where generations were not finished, as few forwards were asked for, there is no accuracy, and
+    tokens count by the share that is written.
     """
     responses = [ids[:, tiny.PROMPT_LENGTH :] for ids in results]
-    row.tokens = sum(problem.tokens for problem in problems)
+    timed = responses[-len(row.jobs) :]
+    row.tokens = sum(problem.tokens for problem in problems[-sum(map(len, timed)) :])
     if not finished:
-        written = [ids != tokenizer.mask_token_id for ids in responses]
+        written = [ids != tokenizer.mask_token_id for ids in timed]
         row.tokens *= sum(int(at.sum()) for at in written) / sum(at.numel() for at in written)
         return
     texts = [text for ids in responses for text in tiny.decode(ids, tokenizer)]
@@ -87,7 +89,7 @@ def run(
     entrants: list[Contender] | None = None,
     few: int | None = None,
 ) -> list[Row]:
-    """Solve ``count`` held-out problems with each contender.
+    """Solve ``count`` held-out problems with each contender. Of several batches the first is not timed: it compiles.
 
     Args:
         count: problems, a multiple of ``batch``.
@@ -106,7 +108,7 @@ def run(
     for contender in entrants or contenders(block):
         with (show or _quiet)(contender.name, tokenizer) as step:
             limit = few if contender.plain else None
-            row, results = play(contender, model, jobs, limit, step)
+            row, results = play(contender, model, jobs, limit, step, compile_first=True)
         score(row, results, problems, tokenizer, limit is None)
         reference = reference or results
         row.same_tokens = agreement(results, reference, mask_id)

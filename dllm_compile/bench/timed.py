@@ -48,7 +48,14 @@ class Timed:
     """
 
     def __init__(self) -> None:
-        self.known: set[Any] = set()
+        self.before: dict[Any, list[Run]] = {}  # by key, runs that do not count, of which nobody was told yet
+
+    def beforehand(self, key: Any, run: Callable[[], Run]) -> Run:
+        """Run what has a new key, so that the next of this key counts at once if it compiles nothing."""
+        drop_state()
+        found = run()
+        self.before.setdefault(key, []).append(found)
+        return found
 
     def __call__(self, key: Any, run: Callable[[], Run], first: Callable[[], Run] | None = None) -> tuple[Run, float]:
         """Run until nothing is compiled any more.
@@ -62,11 +69,9 @@ class Timed:
             The run that counts, and the seconds that were spent on compiling in those that do not: by how much they
             took longer for as many forwards.
         """
-        before: list[Run] = []
-        if key not in self.known:
-            self.known.add(key)
-            drop_state()
-            before.append((first or run)())
+        if key not in self.before:
+            self.beforehand(key, first or run)
+        before, self.before[key] = self.before[key], []
         while True:
             drop_state()
             with compiled() as made:
