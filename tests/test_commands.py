@@ -25,6 +25,7 @@ from dllm_compile.bench import model as bench_model
 from dllm_compile.bench import shape as shape_bench
 from dllm_compile.bench.command import Parser
 from dllm_compile.bench.contest import Contender, Row, finish, play
+from dllm_compile.bench.table import cells
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,6 +93,17 @@ def test_demo_writes_its_table(
     assert rows["fast-dllm dual"]["flops"] < 0.6
     assert set(rows["fast-dllm dual"]["steps"]) == {"full", "block"}
     assert "x inductor" in capsys.readouterr().out
+
+
+def test_demo_times_plain_inductor_for_a_few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second of two batches; the first counts for accuracy alone. Its tokens are what it has written."""
+    monkeypatch.setattr(Contender, "compiled", lambda self, model, mask_id: model)  # what is compiled is not the point
+    eager, plain = demo.run(2, 1, 32, entrants=[Contender("eager"), Contender("inductor", plain=True)], few=4)
+    assert (eager.forwards, plain.forwards) == (tiny.RESPONSE_LENGTH, 4)
+    assert (len(eager.right), len(plain.right), plain.accuracy, plain.same_tokens) == (2, 0, None, 1.0)
+    assert eager.tokens == tiny.problems(2, demo.HELD_OUT_SEED)[1].tokens
+    assert plain.fewer == pytest.approx(1.0)
+    assert cells(plain)[1:3] == ("-", "-")
 
 
 def test_points_beyond_eager_are_paired_by_problem() -> None:
