@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,6 +115,18 @@ def test_the_standard_error_of_paired_differences() -> None:
     assert gained([1, 1, 0], [1, 0, 0]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert gained([True], [False]) == (1.0, None)
     assert standard_error([0.0, 2.0]) == 1.0
+
+
+def test_showing_is_not_timed() -> None:
+    shown = list[int]()
+
+    def show(x: torch.Tensor) -> None:
+        shown.append(int((x == models.MASK).sum()))
+        time.sleep(1.0)
+
+    row, _ = play(Contender("eager"), models.build("llama"), [job(0)], 2, show)
+    assert shown == [2 * (RESPONSE - 1), 2 * (RESPONSE - 2)]
+    assert row.seconds < 2.0
 
 
 def test_the_first_of_several_jobs_may_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,8 @@ def looped(
     limit: int | None = None,
     show: Show | None = None,
 ) -> Run:
-    """The contender's loop, without what it takes to look a variant up, half a millisecond in a large model.
+    """The contender's loop, without what it takes to show it, and to look a variant up, half a millisecond in a large
+    model.
 
     Args:
         call: maps ids to logits, as ``.logits``.
@@ -188,7 +189,10 @@ def looped(
         for x in loop:
             run.forwards += 1
             if show is not None:
+                end, end_cpu = time.perf_counter(), time.process_time()
                 show(x)
+                beside += time.perf_counter() - end
+                beside_cpu += time.process_time() - end_cpu
             if run.forwards == limit:
                 break
         wait(run.ids.device)
