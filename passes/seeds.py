@@ -12,6 +12,7 @@ from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.errors import TokensUnseen
 from dllm_compile.core.graph import output_node, placeholders
 from dllm_compile.core.layout import Factor, Layout
+from dllm_compile.core.ranks import looks_up
 from dllm_compile.core.units import closure
 
 
@@ -71,7 +72,7 @@ def _is_input(value: Any) -> bool:
 def _is_looked_up(node: torch.fx.Node) -> bool:
     """Whether an embedding reads a placeholder, perhaps cast or masked on the way."""
     return any(
-        (user.target is torch.nn.functional.embedding and user.args[0] is node)
+        (looks_up(user) and user.args[0] is node)
         or (
             user.op == "call_method"
             and user.target in ("to", "long", "clone", "contiguous", "view")

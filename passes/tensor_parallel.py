@@ -5,7 +5,11 @@
     after:   q = linear(x, local(W))
              z = summed(linear(A, local(W)), group)
 
-``parallelize_module`` writes the first, at hooks of the modules that it shards. What is behind the pass reads plain
+             y = linear(A, to_local(W)) ; s = wait(all_reduce(y)) ; y.copy_(s)
+    after:   y = summed(linear(A, local(W)), group)
+
+``parallelize_module`` writes the first, at hooks of the modules that it shards; transformers, too, with gradients, and
+the second without. What is behind the pass reads plain
 tensors, and :func:`dllm_compile.core.ranks.kinds` says which of them are shards. A placement is never guessed: Dynamo's
 example of each value says it, and what a graph calls a shard, a sum or a whole must have been made as one.
 """
@@ -23,10 +27,11 @@ from dllm_compile.compat import is_dtensor
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import called, output_node
-from dllm_compile.core.ranks import is_collective, joined, kinds, local, shard, summed
+from dllm_compile.core.ranks import is_collective, joined, kinds, local, looked_up, shard, summed
 from dllm_compile.core.units import Unit
 
 WHOLE, SHARD, PARTIAL = "whole", "shard", "partial"
+UNTOLD = "ranks exchange values here, and what each of them holds cannot be told"
 
 
 def localized(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -36,10 +41,11 @@ def localized(graph: torch.fx.Graph) -> torch.fx.Graph:
         GraphRefused: ranks exchange values in a way that nobody can follow, or a value is laid out in another way than
             by its features over one dimension of ranks.
     """
+    shared = any(is_dtensor(node.meta.get("example_value")) for node in graph.nodes)
     for node in graph.nodes:
-        if is_collective(node) and "from_local" not in called(node):
-            raise GraphRefused("ranks exchange values here, and what each of them holds cannot be told", node)
-    if not any(is_dtensor(node.meta.get("example_value")) for node in graph.nodes):
+        if is_collective(node) and not (shared and called(node) in {"from_local", *_EXCHANGES}):
+            raise GraphRefused(UNTOLD, node)
+    if not shared:
         return graph
     return _Localizer(graph).write()
 
@@ -84,6 +90,7 @@ class _Localizer:
     Attributes:
         env: the new node of each old one; of a ``DTensor``, what this rank has of it.
         bias: what is to be added to a partial sum once it is summed.
+        looked_up: lookups whose ranks' partial sums are summed where they are made.
         said: nodes of the new graph that the old one says something of: what each rank has, and where it is said.
     """
 
@@ -91,12 +98,17 @@ class _Localizer:
         self.old, self.graph = graph, torch.fx.Graph()
         self.env: dict[torch.fx.Node, torch.fx.Node] = {}
         self.bias: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.looked_up: set[torch.fx.Node] = set()
         self.said: list[tuple[torch.fx.Node, str, torch.fx.Node]] = []
         self.groups: set[str] = set()
 
     def write(self) -> torch.fx.Graph:
         for node in self.old.nodes:
             given = [each for each in node.all_input_nodes if is_dtensor(_example(each))]
+            exchange = _EXCHANGES.get(called(node))
+            if exchange is not None:
+                self.env[node] = exchange(self, node)
+                continue
             if node.op == "placeholder" or not (given or is_dtensor(_example(node))):
                 self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
                 continue
@@ -129,6 +141,8 @@ class _Localizer:
         found = kinds(self.graph, examples)
         for node, said, where in self.said:
             made = found.get(node, WHOLE)
+            if made != said and called(where) == "all_reduce":
+                raise GraphRefused(UNTOLD, where)
             if made != said:
                 raise GraphRefused(f"what each rank has here is said to be {said}, and was made as {made}", where)
 
@@ -139,6 +153,37 @@ class _Localizer:
         if is_dtensor(made.meta.get("example_value")):
             made.meta["example_value"] = _local(made.meta["example_value"])
         return made
+
+    def all_reduce(self, node: torch.fx.Node) -> torch.fx.Node:
+        """A sum that the model itself asks for, of a projection of what each rank has."""
+        args: Any = node.args
+        x, how, group = args
+        if how != "sum" or x.target is not linear or [called(user) for user in node.users] != ["wait_tensor"]:
+            raise GraphRefused(UNTOLD, node)
+        self.groups.add(group)
+        if len(self.groups) > 1:
+            raise GraphRefused("values are laid out over different groups of ranks", node)
+        made = self._call(node, summed, (self.env[x], group))
+        self.said.append((made, WHOLE, node))
+        return made
+
+    def wait_tensor(self, node: torch.fx.Node) -> torch.fx.Node:
+        """What is waited for is there already."""
+        (begun,) = node.all_input_nodes
+        if called(begun) != "all_reduce":
+            raise GraphRefused(UNTOLD, node)
+        return self.env[begun]
+
+    def copy_(self, node: torch.fx.Node) -> torch.fx.Node:
+        """``torch.distributed.all_reduce`` writes the sum over its summand; from then on that is the sum."""
+        x, *more = node.all_input_nodes
+        (begun,) = more[0].all_input_nodes if more and called(more[0]) == "wait_tensor" else (None,)
+        if begun is None or begun.args[0] is not x:
+            return self.graph.node_copy(node, self.env.__getitem__)
+        if any(user in self.env for user in x.users if user is not begun):
+            raise GraphRefused("what ranks sum in place is read before, perhaps by a view", node)
+        self.env[x] = self.env[more[0]]
+        return self.env[x]
 
     def from_local(self, node: torch.fx.Node) -> torch.fx.Node:
         """``DTensor.from_local``: the value is what the rank has, as it is."""
@@ -171,7 +216,9 @@ class _Localizer:
         before, behind = _placed(_example(x), node), _placed(_example(node), node)
         if before == behind:
             return self.env[x]
-        if before == PARTIAL and behind == WHOLE:
+        if x in self.looked_up and behind == WHOLE:
+            return self.env[x]
+        if before == PARTIAL and behind == WHOLE and x not in self.looked_up:
             total = self._call(node, summed, (self.env[x], group))
             return total if x not in self.bias else self._call(node, torch.add, (total, self.bias[x]))
         if before == SHARD and behind == WHOLE:
@@ -179,6 +226,26 @@ class _Localizer:
         if before == WHOLE and behind == SHARD:
             return self._call(node, shard, (self.env[x], mesh.get_local_rank(), count))
         raise GraphRefused(f"what each rank has is made {behind} from {before}", node)
+
+    def embedding(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Rows of a table that is shared by rows (each rank has some tokens) or by features."""
+        given: list[Any] = [*node.args, None, None]
+        ids, weight, _, most = given[:4]
+        if node.kwargs or most is not None or weight.op != "placeholder" or not is_dtensor(_example(weight)):
+            raise GraphRefused("a lookup in a shared table that the compiler does not know", node)
+        table, (placement,) = self._part(node, weight), _example(weight).placements
+        if not placement.is_shard(0):
+            made = self._call(node, torch.nn.functional.embedding, (self.env[ids], table))
+            self.said.append((made, _placed(_example(node), node), node))
+            return made
+        if not is_dtensor(_example(ids)) or _placed(_example(ids), node) != WHOLE:
+            raise GraphRefused("a lookup in a shared table that the compiler does not know", node)
+        mesh = _example(weight).device_mesh
+        rank, group = mesh.get_local_rank(), mesh.get_group().group_name
+        made = self._call(node, looked_up, (self.env[ids], table, rank, group))
+        self.said.append((made, WHOLE, node))
+        self.looked_up.add(node)
+        return made
 
     def linear(self, node: torch.fx.Node) -> torch.fx.Node:
         """A projection: the same of what each rank has. The bias of a partial sum is added to the sum."""
@@ -213,6 +280,12 @@ _RULES: dict[str, Callable[[_Localizer, torch.fx.Node], torch.fx.Node]] = {
     "to_local": _Localizer.to_local,
     "redistribute": _Localizer.redistribute,
     "linear": _Localizer.linear,
+    "embedding": _Localizer.embedding,
+}
+_EXCHANGES: dict[str, Callable[[_Localizer, torch.fx.Node], torch.fx.Node]] = {
+    "all_reduce": _Localizer.all_reduce,
+    "wait_tensor": _Localizer.wait_tensor,
+    "copy_": _Localizer.copy_,
 }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import dllm_compile
@@ -34,7 +35,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "flashblock": {"method": "flashblock", "block_length": BLOCK},
     "sparse and dyllm": {"cache": "dual", "keep_ratio": 0.5, "saliency_threshold": 0.9, "block_length": BLOCK},
 }
+BY_TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+"""Whether transformers shares a model as it does from then on: without gradients, sums are those of plain tensors."""
+LOADED = ["neutral", "fast-dllm dual", "dllm-cache", "sparse-dllm", "dyllm"] if BY_TRANSFORMERS else []
 Plan = dict[str, Any]
+TABLE: Plan = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+"""Each rank has the rows of some tokens."""
 
 
 def plan(*more: str) -> Plan:
@@ -110,11 +116,24 @@ def methods(mesh: DeviceMesh) -> dict[str, Any]:
     return {"methods": found, "by each rank alone": alone}
 
 
+def by_transformers(mesh: DeviceMesh, folder: str) -> Any:
+    """A checkpoint of the model of :func:`build`, which transformers shares between ranks as it loads it."""
+    if mesh.get_local_rank() == 0:
+        build().save_pretrained(folder)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have a configuration for it
+        more = {"is_causal": False, "use_cache": False, "dtype": torch.float64}
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", **more)
+    return model.eval()
+
+
 def compiled(mesh: DeviceMesh) -> dict[str, Any]:
-    """One method as Inductor compiles it, of a model with biases and norms of queries and keys."""
+    """One method as Inductor compiles it, of a model with biases, norms of queries and keys, and a shared embedding."""
     options = {**METHODS["dllm-cache"], "lowering": "inductor"}
     alone = by_the_first(mesh, lambda: build("qwen3", attention_bias=True), {"whole": options})["whole"]
-    return {"compiled": (alone, run(build("qwen3", mesh, attention_bias=True), **options))}
+    part = build("qwen3", mesh, {**plan("lm_head"), **TABLE}, attention_bias=True)
+    return {"compiled": (alone, run(part, **options))}
 
 
 def disagreeing(mesh: DeviceMesh) -> dict[str, Any]:
@@ -138,14 +157,44 @@ def disagreeing(mesh: DeviceMesh) -> dict[str, Any]:
     return {"kinds": [each.name for each in ran], "error": error, "said": said}
 
 
+def summing(mesh: DeviceMesh, forward: Callable[[torch.nn.Linear, torch.Tensor], torch.Tensor], shared: bool) -> Any:
+    """A model whose first MLP calls ``forward`` for its last projection, shared by its inputs or whole on each rank."""
+    given = plan("lm_head")
+    for name in ("gate_proj", "up_proj", "down_proj")[2 if shared else 0 :]:
+        del given[f"model.layers.0.mlp.{name}"]
+    model = build(mesh=mesh, shares=given)
+    last = model.model.layers[0].mlp.down_proj
+    if shared:
+        last.weight = torch.nn.Parameter(distribute_tensor(last.weight.detach(), mesh, [Shard(1)]))
+    last.forward = lambda x: forward(last, x)
+    return model
+
+
+def sum_seen_by_a_view(last: Any, x: torch.Tensor) -> torch.Tensor:
+    out = torch.nn.functional.linear(x, last.weight.to_local())
+    early = out.view(-1)
+    dist.all_reduce(out)
+    return early.view(out.shape)
+
+
+def sum_of_wholes(last: Any, x: torch.Tensor) -> torch.Tensor:
+    out = torch.nn.functional.linear(x, last.weight)
+    dist.all_reduce(out)
+    return out / RANKS
+
+
 def refused(mesh: DeviceMesh) -> dict[str, Any]:
     """Layouts that are not followed: why, and how far logits are from those of eager."""
-    unequal = build(mesh=mesh, vocab_size=models.VOCABULARY)
-    columns = build(mesh=mesh, shares={**plan(), "lm_head": ColwiseParallel()})
-    table = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
-    rows = build(mesh=mesh, shares={**plan("lm_head"), **table})
+    local = {f"model.layers.0.mlp.{name}": ColwiseParallel(use_local_output=False) for name in ("gate_proj", "up_proj")}
+    tried = {
+        "unequal": build(mesh=mesh, vocab_size=models.VOCABULARY),
+        "columns": build(mesh=mesh, shares={**plan(), "lm_head": ColwiseParallel()}),
+        "call": build(mesh=mesh, shares={**plan("lm_head"), **local}),
+        "view": summing(mesh, sum_seen_by_a_view, shared=True),
+        "wholes": summing(mesh, sum_of_wholes, shared=False),
+    }
     found = {}
-    for name, model in {"unequal": unequal, "columns": columns, "embedding": rows}.items():
+    for name, model in tried.items():
         dllm_compile.reset()
         x = models.start(PROMPT, RESPONSE)
         call = torch.compile(model, backend="dllm", options={"lowering": "eager", "mask_id": models.MASK})
@@ -158,7 +207,8 @@ def refused(mesh: DeviceMesh) -> dict[str, Any]:
 
 @contextmanager
 def _group(rank: int, port: int) -> Iterator[DeviceMesh]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DLLM_DEBUG="1")
+    named = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}  # as torchrun does
+    os.environ.update(named, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DLLM_DEBUG="1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     try:
@@ -178,4 +228,9 @@ def work(rank: int, port: int, folder: str) -> None:
         for part in parts:
             torch._dynamo.reset()
             found |= part(mesh)
+        if LOADED:
+            torch._dynamo.reset()
+            model = by_transformers(mesh, f"{folder}/model")
+            whole = {name: found["methods"][name][0] for name in LOADED}
+            found["loaded"] = {name: (whole[name], run(model, **METHODS[name])) for name in LOADED}
     torch.save(found, f"{folder}/{rank}.pt")

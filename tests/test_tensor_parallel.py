@@ -1,4 +1,4 @@
-"""A Llama that two processes share by ``parallelize_module``: every method computes what it does in one process."""
+"""A Llama that two processes share by ``parallelize_module`` or transformers: every method computes what it does in one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from . import ranks
-from .ranks import METHODS, RANKS
+from .ranks import BY_TRANSFORMERS, LOADED, METHODS, RANKS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 PARTIAL = {
@@ -80,6 +80,22 @@ def test_two_ranks_compute_what_one_process_does(found: list[dict[str, Any]], me
         assert set(part["kinds"]) >= PARTIAL.get(method, {"full"})
 
 
+@pytest.mark.skipif(not BY_TRANSFORMERS, reason="transformers before 5.24")
+@pytest.mark.parametrize("method", LOADED)
+def test_a_model_that_transformers_shares_is_cached(found: list[dict[str, Any]], method: str) -> None:
+    """``from_pretrained(..., tp_plan="auto")``: embedding, heads, MLP and logits are shared."""
+    for each in found:
+        whole, part = each["loaded"][method]
+        assert part["refused"] == []
+        assert same_at_each_step(whole, part)
+        assert part["kinds"] == whole["kinds"]
+        assert part["computed"] == whole["computed"]
+        assert chosen(part) == chosen(whole)
+        assert part["state_bytes"] < whole["state_bytes"]
+    one, other = (each["loaded"][method][1] for each in found)
+    assert all(torch.equal(a, b) for a, b in zip(one["logits"], other["logits"], strict=True))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_have_the_same_bits(found: list[dict[str, Any]], method: str) -> None:
     """What a loop reads, and what was chosen, is equal and not close: else ranks would come to compute other rows."""
@@ -106,7 +122,7 @@ def test_a_statistic_of_its_own_heads_would_choose_other_rows(found: list[dict[s
 
 
 def test_inductor_compiles_the_sums(found: list[dict[str, Any]]) -> None:
-    """With biases, and norms of queries and keys."""
+    """With biases, norms of queries and keys, and an embedding of which each rank has the rows of some tokens."""
     for each in found:
         whole, part = each["compiled"]
         assert part["refused"] == []
@@ -131,7 +147,9 @@ def test_other_token_ids_on_another_rank_are_an_error(found: list[dict[str, Any]
     [
         ("unequal", "61 features are laid out over 2 ranks in unequal parts"),
         ("columns", "what the graph returns differs between ranks: give output_layouts=Replicate()"),
-        ("embedding", "a call of sharded values that the compiler does not know (at node 'embedding'"),
+        ("call", "a call of sharded values that the compiler does not know (at node 'silu'"),
+        ("view", "what ranks sum in place is read before, perhaps by a view"),
+        ("wholes", "ranks exchange values here, and what each of them holds cannot be told"),
     ],
 )
 def test_what_cannot_be_followed_runs_on_plain_inductor(found: list[dict[str, Any]], layout: str, reason: str) -> None:

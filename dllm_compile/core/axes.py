@@ -24,7 +24,7 @@ from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
 from .once import Once
-from .ranks import joined, summed
+from .ranks import joined, looked_up, summed
 from .stand_ins import Values, value_of
 
 linear = torch.nn.functional.linear
@@ -153,6 +153,14 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         exchanged: torch.Tensor = args[0].new_empty((*args[0].shape[:-1], args[0].shape[-1] * count))
         mode.known.tag(exchanged, (*layout[:-1], plain(exchanged.shape[-1])))
         return exchanged
+    if node.target is looked_up:
+        ids, table = args[0], args[1]
+        layout = mode.known.of(ids)
+        if layout is None or mode.known.of(table) is not None:
+            return None
+        rows: torch.Tensor = table.new_empty((*ids.shape, table.shape[1]))
+        mode.known.tag(rows, (*layout, plain(table.shape[1])))
+        return rows
     return None
 
 

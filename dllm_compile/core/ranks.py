@@ -53,6 +53,29 @@ def shard(x: torch.Tensor, rank: int, count: int) -> torch.Tensor:
     return x.narrow(-1, rank * width, width)
 
 
+def looked_up(ids: torch.Tensor, table: torch.Tensor, rank: int, group: str) -> torch.Tensor:
+    """Rows of a table that are shared by the ranks of a process group: each has ``V / count`` rows of it.
+
+    Args:
+        ids: ``[...]``, the same on every rank.
+        table: ``[V / count, d]``, this rank's rows; those of rank 0 are the first.
+        rank: of this process.
+        group: the process group.
+
+    Returns:
+        ``[..., d]``, the same on every rank.
+    """
+    at = ids - rank * table.shape[0]
+    mine = (at >= 0) & (at < table.shape[0])
+    found = torch.nn.functional.embedding(at.where(mine, 0), table)
+    return summed(found.where(mine.unsqueeze(-1), 0), group)
+
+
+def looks_up(node: torch.fx.Node) -> bool:
+    """Whether a node looks up rows of a table, ``args[1]``, by ids, ``args[0]``."""
+    return node.target in (torch.nn.functional.embedding, looked_up)
+
+
 def kinds(graph: torch.fx.Graph, fake: Mapping[torch.fx.Node, Any]) -> dict[torch.fx.Node, Kind]:
     """What of a graph differs between ranks, and how: of the other nodes each rank has the same value.
 
@@ -80,6 +103,10 @@ def _kind(node: torch.fx.Node, found: dict[torch.fx.Node, Kind], fake: Mapping[t
         return None if given == {"shard"} else "other"
     if node.target is shard:
         return "shard" if given == {None} else "other"
+    if node.target is looked_up:
+        return None if [found.get(each) for each in node.all_input_nodes] == [None, "columns"] else "other"
+    if node.target is torch.nn.functional.embedding and "rows" in given:
+        return "shard" if [found.get(each) for each in node.all_input_nodes] == [None, "rows"] else "other"
     if node.target is _linear and given & {"columns", "rows"}:
         return _kind_of_linear(node, found)
     given.discard(None)

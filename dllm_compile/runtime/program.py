@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import torch
 import torch.fx
 
+from dllm_compile.compat import group_size
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import fingerprint, output_node, placeholders, refuse_unfollowed, target_name
 from dllm_compile.core.layout import position, size
 from dllm_compile.core.opaque import calls_opaque
 from dllm_compile.core.outline import outline
+from dllm_compile.core.ranks import looked_up, looks_up
 from dllm_compile.core.stand_ins import StandIns, at_values
 from dllm_compile.core.units import Unit, closure
 from dllm_compile.debug import asked, keep, part
@@ -357,7 +359,10 @@ def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
     """Rows of the table that token ids are looked up in."""
     if axes.fake[seed].is_floating_point():
         return None
-    looked_up = [user for user in axes.live if user.target is torch.nn.functional.embedding]
-    looked_up.sort(key=lambda user: user.args[0] is not seed)  # positions may be computed from ids and looked up too
-    table = looked_up[0].args[1] if looked_up else None
-    return int(axes.fake[table].shape[0]) if isinstance(table, torch.fx.Node) else None
+    reading = [user for user in axes.live if looks_up(user)]
+    reading.sort(key=lambda user: user.args[0] is not seed)  # positions may be computed from ids and looked up too
+    table = reading[0].args[1] if reading else None
+    if not isinstance(table, torch.fx.Node):
+        return None
+    shares = group_size(str(reading[0].args[-1])) if reading[0].target is looked_up else 1
+    return int(axes.fake[table].shape[0]) * shares
