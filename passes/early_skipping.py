@@ -54,7 +54,7 @@ def counts(facts: Facts, rows: torch.Tensor) -> torch.Tensor:
     options, every = facts.options, rows.sum(1, keepdim=True)
     shares = (every.double() * torch.tensor(options.row_shares, dtype=torch.float64)).long()
     block = facts.blocks.active.sum(1, keepdim=True)
-    going = torch.maximum(shares, torch.minimum(facts.call.filled.sum(1, keepdim=True) + 2, block))
+    going = torch.maximum(shares, torch.minimum(facts.call.written.sum(1, keepdim=True) + 2, block))
     interval = options.unskipped_interval
     return going if interval is None else torch.where(facts.blocks.calls % interval == 0, every, going)
 

@@ -1,4 +1,4 @@
-"""A Llama that two processes share by ``parallelize_module`` or transformers: every method computes what it does in one."""
+"""A Llama that two processes share, by PyTorch or by transformers: every method computes what it does in one."""
 
 from __future__ import annotations
 

@@ -41,6 +41,16 @@ class Call:
     read: torch.Tensor | None = None
     depends: torch.Tensor | None = None
 
+    @property
+    def written(self) -> torch.Tensor:
+        """``[B, S]`` bool, positions that hold another token than at the call before, and no mask."""
+        return self.changed & ~self.masked
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a mask or another token was written over a token that was there at the call before."""
+        return bool((self.changed & ~self.filled).any())
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -95,7 +105,7 @@ class LayerRows:
         confidence: ``[B, Q]`` floating, the probability of the likeliest token in the last logits of the row; 0 for a
             row that predicts no mask.
         masked: ``[B, Q]`` bool, rows that predict a mask: those that hold it, or with ``shift=True`` the ones before.
-        filled: ``[B, Q]`` bool, rows whose own mask was filled since the call before.
+        filled: ``[B, Q]`` bool, rows whose own mask was filled since the call before, or whose token is another one.
         there: ``[B, Q]`` bool, ``False`` for an entry that is no row: it pads a sequence with fewer rows.
         options: what the user chose, by name.
     """

@@ -76,7 +76,7 @@ class Step:
         renew: ``[B, 1]`` bool, sequences that compute attention over the keys outside anew, where that is kept.
         going: ``[B, n]`` int64, active rows of each sequence that go on at each depth; ``None`` where all do.
         predicts: ``[B, S]`` bool, rows that predict a mask, where not all rows go on.
-        filled: ``[B, S]`` bool, rows whose masks were filled since the step before, likewise.
+        filled: ``[B, S]`` bool, rows whose masks were filled, or tokens edited, since the step before, likewise.
         layer: how many layers have run in this step.
         depth: how many of them had attention: one that is cut behind it counts once.
         seen: the layers that have run.
@@ -472,9 +472,12 @@ class Batch:
         repeat = repeat and not bool(changed.any())
         last = self.last
         notes = {**last.past.notes, **last.noted} if last is not None else {}
-        follow = follow and not bool((changed & masked).any())  # after that, logits of filled tokens may be read
-        depends = self.depends if follow else None
-        return Call(number, repeat, masked, filled, changed, filling, notes, wanted, read, depends)
+        call = Call(number, repeat, masked, filled, changed, filling, notes, wanted, read)
+        reads_more = not bool(masked.any()) or call.rewrites  # than before: what was left as it is has no such logits
+        remasked = bool((changed & masked).any())
+        if follow and not remasked and (self.session.reads_filled or not reads_more):
+            call = replace(call, depends=self.depends)
+        return call
 
     def expect(self, program: Program) -> None:
         """While it is undecided whether these calls are a loop, keep the returned logits, to compare the tokens filled

@@ -61,7 +61,8 @@ class Session:
         self.before: torch.Tensor | None = None  # ids of the last call, where the mask is inferred
         self.left: float | None = None  # when the last call came to its end; see :meth:`took`
         self.group: str | None = None  # the process group whose ranks share the layers
-        self.reads_filled = False  # whether the loop puts masks back, and so reads logits of tokens it has filled
+        self.reads_filled = False  # whether the loop writes over tokens it has filled, and so reads their logits
+        self.remasks = False  # whether it puts masks back
         this = weakref.ref(self)
         self.owners = [weakref.ref(weight) for weight in weights]
         self.weights = Weights(weights, lambda: _forget(this))

@@ -64,7 +64,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     known = past.read is None or (asked is not None and not bool((asked & ~past.read).any()))
     caller = program if known and read.same_late.get(batch, False) else None
     said = to_be_filled(read.ids.shape), wanted(read.ids.shape), asked
-    follow = not _reads_all(session, program, batch.mask_id)
+    follow = not (_reads_any(session, program, batch.mask_id) or session.remasks)
     call = batch.call(read.ids, caller, *said, follow=follow)
     if call.repeat and past.number == 0 and session.agree(session.weights.written_anywhere(), device):
         session.weights.sum()  # a few numbers differ of which the sample has none
@@ -132,13 +132,14 @@ def _planned(
 ) -> Step:
     size, tokens = call.masked.shape
     session.records = session.options.cuda_graphs and recordings.possible(device)
-    if bool((call.changed & call.masked).any()) and past.number > 0 and not session.reads_filled:
-        _tell_of_remasking(session, program)
+    if past.number > 0 and call.rewrites:
+        _note_rewriting(session, program, bool((call.changed & call.masked).any()))
     if plan.held is not None:
         batch.held = max(batch.held, int(plan.held.sum(1).max()), 2)
         plan = _with_all_renewed(batch, plan)
-    every = _reads_all(session, program, batch.mask_id)
+    every = _reads_any(session, program, batch.mask_id) or session.reads_filled
     every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
+    every |= not bool(call.masked.any())  # what else would it be called for
     multiple = MULTIPLE if session.records else 1
     skips = past.schedule.skips is not None  # by how sure all masked rows are
     rows = positions_of_call(
@@ -171,9 +172,9 @@ def _planned(
     return step
 
 
-def _reads_all(session: Session, program: Program, mask_id: int) -> bool:
-    """Whether outputs of rows that are not masked may be read."""
-    every = session.options.readable == "all" or session.reads_filled or program.reads_all(session.vocabulary)
+def _reads_any(session: Session, program: Program, mask_id: int) -> bool:
+    """Whether outputs of rows that are not masked may be read, whatever the loop did so far."""
+    every = session.options.readable == "all" or program.reads_all(session.vocabulary)
     return every or not session.mask_seen(mask_id)  # a sampler may read rows of another token
 
 
@@ -190,14 +191,16 @@ def _with_all_renewed(batch: Batch, plan: Plan) -> Plan:
 def _told_of_rows(call: Call, going: torch.Tensor, shift: bool | None) -> dict[str, torch.Tensor]:
     """What the choice of the rows that go on reads beside their hidden states; see :func:`.skipping.told`."""
     predicts = rows_before(call.masked) if shift else call.masked
-    return {"going": going, "predicts": predicts, "filled": call.filled & (call.number > 0)}
+    return {"going": going, "predicts": predicts, "filled": call.written & (call.number > 0)}
 
 
-def _tell_of_remasking(session: Session, program: Program) -> None:
-    session.reads_filled = True
-    if session.options.readable != "all" and not program.chooses:
+def _note_rewriting(session: Session, program: Program, masks: bool) -> None:
+    """Note that the loop wrote over a token, ``masks``: the mask; tell so once."""
+    known, session.reads_filled, session.remasks = session.reads_filled, True, session.remasks or masks
+    if not known and session.options.readable != "all" and not program.chooses:
+        what = "puts masks back over tokens" if masks else "writes other tokens over those it has filled"
         warnings.warn(
-            "dllm: this loop puts masks back over tokens, so it may read the logits of tokens it has filled, which "
+            f"dllm: this loop {what}, so it may read the logits of tokens it has filled, which "
             "so far were those of an earlier step; from here on they are computed at every step. Give "
             "readable='all' to have them from the first call on",
             stacklevel=2,
