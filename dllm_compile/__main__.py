@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from typing import Any
 
+from . import checkpoint
 from .bench.command import Parser, dispatch, leave, picture, require, target, whole
 
 ABOUT = "what the compiler finds in a model, or the least time of a step of a published size on a GPU"
@@ -106,16 +106,10 @@ def _explain_parser(shapes: list[str], devices: list[str]) -> Parser:
 
 def _checkpoint(parser: Parser, name: str) -> Any:
     """A model that transformers loads from a folder, or by the name of a repository."""
-    import transformers
-
-    if not os.path.isdir(name) and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        parser.error(f"argument --model: {name!r} is no folder; give one with a config.json, or OWNER/NAME on the hub")
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
-        heads = " ".join(config.architectures or ())
-        kind = "ForMaskedLM" if "MaskedLM" in heads else "ForCausalLM" if "CausalLM" in heads else ""
-        loader = getattr(transformers, f"AutoModel{kind}")
-        return loader.from_pretrained(name, config=config, trust_remote_code=True).eval()
+        return checkpoint.load(name, trust_remote_code=True)
+    except checkpoint.NoCheckpoint as error:
+        parser.error(f"argument --model: {error}")
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         parser.error(f"argument --model: transformers cannot load {name!r}: {reason}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from . import checkpoint
 from .generate import generate
 from .interface.mechanism import is_int
 from .likelihood import is_greedy, log_likelihood
@@ -320,21 +320,8 @@ def _load(
         from . import tiny
 
         return tiny.load(device, dtype or torch.float32)
-    import transformers
-
-    if not os.path.isdir(name) and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise ValueError(f"pretrained is {name!r}, which is no folder; give one with a config.json, or OWNER/NAME")
-    config = transformers.AutoConfig.from_pretrained(name, **code)
-    if is_causal is not None:
-        config.is_causal = is_causal
-    heads = " ".join(config.architectures or ())
-    classes = getattr(config, "auto_map", None) or {}
-    kind = next((k for k in ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel") if k in classes), None)
-    if kind is None:
-        kind = "AutoModelForMaskedLM" if "MaskedLM" in heads else "AutoModelForCausalLM"
-    loader = getattr(transformers, kind)
-    model = loader.from_pretrained(name, config=config, dtype=dtype or "auto", **code)
-    return model.to(device).eval(), _tokenizer(name, **code)
+    model = checkpoint.load(name, is_causal=is_causal, dtype=dtype or "auto", **code)
+    return model.to(device), _tokenizer(name, **code)
 
 
 def _tokenizer(name: str, **code: Any) -> Any:

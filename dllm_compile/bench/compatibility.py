@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import dllm_compile
+from dllm_compile import checkpoint
 from dllm_compile.backend import dllm
 from dllm_compile.interface.mechanism import nearest
 from dllm_compile.opaque_modules import CALL_FAILS
@@ -249,13 +250,10 @@ def build(name: str) -> torch.nn.Module:
 
     torch.manual_seed(0)
     if os.path.isdir(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=True)
-        masked = "MaskedLM" in " ".join(config.architectures or ())
-        auto: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-        if any(each.endswith((".safetensors", ".bin")) for each in os.listdir(name)):
-            loaded: torch.nn.Module = auto.from_pretrained(name, config=config, trust_remote_code=True)
-            return loaded.eval()
-        model: torch.nn.Module = auto.from_config(config, trust_remote_code=True)
+        weights = any(each.endswith((".safetensors", ".bin")) for each in os.listdir(name))
+        model: torch.nn.Module = checkpoint.load(name, drawn=not weights, trust_remote_code=True)
+        if weights:
+            return model
     else:
         made = getattr(transformers, name)
         model = made(made.config_class(**_settings(name)))
