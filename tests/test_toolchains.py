@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,14 +264,28 @@ def test_attention_in_pieces_that_nobody_knows_is_said_to_give_full_steps() -> N
     assert max(apart) < TOLERANCE
 
 
-def test_offloaded_weights_give_full_steps_and_a_warning() -> None:
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_give_full_steps_and_a_warning(where: str, tmp_path: Path) -> None:
+    """And nothing is compiled behind the second call."""
     accelerate = pytest.importorskip("accelerate")
     model, plain = llama(1), llama(1)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    place = {"execution_device": torch.device("cpu")}
+    if where == "cpu":
+        accelerate.cpu_offload(model, **place)
+    else:
+        accelerate.disk_offload(model, str(tmp_path), **place)
     call = logits_of(models.compiled_loop(model, **METHODS["dual"]))
+    graphs: list[int] = []
+
+    def counted(ids: torch.Tensor) -> torch.Tensor:
+        logits = call(ids)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return logits
+
     with pytest.warns(UserWarning, match=r"a graph broke at .*accelerate.hooks\.py") as told:
-        assert max(worst(call, logits_of(plain))) < TOLERANCE
+        assert max(worst(counted, logits_of(plain))) < TOLERANCE
     assert len([each for each in told if "dllm" in str(each.message)]) == 1
+    assert graphs[1:] == graphs[1:2] * (RESPONSE - 1)
 
 
 # -- FlexAttention ----------------------------------------------------------------------------------------------------
