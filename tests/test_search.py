@@ -163,6 +163,18 @@ def test_what_only_generate_does_is_not_drawn_for_stretches() -> None:
     assert {"cache", "method", "keep_ratio", "threshold_fall"} <= {name for each in drawn.values() for name in each}
 
 
+def test_presets_are_compared_as_they_are_and_with_a_threshold() -> None:
+    def meaning(setting: Mapping[str, Any]) -> Any:
+        return search_command.resolved(setting, 64, 8)
+
+    chosen = search_command.compared(["fast-dllm/dual", "fast-dllm++", "fastest"], meaning)
+    assert [*chosen] == ["fast-dllm/dual", "fast-dllm++", "fastest"]  # of which the last is the first with a threshold
+    chosen = search_command.compared(search_command.published(), meaning)
+    assert {"sparse-dllm", "dyllm, threshold 0.9"} <= {*chosen}
+    with pytest.raises(ValueError, match="fastset"):
+        search_command.compared(["fastset"], meaning)
+
+
 # -- the models --------------------------------------------------------------------------------------------------------
 
 

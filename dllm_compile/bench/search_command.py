@@ -7,7 +7,7 @@ import json
 import random
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -69,11 +69,28 @@ AXES: dict[str, tuple[Setting, ...]] = {
 # -- the settings ------------------------------------------------------------------------------------------------------
 
 
-def published() -> list[Setting]:
-    """The presets of the methods, with a threshold where they do not choose tokens themselves."""
-    names = [*tables().methods, "fast-dllm/dual", "fast-dllm++", "fastest"]
-    known = [name for name in names if name != "exact"]
-    return [{"preset": name} | ({} if "frechet_delta" in PRESETS.get(name, {}) else THRESHOLD) for name in known]
+Meaning = Callable[[Setting], tuple[Settings, dict[str, Any]]]
+
+
+def published() -> list[str]:
+    """The presets of the methods, and others of note."""
+    names = [*tables().methods, "dllm-cache/llada-instruct-gsm8k", "fast-dllm/dual", "fast-dllm++", "fastest"]
+    return [name for name in names if name != "exact"]
+
+
+def parallel(preset: str) -> Setting:
+    """A preset, with a threshold where it does not choose tokens itself."""
+    return {"preset": preset} | ({} if "frechet_delta" in PRESETS.get(preset, {}) else THRESHOLD)
+
+
+def compared(presets: Sequence[str], meaning: Meaning) -> dict[str, Setting]:
+    """Presets by name, one token a step as they were published, and then :func:`parallel`.
+
+    Raises:
+        ValueError: options do not know one.
+    """
+    alone: Iterable[Setting] = ({"preset": name} for name in presets)
+    return {name_of(each): each for each in distinct(itertools.chain(alone, map(parallel, presets)), meaning, False)}
 
 
 def resolved(setting: Setting, response: int, batch: int = 1, mask_id: int = 0) -> tuple[Settings, dict[str, Any]]:
@@ -91,7 +108,29 @@ def resolved(setting: Setting, response: int, batch: int = 1, mask_id: int = 0) 
     return how, options
 
 
-def drawn(count: int, seed: int, meaning: Callable[[Setting], tuple[Settings, dict[str, Any]]]) -> dict[str, Setting]:
+def distinct(settings: Iterable[Setting], meaning: Meaning, skip: bool) -> Iterator[Setting]:
+    """The settings, no two of one meaning.
+
+    Args:
+        settings: in which order the first is taken.
+        meaning: what a setting says; it raises ``ValueError`` where that is not allowed.
+        skip: leave such settings out; else the error is raised.
+    """
+    known: set[tuple[Settings, Options | None]] = set()
+    for setting in settings:
+        try:
+            how, options = meaning(setting)
+        except ValueError:
+            if not skip:
+                raise
+            continue
+        meant = how, Options.of(options) if options else None
+        if meant not in known:
+            known.add(meant)
+            yield setting
+
+
+def drawn(count: int, seed: int, meaning: Meaning) -> dict[str, Setting]:
     """Candidates by name: the presets, then settings drawn from :data:`AXES`, no two of one meaning.
 
     A part that may be left out is, with a probability of two thirds. Fewer than ``count`` where there are no more.
@@ -99,10 +138,8 @@ def drawn(count: int, seed: int, meaning: Callable[[Setting], tuple[Settings, di
     Args:
         count: of them.
         seed: of what is drawn.
-        meaning: what a setting says; it raises ``ValueError`` where that is not allowed.
+        meaning: see :func:`distinct`; what it refuses is not a candidate.
     """
-    found: dict[str, Setting] = {}
-    known: set[tuple[Settings, Options | None]] = set()
     draw = random.Random(seed)
 
     def made() -> Setting:
@@ -112,18 +149,8 @@ def drawn(count: int, seed: int, meaning: Callable[[Setting], tuple[Settings, di
             setting.update({} if left_out else draw.choice(parts))
         return setting
 
-    for setting in itertools.chain(published(), (made() for _ in range(100 * count))):
-        if len(found) == count:
-            break
-        try:
-            how, options = meaning(setting)
-        except ValueError:
-            continue
-        meant = how, Options.of(options) if options else None
-        if meant not in known:
-            known.add(meant)
-            found[name_of(setting)] = setting
-    return found
+    every = itertools.chain(map(parallel, published()), (made() for _ in range(100 * count)))
+    return {name_of(each): each for each in itertools.islice(distinct(every, meaning, True), count)}
 
 
 def name_of(setting: Setting) -> str:
@@ -259,7 +286,8 @@ def run(
         return done
 
     ranking = search(candidates, told, baseline, batches, tell=tell, **how)
-    print(f"not worse than {baseline[0]} by more than the bound, on {ranking[0].problems} problems:")
+    points = 100 * how.get("bound", 0.01)
+    print(f"not worse than {baseline[0]} by more than {points:g} points, on {ranking[0].problems} problems:")
     print(table(ranking))
     write(report(ranking))
     return ranking
@@ -284,6 +312,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--bound", type=share, default=0.01, help="how far accuracy may be below eager's, as a share; 0.01 by default"
     )
+    parser.add_argument(
+        "--presets",
+        nargs="*",
+        metavar="PRESET",
+        help="in place of a search: these presets, as they were published and with a threshold, all of them on all "
+        "problems; where none is named, one of each method",
+    )
     parser.add_argument("--json", type=target, help="also write rungs and ranking to this file, after each rung")
     given = parser.parse_args(argv)
     for flag, count in (("--first", given.first), ("--problems", given.problems)):
@@ -292,7 +327,7 @@ def main(argv: list[str]) -> None:
     if given.first > given.problems:
         parser.error(f"--first {given.first} is more than --problems {given.problems}")
     batches: Sequence[Any]
-    meaning: Callable[[Setting], tuple[Settings, dict[str, Any]]]
+    meaning: Meaning
     if given.antiberty:
         require(parser, "antiberty", "transformers", "antiberty", "abnumber")
         evaluate, meaning = antibodies(), of_stretches
@@ -310,4 +345,12 @@ def main(argv: list[str]) -> None:
                 json.dump({**said, **report}, file, indent=1, allow_nan=False)
 
     how = {"bound": given.bound, "first": given.first // given.batch, "finalists": given.finalists, "seed": given.seed}
-    run(evaluate, drawn(given.candidates, given.seed, meaning), batches, write=write, **how)
+    if given.presets is None:
+        candidates = drawn(given.candidates, given.seed, meaning)
+    else:
+        try:
+            candidates = compared(given.presets or published(), meaning)
+        except ValueError as error:
+            parser.error(f"--presets: {error}")
+        how |= {"bound": 1.0, "finalists": len(candidates)}
+    run(evaluate, candidates, batches, write=write, **how)
