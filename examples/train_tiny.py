@@ -8,17 +8,18 @@ Recipe
     Model   Llama layers without the causal mask: 6 layers, width 160, 5 heads of 32, SwiGLU of 448, tied
             embeddings; 2.1 M parameters.
     Data    fresh problems for each step (dllm_compile/tiny/tasks.py), drawn from random.Random(TRAIN_STREAM + step).
-            To find a record by its key is learned first, in RECALL steps most of which have 8 records: among 40 it is
-            not found in many more.
+            To find a record by its key is learned first, in RECALL steps most of which have a short context: among
+            many records it is not found.
+            Seven of ten problems are sudokus, some with more gaps than held-out ones; records stand anywhere.
             Held-out problems are drawn from random.Random(EVAL_SEED); no seed below TRAIN_STREAM is ever trained on.
     Masks   half of the samples hide a random share of the response; the other half look like a state of block-wise
             decoding: blocks before the current one visible, those after it hidden, and in the current one a visible
             prefix and, sometimes, further visible tokens.
     Loss    cross-entropy, averaged over the hidden tokens of the batch.  In the second half only the current block
             counts.  No 1/t weight: exactness is wanted, not a likelihood bound.
-    Crops   most steps keep only the first tokens of template and response, the records that these need and some others,
-            at the positions they have in the full sequence: a true problem, and a cheaper one.
-    Keys    in half of the samples attention does not see a random share of the records that the answer does not need,
+    Crops   most steps keep only the first tokens of template and response, the records that these need and some other
+            tokens of the context, at the positions they have in the full sequence: a true problem, and a cheaper one.
+    Keys    in half of the samples attention does not see a random share of the context that the answer does not need,
             nor of the masks behind the current block: what they hold is of no use, so nothing may depend on them.
     Steps   Muon (the layers' matrices, 3e-3) and AdamW (the rest, 1.5e-3), warm-up and cosine decay, gradient norm at
             most 1, bf16 autocast.  The saved weights are a running average over about 500 steps.  Every step has a
@@ -41,15 +42,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dllm_compile import tiny
 from dllm_compile.tiny import PROMPT_LENGTH, RESPONSE_LENGTH, TASKS, Problem
-from dllm_compile.tiny.tasks import RECORDS, SUDOKU_LENGTH, VOCABULARY
+from dllm_compile.tiny.tasks import CONTEXT_LENGTH, SUDOKU_LENGTH, VOCABULARY
 
 TRAIN_STREAM = 1_000_000  # training step n uses the random stream of seed TRAIN_STREAM + n
 EVAL_SEED = 7  # must be below TRAIN_STREAM
 BLOCKS = (8, 16, 32, RESPONSE_LENGTH)
-CROPS = {8: (8, 128), SUDOKU_LENGTH: (40, 48), 2 * SUDOKU_LENGTH: (96, 24), RESPONSE_LENGTH: (RECORDS, 12)}
-"""Records that are kept, and problems in a batch, by the tokens of the response that are kept."""
-RECALL = 500
-"""Steps most of which have very few records."""
+CROPS = {8: (12, 128), SUDOKU_LENGTH: (28, 72), 2 * SUDOKU_LENGTH: (100, 24), RESPONSE_LENGTH: (CONTEXT_LENGTH, 12)}
+"""Tokens of the context that are kept, and problems in a batch, by the tokens of the response that are kept."""
+RECALL = 350
+"""Steps most of which have a very short context."""
+SHARES = 3, 7
+"""Of TASKS."""
+LEAST_SHOWN = 5
+"""Cells of a sudoku."""
 INDEX = {token: i for i, token in enumerate(VOCABULARY)}  # as the tokenizer has it, only faster
 
 
@@ -91,13 +96,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def crop(problem: Problem, width: int, rng: random.Random) -> tuple[list[int], list[bool]]:
     """Positions kept when template and response are cut to ``width`` tokens, and which of them the answer needs.
 
-    The records that the cut answer repeats are kept, and others at random, as many as CROPS says.
+    The records that the cut answer repeats are kept, and other tokens at random, as many as CROPS says.
     """
     answer = {*problem.answer.split()[:width]}
-    needed = {i for i, record in enumerate(problem.prompt.split()[:RECORDS]) if record in answer}
-    others = [i for i in range(RECORDS) if i not in needed]
+    needed = {i for i, token in enumerate(problem.prompt.split()[:CONTEXT_LENGTH]) if token in answer}
+    others = [i for i in range(CONTEXT_LENGTH) if i not in needed]
     kept = sorted([*needed, *rng.sample(others, CROPS[width][0] - len(needed))])
-    rest = [*range(RECORDS, RECORDS + width), *range(PROMPT_LENGTH, PROMPT_LENGTH + width)]
+    rest = [*range(CONTEXT_LENGTH, CONTEXT_LENGTH + width), *range(PROMPT_LENGTH, PROMPT_LENGTH + width)]
     return [*kept, *rest], [*(i in needed for i in kept), *[True] * len(rest)]
 
 
@@ -135,7 +140,8 @@ def make_batch(step: int, width: int, tokenizer: PreTrainedTokenizerFast) -> tup
     """
     rng, noise = random.Random(TRAIN_STREAM + step), torch.Generator().manual_seed(TRAIN_STREAM + step)
     whole = width >= SUDOKU_LENGTH  # half a sudoku has no one solution
-    drawn = [tiny.make_problem(rng, None if whole else "lookup") for _ in range(CROPS[width][1])]
+    chosen = rng.choices(TASKS, SHARES if whole else (1, 0), k=CROPS[width][1])
+    drawn = [tiny.make_problem(rng, task, LEAST_SHOWN, None) for task in chosen]
     kept, needed = zip(*(crop(problem, width, rng) for problem in drawn), strict=True)
     texts = [problem.prompt.split() + problem.answer.split() for problem in drawn]
     texts = [text + [tiny.FILLER] * (PROMPT_LENGTH + RESPONSE_LENGTH - len(text)) for text in texts]
@@ -198,7 +204,7 @@ def draw_width(step: int, steps: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW; Muon takes twice as much")
     parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for weights, config and tokenizer")
     parser.add_argument("--curve", type=Path, default=Path(__file__).with_suffix(".csv"), help="the loss curve's file")

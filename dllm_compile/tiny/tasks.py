@@ -1,14 +1,15 @@
 """Synthetic problems with checkable answers for the embedded model: few tokens of a long prompt matter to each answer.
 
-A prompt is 192 records and a template of 64 tokens.  The answer fills the template in, so that answer token ``i``
-always sits 64 tokens behind template token ``i``.  A record is a key and a digit from 0 to 3 in one token, ``ba2``; no
-two records of a prompt have the same key.  Tokens are separated by spaces.
+A prompt is a context of 192 tokens and a template of 64.  The answer fills the template in, so that answer token ``i``
+always sits 64 tokens behind template token ``i``.  The context is 32 records in four groups among words that mean
+nothing.  A record is a key and a digit from 0 to 3 in one token, ``ba2``; no two records of a prompt have the same key.
+Tokens are separated by spaces.
 
 ====== ========================== ===================== ==============================================================
 task   template                   answer                order
 ====== ========================== ===================== ==============================================================
-lookup keys: ``ke ba tou``        their records:        any: each record depends on the prompt alone
-                                  ``ke0 ba2 tou1``
+lookup keys: ``ke ba ke tou``     their records:        any: each record depends on the prompt alone
+                                  ``ke0 ba2 ke0 tou1``
 sudoku three 4x4 sudokus with     the sudokus solved    the surest cell first; the records do not matter
        gaps: ``1 _ _ 4 / _ ...``
 ====== ========================== ===================== ==============================================================
@@ -17,7 +18,6 @@ sudoku three 4x4 sudokus with     the sudokus solved    the surest cell first; t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
@@ -27,16 +27,21 @@ GAP, ROW_END, SUDOKU_END = "_", "/", "="
 CELLS = "1234"
 KEYS = tuple(map("".join, product([*"bcdfghjklmnpqrstvwxyz", "ch", "sh", "th"], [*"aeiou", "ai", "ea", "ou"])))
 DIGITS = 4
+WORDS = tuple(map("".join, product([*"bdkr"], [*"aeio"], [*"nt"])))  # what no answer needs
 VOCABULARY = (
     *(FILLER, GAP, ROW_END, SUDOKU_END, *CELLS),
+    *WORDS,
     *KEYS,
     *(f"{key}{digit}" for key in KEYS for digit in range(DIGITS)),
 )
 
-RECORDS = len(KEYS)
+RECORDS, GROUPS = 32, 4
+CONTEXT_LENGTH = 192
 RESPONSE_LENGTH = 64
-PROMPT_LENGTH = RECORDS + RESPONSE_LENGTH
+PROMPT_LENGTH = CONTEXT_LENGTH + RESPONSE_LENGTH
 SUDOKUS, SUDOKU_LENGTH = 3, 20
+SHOWN = 8, 11
+"""Cells of a sudoku that are not gaps: at least, and at most but where these leave several solutions."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Problem:
 
 
 def _lookup(rng: random.Random, digit: dict[str, int]) -> tuple[list[str], list[str]]:
-    keys = rng.sample(KEYS, rng.randint(48, RESPONSE_LENGTH))
+    keys = rng.choices([*digit], k=rng.randint(48, RESPONSE_LENGTH))
     return keys, [f"{key}{digit[key]}" for key in keys]
 
 
@@ -79,12 +84,12 @@ def _written(cells: str) -> list[str]:
     return [*ROW_END.join(cells[i : i + 4] for i in range(0, 16, 4)), SUDOKU_END]
 
 
-def _sudoku(rng: random.Random, digit: dict[str, int]) -> tuple[list[str], list[str]]:
+def _sudoku(rng: random.Random, least: int) -> tuple[list[str], list[str]]:
     given, solved = list[str](), list[str]()
     for _ in range(SUDOKUS):
         solution = rng.choice(_solutions())
         order = rng.sample(range(16), 16)
-        count = rng.randint(5, 9)
+        count = rng.randint(least, SHOWN[1])
         while sum(all(other[i] == solution[i] for i in order[:count]) for other in _solutions()) > 1:
             count += 1  # until the cells shown leave one solution
         shown = order[:count]
@@ -93,20 +98,40 @@ def _sudoku(rng: random.Random, digit: dict[str, int]) -> tuple[list[str], list[
     return given, solved
 
 
-_MAKERS: dict[str, Callable[[random.Random, dict[str, int]], tuple[list[str], list[str]]]] = {
-    "lookup": _lookup,
-    "sudoku": _sudoku,
-}
-TASKS = tuple(_MAKERS)
+TASKS = "lookup", "sudoku"
 
 
-def make_problem(rng: random.Random, task: str | None = None) -> Problem:
-    """Draws one problem of ``task`` (any of TASKS where None)."""
+def _context(rng: random.Random, records: list[str], groups: int | None) -> list[str]:
+    """Words with so many groups of records, of equal length, between them; each record anywhere where it is None."""
+    context = rng.choices(WORDS, k=CONTEXT_LENGTH - RECORDS)
+    if groups is None:
+        context = [*records, *context]
+        rng.shuffle(context)
+        return context
+    size = RECORDS // groups
+    places = sorted(rng.sample(range(len(context) + 1), groups))
+    for i in reversed(range(groups)):
+        context[places[i] : places[i]] = records[i * size : (i + 1) * size]
+    return context
+
+
+def make_problem(
+    rng: random.Random, task: str | None = None, shown: int = SHOWN[0], groups: int | None = GROUPS
+) -> Problem:
+    """Draws one problem.
+
+    Args:
+        rng: to draw with.
+        task: any of TASKS where None.
+        shown: the first of SHOWN.
+        groups: of records, a divisor of RECORDS; None to put each record anywhere.
+    """
     task = task or rng.choice(TASKS)
     digit = {key: rng.randrange(DIGITS) for key in rng.sample(KEYS, RECORDS)}
-    template, answer = _MAKERS[task](rng, digit)
+    template, answer = _lookup(rng, digit) if task == "lookup" else _sudoku(rng, shown)
     template += [FILLER] * (RESPONSE_LENGTH - len(template))
-    return Problem(task, " ".join([*(f"{key}{digit[key]}" for key in digit), *template]), " ".join(answer))
+    context = _context(rng, [f"{key}{digit[key]}" for key in digit], groups)
+    return Problem(task, " ".join([*context, *template]), " ".join(answer))
 
 
 def problems(count: int, seed: int) -> list[Problem]:
