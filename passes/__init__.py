@@ -3,7 +3,8 @@
 0. ``tensor_parallel``     what each rank of tensor parallelism holds, and the sums between ranks, as plain calls
    ``exported``            ATen calls, which ``torch.export`` writes, by the names that a model's code has for them
    ``flex_attention``      FlexAttention with a block mask as attention with a mask
-1. ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
+1. ``fresh_buffers``       a buffer that is filled piece by piece as what is joined of the pieces
+   ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
 4. (``core.axes.follow``)  where batch and tokens sit in every value
@@ -40,6 +41,7 @@ from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
 from dllm_compile.passes.exported import as_written
 from dllm_compile.passes.flex_attention import as_masks
+from dllm_compile.passes.fresh_buffers import fresh_buffers
 from dllm_compile.passes.normalize import memory_handed_over, name_arguments, normalize
 from dllm_compile.passes.regions import constants, regions
 from dllm_compile.passes.seeds import find_seed, refuse_without_tokens
@@ -102,6 +104,7 @@ def analyzed(
         first = outline(graph, handed) if handed else None
         for node in reversed(handed):
             graph.erase_node(node)
+        fresh_buffers(*fixed)
         normalize(*fixed)
     with timed("spelled_attention"):
         spelled_attention(graph, fixed.fake)

@@ -12,6 +12,7 @@ from dllm_compile.bench import compatibility
 from dllm_compile.bench.compatibility import BEGIN, CANVAS, CLASSES, COLUMNS, END, OWN, SAMPLERS, Row, main, rows, write
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+DENSE = {"first_k_dense_replace": 2}
 HERE = [name for name in SAMPLERS if name != "LLaDA2Pipeline"]
 
 
@@ -29,6 +30,12 @@ def test_models_are_cached_and_equal_eager(name: str) -> None:
         assert (row.cached, row.layers, row.dtype, row.same, row.remark) == (2, 2, "float64", True, "")
         assert row.error is not None
         assert row.error < 1e-9
+
+
+def test_keys_that_are_copied_into_a_buffer_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek V3 without experts, which compute in float32."""
+    monkeypatch.setitem(CLASSES, "DeepseekV3ForCausalLM", {**CLASSES["DeepseekV3ForCausalLM"], **DENSE})
+    test_models_are_cached_and_equal_eager("DeepseekV3ForCausalLM")
 
 
 def test_a_loop_that_is_not_compiled_is_told_apart() -> None:

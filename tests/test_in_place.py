@@ -91,6 +91,58 @@ def test_a_write_that_has_no_other_spelling_is_refused(how: str) -> None:
         assert any("in place" in reason for reason in refused(of(REFUSED[how]), lowering="eager"))
 
 
+def filled(logits: torch.Tensor, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> Made:
+    """A new buffer as large as the logits, which ``write`` fills."""
+    buffer = logits.new_empty(logits.shape)
+    return (buffer if write(buffer, logits * 2) is None else buffer * 2,)
+
+
+def by_copies(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    buffer[..., 8:].copy_(x[..., :-8])
+    buffer[..., :8].copy_(x[..., -8:])
+
+
+def by_items(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    buffer.narrow(2, 0, 3).copy_(x[..., -3:])
+    buffer[..., 3:] = x[..., :-3]
+
+
+def half(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    buffer.zero_()
+    buffer[..., 8:].copy_(x[..., 8:])
+
+
+def twice(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    buffer[..., :8].copy_(x[..., :8])
+    buffer[..., 8:].copy_(x[..., 8:])
+    buffer[..., 4:12].copy_(x[..., :8])
+
+
+def read_between(buffer: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    buffer[..., :8].copy_(x[..., :8])
+    first = buffer[..., :4] + 0
+    buffer[..., 8:].copy_(x[..., 8:])
+    buffer[..., :4].copy_(first)
+    return buffer
+
+
+def source_changes(buffer: torch.Tensor, x: torch.Tensor) -> None:
+    buffer[..., :8].copy_(x[..., :8])
+    x.mul_(3)
+    buffer[..., 8:].copy_(x[..., 8:])
+
+
+@pytest.mark.parametrize("write", [by_copies, by_items], ids=lambda write: write.__name__)
+def test_a_buffer_that_is_filled_piece_by_piece_is_a_concatenation(write: Callable[..., Any]) -> None:
+    assert not refused(lambda logits: filled(logits, write), lowering="eager")
+
+
+@pytest.mark.parametrize("write", [half, twice, read_between, source_changes], ids=lambda write: write.__name__)
+def test_a_buffer_whose_pieces_are_not_all_of_it_is_refused(write: Callable[..., Any]) -> None:
+    warnings.filterwarnings("ignore", "dllm: this graph runs on plain Inductor")
+    assert any("in place" in reason for reason in refused(lambda logits: filled(logits, write), lowering="eager"))
+
+
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
 @pytest.mark.parametrize("after", [returned, returned_and_made], ids=lambda after: after.__name__)
 def test_a_constant_may_be_returned(after: Callable[[torch.Tensor], Made], lowering: str) -> None:
