@@ -26,7 +26,7 @@ from .interface.plan import Exact
 from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
 from .passes.exported import aten_name
-from .passes.own_cache import keys_handed_over
+from .passes.own_cache import HandedOver, keys_handed_over
 from .runtime.batch import Batch, Step
 from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
@@ -47,6 +47,8 @@ _SIZES: dict[int | None, list[str]] = {}  # of the ids that graphs of a function
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
 _WORTH_SAYING = {"scaled_dot_product_attention", "flex_attention", "embedding"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "linear", "mm", "addmm"}
+_OF_A_LOOP = "the loop hands over keys and values of a cache of its own"
+_OF_A_BUFFER = "keys or values that a buffer of the model holds are joined to those of the tokens"
 _OWN_CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights of models whose loop has a cache of its own
 
 
@@ -177,7 +179,7 @@ class Backend:
         self.inputs: list[int] = []
         self.weights: list[int] | None = None
         self.broke = last_break()
-        self.joins: torch.fx.Node | None = None  # keys that are an input to those of the tokens
+        self.joins: HandedOver | None = None  # keys that are an input
         self.told = False  # of that
 
     def __call__(self, *args: Any) -> Any:
@@ -363,9 +365,9 @@ class Backend:
         elif worth:
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
 
-    def _leave_alone(self, joins: torch.fx.Node, args: Sequence[Any]) -> Any:
-        """Run a call of a loop that keeps keys and values by itself. From now on all calls of its model run exactly,
-        those that fill its cache among them.
+    def _leave_alone(self, joins: HandedOver, args: Sequence[Any]) -> Any:
+        """Run a call of a loop or model that keeps keys and values by itself. From now on all calls of its model run
+        exactly, those that fill its cache among them.
         """
         weights = [a for a in args if isinstance(a, torch.nn.Parameter)]
         new = [weight for weight in weights if weight not in _OWN_CACHE]
@@ -376,12 +378,13 @@ class Backend:
                     session.drop()
         if len(new) == len(weights) and not self.told:
             self.told = True
-            reason = "the loop hands over keys and values of a cache of its own"
-            _REFUSED.append(f"{reason} (at {describe(joins)})")
+            reason, more = (_OF_A_BUFFER if joins.buffer else _OF_A_LOOP), ""
+            if not joins.buffer:
+                more = ". For a loop that hands over none (use_cache=False), call dllm_compile.reset() first"
+            _REFUSED.append(f"{reason} (at {describe(joins.join)})")
             warnings.warn(
-                f"dllm: {reason} (at {describe(joins)}), so this model is left alone: its calls run on plain Inductor, "
-                "exactly, and nothing is cached. For a loop that hands over none (use_cache=False), call "
-                "dllm_compile.reset() first",
+                f"dllm: {reason} (at {describe(joins.join)}), so this model is left alone: its calls run on plain "
+                f"Inductor, exactly, and nothing is cached{more}",
                 stacklevel=3,
             )
         return self._run_plain(args)

@@ -188,6 +188,12 @@ def of_values(value: Any) -> bool:
     return any(bool(symbolic_shapes.free_unbacked_symbols(leaf)) for leaf in leaves)
 
 
+def of_module(node: torch.fx.Node) -> bool:
+    """Whether an input of a graph that Dynamo traced is a parameter or buffer of a module."""
+    guarded = getattr(getattr(node.meta.get("grapharg"), "source", None), "guard_source", None)
+    return "NN_MODULE" in str(guarded() if callable(guarded) else guarded)
+
+
 def likely(number: torch.SymInt) -> int:
     """The number that a symbol stands for in the example that is compiled; it stays free."""
     name = "optimization_hint" if hasattr(symbolic_shapes, "optimization_hint") else "size_hint"  # until torch 2.12

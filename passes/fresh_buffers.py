@@ -82,7 +82,7 @@ def _pieces(buffer: Node, fake: dict[Node, Any]) -> list[_Piece]:
     found = []
     for user in buffer.users:
         if user.target is operator.setitem and user.args[0] is buffer and len(user.all_input_nodes) == 2:
-            found.append(_Piece(user, user.args[2], None, fake[buffer][user.args[1]]))  # type: ignore[arg-type,index]
+            found.append(_Piece(user, user.args[2], None, fake[buffer][user.args[1]]))  # type: ignore[arg-type]
             continue
         write = next(iter(user.users), None)
         copies = write is not None and called(write) == "copy_" and len(write.args) == 2 and not write.users
@@ -111,10 +111,10 @@ def _joined_in(buffer: Node, fake: dict[Node, Any], pieces: list[_Piece]) -> int
     if len(apart) != 1 or not isinstance(shown.shape[apart[0]], int):
         return None
     (dim,) = apart
-    at, form = whole.storage_offset(), [*whole.shape]
+    at, sizes = whole.storage_offset(), [*whole.shape]
     for each in targets:
-        form[dim] = each.shape[dim]
-        if [*each.shape] != form or each.stride() != whole.stride() or each.storage_offset() != at:
+        sizes[dim] = each.shape[dim]
+        if [*each.shape] != sizes or each.stride() != whole.stride() or each.storage_offset() != at:
             return None
         at += each.shape[dim] * whole.stride(dim)
     return dim if sum(each.shape[dim] for each in targets) == whole.shape[dim] else None

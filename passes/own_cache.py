@@ -1,35 +1,53 @@
 """Keys and values that a loop keeps by itself: nothing is left for this package to cache.
 
-    before:  k = cat([past_k, k], 2) ; past_k[:, :, 4:8] = k ; past_k.index_copy(2, at, k)     past_k is an input
+    before:  k = cat([past_k, k], 2) ; past_k.index_copy(2, at, k) ; past_k * (1 - m) + k * m     past_k is an input
     after:   (the graph as it is; every call of the model runs exactly)
 
 A sampler with a cache of its own computes all rows where it fills that cache, and hands it over at the steps between. A
-row that is approximated where it is filled is wrong in each of these.
+row that is approximated where it is filled is wrong in each of these. A sum counts if what is handed over is as large
+as the keys: a table of positions mostly is one for all sequences or heads.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
 
+from dllm_compile.compat import of_module
 from dllm_compile.core.arguments import attention_arguments
 from dllm_compile.core.graph import called, placeholders
+from dllm_compile.core.stand_ins import expr_of
 from dllm_compile.core.units import closure
 
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "row_stack", "column_stack"}
 _WRITES = {"setitem", "copy", "where", "lerp", "put", "index_copy", "index_put", "index_add"} | {
     *("scatter", "scatter_add", "slice_scatter", "select_scatter", "masked_scatter"),
 }
-_PRODUCTS = {"matmul", "bmm"}
+_SUMS = {"add", "iadd", "sub", "isub", "rsub", "subtract", "addcmul", "addcdiv", "maximum", "minimum"}
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 _PROJECTIONS = {"linear", "addmm", "conv1d"}  # keys are of tokens there, whatever was joined before
 
 
-def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> torch.fx.Node | None:
-    """The call that joins keys or values of attention to some that are an input of the graph; ``None`` for none.
+@dataclass(frozen=True)
+class HandedOver:
+    """Keys or values of attention that are an input of a graph.
+
+    Attributes:
+        join: the call that joins them to those of the tokens.
+        buffer: whether they are a buffer of the model.
+    """
+
+    join: torch.fx.Node
+    buffer: bool
+
+
+def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> HandedOver | None:
+    """The keys or values of attention that are an input of the graph; ``None`` for none.
 
     Args:
         graph: as Dynamo traced it.
@@ -42,17 +60,25 @@ def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> torch.fx.Nod
         return None
     writes = _writes(graph)
     for call in graph.nodes:
-        if _name(call) not in ("scaled_dot_product_attention", "softmax"):
+        if _name(call) not in ("scaled_dot_product_attention", "flex_attention", "softmax"):
             continue
         for node in _behind(call, weights, writes):
-            if _name(node).removesuffix("_") not in _JOINS | _WRITES:
+            if _name(node).removesuffix("_") not in _JOINS | _WRITES | _SUMS:
                 continue
-            behind = [closure([operand], set()) for operand in node.all_input_nodes]
-            kept = [not (each & weights) and bool(each & inputs) for each in behind]
-            made = [bool(each & weights) for each in behind]
-            if any(kept) and any(made):
-                return node
+            behind = {operand: closure([operand], set()) for operand in node.all_input_nodes}
+            kept = [o for o, each in behind.items() if not (each & weights) and each & inputs and _as_large(o, node)]
+            if kept and any(each & weights for each in behind.values()):
+                return HandedOver(node, all(map(of_module, behind[kept[0]] & inputs)))
     return None
+
+
+def _as_large(kept: torch.fx.Node, node: torch.fx.Node) -> bool:
+    """Whether what may be kept keys is no smaller than the sum that a node is; of any other call, always."""
+    if _name(node).removesuffix("_") not in _SUMS:
+        return True
+    shown = [each.meta.get("example_value") for each in (kept, node)]
+    sizes = [list(map(expr_of, each.shape)) for each in shown if isinstance(each, torch.Tensor)]
+    return len(sizes) < 2 or sizes[0] == sizes[1]
 
 
 def _name(node: torch.fx.Node) -> str:
@@ -76,6 +102,14 @@ def _writes(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
     return found
 
 
+def _keys_and_values(call: torch.fx.Node) -> tuple[Any, Any]:
+    if _name(call) == "flex_attention":  # as a function, or as the operation that Dynamo makes of it
+        names = {i: call.kwargs.get(name) for i, name in ((1, "key"), (2, "value"))}
+        return tuple(call.args[i] if len(call.args) > i else given for i, given in names.items())
+    given = attention_arguments(call.args, call.kwargs)
+    return given.key, given.value
+
+
 def _behind(
     call: torch.fx.Node, weights: set[torch.fx.Node], writes: dict[torch.fx.Node, list[torch.fx.Node]]
 ) -> Iterator[torch.fx.Node]:
@@ -83,8 +117,7 @@ def _behind(
     reads.
     """
     whole, seen = _name(call) != "softmax", {call}
-    given = attention_arguments(call.args, call.kwargs) if whole else None
-    starts = call.all_input_nodes if given is None else [given.key, given.value]
+    starts = list(_keys_and_values(call)) if whole else call.all_input_nodes
     todo = [(node, whole) for node in starts]
     while todo:
         node, inside = todo.pop()

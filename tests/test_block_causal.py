@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache
 
 import dllm_compile
@@ -19,6 +20,7 @@ from .grids import in_turn
 from .models import MASK
 from .test_properties import Model, Shape, turned
 
+PREFIX_TOKENS = 2
 BLOCK, PROMPT, RESPONSE = 3, 9, 12  # no window has as many tokens as the model has a width
 SHAPE = Shape(layers=3, heads=4, groups=2, head_dim=4, seed=5)
 SMALL = Shape(layers=1, heads=2, groups=1, head_dim=4, seed=3)
@@ -433,6 +435,11 @@ def test_without_proof_a_longer_window_is_a_new_sequence(how: str) -> None:
 # -- loops with a cache of their own ----------------------------------------------------------------------------------
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+ALL_KEYS = {
+    tokens: create_block_mask(lambda b, h, i, j: j >= 0, None, None, tokens, PROMPT + RESPONSE, "cpu")
+    for tokens in (BLOCK, PROMPT + RESPONSE)
+}
+"""Block masks that hide nothing, by the number of queries."""
 
 
 class Own(Model):
@@ -454,6 +461,8 @@ class Own(Model):
             k, v = (each.repeat_interleave(layer.shape.groups, 1) for each in (k, v))
             if self.how == "by hand":
                 out = torch.softmax(q @ k.transpose(2, 3) / layer.shape.head_dim**0.5, -1) @ v
+            elif self.how == "flex":
+                out = cast(torch.Tensor, flex_attention(q, k, v, block_mask=ALL_KEYS[tokens]))
             else:
                 out = F.scaled_dot_product_attention(q, k, v)
             x = x + layer.o(out.transpose(1, 2).reshape(x.shape))
@@ -464,7 +473,7 @@ class Own(Model):
     def put(self, kept: torch.Tensor, new: torch.Tensor, at: int) -> torch.Tensor:
         """Keys or values with ``new`` ones from ``at`` on."""
         end = at + new.shape[2]
-        if self.how in ("joined", "by hand"):
+        if self.how in ("joined", "by hand", "flex"):
             return torch.cat([kept[:, :, :at], new, kept[:, :, end:]], 2)
         if self.how == "stacked":
             parts = [kept[:, :, :at], new, kept[:, :, end:]]
@@ -472,6 +481,13 @@ class Own(Model):
         if self.how == "chosen":
             place = torch.arange(kept.shape[2])[:, None]
             return kept.where((place < at) | (place >= end), F.pad(new, (0, 0, at, kept.shape[2] - end)))
+        if self.how in ("blended", "moved", "added"):
+            place = torch.arange(kept.shape[2])[:, None]
+            m = ((place >= at) & (place < end)).to(kept.dtype)
+            new = F.pad(new, (0, 0, at, kept.shape[2] - end))
+            if self.how == "moved":
+                return torch.addcmul(kept, m, new - kept)
+            return kept * (1 - m) + (new * m if self.how == "blended" else new)
         if self.how == "copied":
             return kept.index_copy(2, torch.arange(at, end), new)
         if self.how == "aten":
@@ -508,7 +524,13 @@ def own_loop(call: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("how", "method"),
     [
-        *in_turn(["joined", "written", "copied", "by hand", "stacked", "chosen", "aten"], ["dllm-cache", "dual"]),
+        *in_turn(
+            [
+                *("joined", "written", "copied", "by hand", "stacked", "chosen", "aten", "blended", "moved", "added"),
+                "flex",
+            ],
+            ["dllm-cache", "dual"],
+        ),
         ("inductor", "dual"),
     ],
 )
@@ -522,13 +544,57 @@ def test_a_loop_with_a_cache_of_its_own_is_left_alone_and_told_once(how: str, me
         for _ in range(2):
             for got, want in zip(own_loop(call), own_loop(model), strict=True):
                 torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
-    said = [str(each.message) for each in told]
+    said = [str(each.message) for each in told if str(each.message).startswith("dllm")]
     assert len(said) == 1
     assert "the loop hands over keys and values of a cache of its own (at node" in said[0]
     found = dllm_compile.stats(model)
     assert found["steps"] == {"full": 1}  # before any keys were handed over
     assert found["state_bytes"] == 0
     assert len(found["refused"]) == 1
+
+
+class Prefixed(Own):
+    """Each layer has keys and values in front of those of the tokens, which the model holds in buffers."""
+
+    def forward(self, ids: torch.Tensor, past: Pairs | None = None, at: int = 0) -> tuple[torch.Tensor, Pairs]:
+        """Logits ``[B, S, V]`` of ``ids``."""
+        given = [self.get_buffer(f"prefix{i}").expand(len(ids), -1, -1, -1) for i in range(2 * len(self.layers))]
+        return super().forward(ids, list(zip(given[::2], given[1::2], strict=True)), PREFIX_TOKENS)
+
+
+def test_keys_of_a_buffer_are_not_said_to_be_those_of_a_loop() -> None:
+    model = build(Prefixed, SMALL)
+    for i in range(2 * SMALL.layers):
+        prefix = torch.randn(1, SMALL.heads // SMALL.groups, PREFIX_TOKENS, SMALL.head_dim, dtype=torch.float64)
+        model.register_buffer(f"prefix{i}", prefix)
+    call = compiled(model, **DUAL)
+    ids = models.start(PROMPT, RESPONSE)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"keys or values that a buffer of the model holds") as told:
+        assert worst(lambda x: call(x)[0], lambda x: model(x)[0], ids, every) < 1e-12
+    assert len(told) == 1
+    assert "the loop" not in str(told[0].message)
+
+
+class Placed(Own):
+    """Adds a table of positions, which the caller hands over, to the keys, and not the keys of other tokens."""
+
+    def put(self, kept: torch.Tensor, new: torch.Tensor, at: int) -> torch.Tensor:
+        """Keys or values with their positions."""
+        return new + kept[:, :, : new.shape[2]]
+
+
+def test_a_table_that_is_added_to_keys_is_no_cache() -> None:
+    model = build(Placed, SMALL)
+    call = compiled(model, **DUAL)
+    keys, values = (torch.randn(1, 1, PROMPT + RESPONSE, SMALL.head_dim, dtype=torch.float64) for _ in range(2))
+    past, ids = [(keys, values)] * SMALL.layers, models.start(PROMPT, RESPONSE)
+    with torch.no_grad():
+        for i in range(BLOCK):
+            got, want = call(ids, past)[0], model(ids, past)[0]
+            if i == 0:
+                torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+            ids = written(want, ids)
+    assert dllm_compile.stats(model)["steps"] == {"full": 1, "block": BLOCK - 1}
 
 
 def test_behind_a_reset_a_loop_that_hands_over_none_is_cached() -> None:
