@@ -234,6 +234,10 @@ class Backend:
     def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
         begins, done, before, depth = batch.last is not step, False, step.layer, step.depth
         try:
+            if (place := (program.signature, before)) not in batch.looked:
+                with refusing("analyzed"):
+                    program.check(args)  # a mask may be another one than at the first call of this size
+                batch.looked.add(place)
             with labelled("step {}, {}", step.number, step.assignment.name):
                 result = run(program, args, batch, step)
             step.layer, step.depth = before + len(program.layers), depth + program.depth
@@ -439,6 +443,7 @@ class Backend:
         if not known and step.number > 0:
             step.anew = batch.stale = True
             batch.masked.clear()  # the same mask may be read by graphs behind this one
+            batch.looked.clear()
             step.repeat = False  # the ids are those of the call before, and the result is not
 
     def _session(self, weights: list[torch.Tensor], options: Options) -> Session:

@@ -432,6 +432,20 @@ def test_without_proof_a_longer_window_is_a_new_sequence(how: str) -> None:
     assert dllm_compile.stats(model)["sequences"] == 4
 
 
+@pytest.mark.parametrize("settings", [DUAL, METHODS["dllm-cache"]], ids=["dual", "features"])
+def test_a_mask_that_is_causal_in_a_later_loop_is_refused_then(settings: dict[str, Any]) -> None:
+    """Partial steps of these settings are far from eager, and a graph that is refused is as eager."""
+    model, tokens = build(), PROMPT + RESPONSE
+    call = compiled(model, **settings)
+    full, causal = torch.ones(1, 1, tokens, tokens, dtype=torch.bool), block_causal(tokens, 1)[None, None]
+    worst(lambda x: call(x, full), lambda x: model(x, full), models.start(PROMPT, RESPONSE), every)
+    assert dllm_compile.stats(model)["refused"] == []
+    with pytest.warns(UserWarning, match="the attention mask is causal") as told:
+        later = worst(lambda x: call(x, causal), lambda x: model(x, causal), models.start(PROMPT, RESPONSE), every)
+    assert later < 1e-12
+    assert len(told) == 1
+
+
 # -- loops with a cache of their own ----------------------------------------------------------------------------------
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]

@@ -232,7 +232,7 @@ class Program:
             return values(dict(zip(self.index, args, strict=True)))
 
     def check(self, args: Sequence[Any]) -> None:
-        """Look at the values that the first call has.
+        """Look at the values that the first call of a size has, and the first of each sequence with other inputs.
 
         Raises:
             GraphRefused: attention is causal by its mask.
