@@ -415,8 +415,9 @@ class Backend:
         if found is None:
             return None
         batch, step = found
-        if program.hides_attention and not batch.whole and not isinstance(batch.new_schedule(), Exact):
-            batch.run_whole("rows of its graph meet where no attention is seen")
+        meet = program.hides_attention
+        if meet is not None and not batch.whole and not isinstance(batch.new_schedule(), Exact):
+            batch.run_whole(f"rows of its graph meet where no attention is seen (at {describe(meet)})")
         if not batch.asked_masks and program.ids is not None:
             batch.follow_masks(program, args)
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
@@ -562,6 +563,7 @@ def reset() -> None:
     _OWN_CACHE.clear()
     for session in sessions():
         session.drop()
+        session.told.clear()
 
 
 dllm.reset = reset  # type: ignore[attr-defined]

@@ -18,16 +18,12 @@ from dllm_compile.compat import tree_leaves
 from dllm_compile.core.arguments import argument, attention, attention_arguments
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused, TokensUnseen
-from dllm_compile.core.graph import output_node
+from dllm_compile.core.graph import called, output_node
 from dllm_compile.core.layout import position
 from dllm_compile.core.stand_ins import expressions
-from dllm_compile.core.units import Attention, Branch, Unit, closure
+from dllm_compile.core.units import MOVES, Attention, Branch, Unit, closure
 from dllm_compile.kernels.confidence import confidence
 
-_MOVES = {
-    *("view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten"),
-    *("movedim", "getitem", "repeat_interleave", "repeat"),
-}
 _ADDS = (operator.add, torch.add)
 
 
@@ -299,16 +295,30 @@ def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
         if query in kept:
             raise GraphRefused("the queries of attention are its keys or values, which are kept for more rows", node)
         above = [n for n in query.all_input_nodes if n in axes.live]
-        moves = getattr(query.target, "__name__", query.target) in _MOVES
+        moves = called(query) in MOVES
         query = above[0] if moves and len(above) == 1 else None
-    return Attention(node, *kept)
+    key, value = kept
+    if _made_of(value, key, axes):
+        return Attention(node, key, key)  # values are made of the kept keys again
+    if key is not value and key in closure([value], set()):
+        raise GraphRefused(
+            "the values of attention are made of its keys and more, and keys are kept for fewer rows", node
+        )
+    return Attention(node, value if _made_of(key, value, axes) else key, value)
+
+
+def _made_of(value: torch.fx.Node, other: torch.fx.Node, axes: Axes) -> bool:
+    """Whether a value is made of one other alone, row by row."""
+    between = {n for n in closure([value], {other}) if n in axes.live}
+    fed = all(any(operand in between or operand is other for operand in n.all_input_nodes) for n in between)
+    return fed and value is not other and not between & axes.unproven
 
 
 def _narrowest(node: object, axes: Axes) -> torch.fx.Node:
     """Walk up through calls that only move or repeat data; the smallest tensor there is the one worth keeping."""
     assert isinstance(node, torch.fx.Node)
     best = node
-    while getattr(node.target, "__name__", node.target) in _MOVES:
+    while called(node) in MOVES:
         parents = [n for n in node.all_input_nodes if n in axes.live]
         if len(parents) != 1 or parents[0] not in axes.layout:
             break

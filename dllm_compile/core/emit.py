@@ -28,11 +28,11 @@ from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SALIENT,
 from .axes import Axes
 from .demand import COUNTED, at_hand, find_demand, rows_read
 from .errors import GraphRefused
-from .graph import open_sizes
+from .graph import called, open_sizes
 from .layout import Layout, opened, position
 from .rows import ALL, NONE, RowSet
 from .state import outside_shape
-from .units import Unit
+from .units import MOVES, Unit
 
 
 @dataclass
@@ -327,7 +327,7 @@ class _Writer:
         assert self.assignment.attend is not None
         att = self.unit.attentions[0]
         value = attention_arguments(node.args, node.kwargs).value
-        change = self._moved(att.value, value, self._change())
+        change = self._moved(att.value, value, self._change(), linear=True)
         change = self._call(torch.transpose, (change, 1, 2))
         active, at = self.slot["index:active"], self.slot["index:salient"]
         former = self._call(row_ops.former_rows, (self.state[node], active, self._layout(node)))
@@ -355,14 +355,22 @@ class _Writer:
         end: torch.fx.Node,
         value: torch.fx.Node,
         sequences: Callable[[int], Any] | None = None,
+        linear: bool = False,
     ) -> torch.fx.Node:
-        """``value``, in place of ``start``, through the views and repeats up to ``end``; ``sequences`` says sizes of so
-        many times its sequences, where these are not those of the step.
+        """``value``, in place of ``start``, through the calls up to ``end``; ``sequences`` says sizes of so many times
+        its sequences, where these are not those of the step.
+
+        Raises:
+            GraphRefused: a call on the way reads more than one value, or, where they have to be ``linear``, is none
+                that only moves numbers.
         """
         if end is start:
             return value
-        (before,) = [n for n in end.all_input_nodes if n in self.axes.live]
-        moved = self._moved(start, before, value, sequences)
+        above = [n for n in end.all_input_nodes if n in self.axes.live]
+        if len(above) != 1 or (linear and called(end) not in MOVES):
+            raise GraphRefused("the values of attention are made of its keys, and not by views alone", end)
+        (before,) = above
+        moved = self._moved(start, before, value, sequences, linear)
         args, kwargs = torch.fx.map_arg((end.args, end.kwargs), lambda n: moved if n is before else self._plain(n))
         batch = self._batch if sequences is None else sequences
         args = open_sizes(end, args, self._layout(end), batch) if end in self.axes.layout else args

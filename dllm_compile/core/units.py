@@ -18,6 +18,12 @@ from .assignment import FEATURES
 from .axes import Axes
 from .graph import fingerprint
 
+MOVES = {
+    *("view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten"),
+    *("movedim", "getitem", "repeat_interleave", "repeat"),
+}
+"""Calls that only move or repeat numbers."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -25,7 +31,8 @@ class Attention:
 
     Attributes:
         node: the ``scaled_dot_product_attention`` call.
-        key, value: the nodes whose rows are cached; only views and repeats lie between them and ``node``.
+        key, value: the nodes whose rows are cached; only views and repeats lie between them and ``node``, or, where
+            values are made of keys, calls that treat rows one by one.
     """
 
     node: torch.fx.Node
@@ -103,7 +110,11 @@ class Unit:
 
     def mixing(self, axes: Axes) -> bool:
         """Whether something here is not known to treat rows one by one."""
-        return any(node in axes.unproven for node in self.nodes)
+        return bool(self.mixing_nodes(axes))
+
+    def mixing_nodes(self, axes: Axes) -> list[torch.fx.Node]:
+        """The calls here that are not known to treat rows one by one."""
+        return [node for node in self.nodes if node in axes.unproven]
 
 
 def closure(nodes: Iterable[torch.fx.Node], stop: set[torch.fx.Node]) -> set[torch.fx.Node]:

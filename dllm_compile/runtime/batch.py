@@ -508,8 +508,10 @@ class Batch:
 
     def run_whole(self, reason: str) -> None:
         """From the next call on compute every row: some part of the model cannot run for fewer."""
-        if not self.whole:
-            warnings.warn(f"dllm: {self.options.method} computes every row at every step: {reason}", stacklevel=2)
+        if reason not in self.session.told:
+            method = self.options.method if self.options.method != "exact" else "this setting"
+            warnings.warn(f"dllm: {method} computes every row at every step: {reason}", stacklevel=2)
+        self.session.told.add(reason)
         self.whole = True
 
 

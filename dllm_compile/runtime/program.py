@@ -280,11 +280,19 @@ class Program:
         return any(tuple(value.shape) == self.axes.size and value.dtype == torch.int64 for value in made)
 
     @cached_property
-    def hides_attention(self) -> bool:
-        """Whether logits are made of ids whose rows meet, and nothing where they may meet is seen to be attention."""
+    def hides_attention(self) -> torch.fx.Node | None:
+        """Where rows of ids that logits, or token ids, are made of first meet, if nothing is seen to be attention."""
         vocabulary = self.vocabulary if self.ids is not None and not self.layers else None
-        makes = vocabulary is not None and any(self._width(node) >= vocabulary for node in self.results)
-        return makes and any(unit.mixing(self.axes) for unit in self.units)
+        if vocabulary is None or not any(
+            self._width(node) >= vocabulary or self._is_ids(node) for node in self.results
+        ):
+            return None
+        return next((node for unit in self.units for node in unit.mixing_nodes(self.axes)), None)
+
+    def _is_ids(self, node: torch.fx.Node) -> bool:
+        """Whether a value is made of the tokens and is one token id for each row."""
+        value = self.axes.fake[node] if node in self.axes.live and node is not self.ids else None
+        return isinstance(value, torch.Tensor) and value.shape == self.axes.size and value.dtype == torch.int64
 
     @memoized
     def logits(self, vocabulary: int | None) -> torch.fx.Node | None:

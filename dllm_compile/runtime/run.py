@@ -22,7 +22,7 @@ from dllm_compile.core.assignment import (
     READABLE,
     Assignment,
 )
-from dllm_compile.core.errors import naming
+from dllm_compile.core.errors import describe, naming
 from dllm_compile.core.layout import opened
 from dllm_compile.core.rows import (
     ALL,
@@ -413,10 +413,12 @@ class GraphCall:
 
     def _check(self, code: UnitCode, values: Values) -> None:
         """See that the layer can run for fewer rows, and else compute all from the next call on."""
+        reason = code.why_not_written(self.step.past.schedule.variants)
         if not code.narrow(values):
-            self.batch.run_whole("the rows of a layer depend on one another in more than its attention")
-        elif not code.writable(self.step.past.schedule.variants):
-            self.batch.run_whole("a layer cannot be written for fewer rows")
+            where = next((f" (at {describe(node)})" for node in code.unit.mixing_nodes(code.axes)), "")
+            self.batch.run_whole(f"the rows of a layer depend on one another in more than its attention{where}")
+        elif reason is not None:
+            self.batch.run_whole(f"a layer cannot be written for fewer rows: {reason}")
 
     def _state(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
         """The state tensors of this layer; allocated if there are none, or if they have another number of entries."""

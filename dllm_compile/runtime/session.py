@@ -63,6 +63,7 @@ class Session:
         self.group: str | None = None  # the process group whose ranks share the layers
         self.reads_filled = False  # whether the loop writes over tokens it has filled, and so reads their logits
         self.remasks = False  # whether it puts masks back
+        self.told: set[str] = set()  # why steps compute every row
         this = weakref.ref(self)
         self.owners = [weakref.ref(weight) for weight in weights]
         self.weights = Weights(weights, lambda: _forget(this))

@@ -113,7 +113,7 @@ class UnitCode:
         self.unit, self.axes, self.lowering = unit, axes, lowering
         self.variants: dict[Assignment, list[Variant]] = {}
         self.fixed: dict[Assignment, set[str]] = {}  # sizes that cannot be left open
-        self.written: dict[tuple[Assignment, ...], bool] = {}
+        self.written: dict[tuple[Assignment, ...], str | None] = {}
         self.mixing = unit.mixing(axes)
         alone = axes.group is None  # a trial might end otherwise on other ranks
         self.narrows: bool | None = True if not self.mixing else None if alone else False
@@ -178,18 +178,22 @@ class UnitCode:
         return self.narrows
 
     def writable(self, variants: tuple[Assignment, ...]) -> bool:
-        """Whether the unit can be written for each of ``variants``; found out once."""
+        """Whether the unit can be written for each of ``variants``."""
+        return self.why_not_written(variants) is None
+
+    def why_not_written(self, variants: tuple[Assignment, ...]) -> str | None:
+        """Why the unit cannot be written for one of ``variants``, ``None`` where it can; found out once."""
         if variants not in self.written:
             with refusing("written for fewer rows"):
-                self.written[variants] = all(map(self._can_write, variants))
+                self.written[variants] = next(filter(None, map(self._refusal, variants)), None)
         return self.written[variants]
 
-    def _can_write(self, assignment: Assignment) -> bool:
+    def _refusal(self, assignment: Assignment) -> str | None:
         try:
             emit(self.unit, self.axes, assignment)
-        except GraphRefused:
-            return False
-        return True
+        except GraphRefused as refusal:
+            return str(refusal)
+        return None
 
     def _extents(self, name: str, value: Any, assignment: Assignment, step: Step) -> tuple[Extent, ...] | None:
         """Which sizes of an argument may be others at another call."""
