@@ -9,7 +9,6 @@ import sympy
 import torch
 
 from .backend import Backend
-from .core.arguments import attention
 from .core.assignment import EXACT, Assignment
 from .core.axes import Axes
 from .core.demand import find_demand
@@ -187,7 +186,7 @@ def _describe(program: Program) -> str:
         if unit.key in seen:
             continue
         seen.add(unit.key)
-        calls = [n.name for n in unit.nodes if n.target is attention]
+        calls = [each.node.name for each in unit.attentions]
         lines.append(f"  layer kind x{kinds[unit.key]}: attention {', '.join(calls)}")
         lines += [f"    keys kept at {a.key.name!r}, values at {a.value.name!r}" for a in unit.attentions]
         lines += [

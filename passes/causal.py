@@ -8,7 +8,7 @@ that hide the blocks behind a token's own: what comes later never changes the ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from dllm_compile.core.arguments import attention, attention_arguments
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.outline import Outline, outline
+from dllm_compile.core.units import Unit
 
 Mask = tuple[torch.fx.Node, Outline]
 HIDDEN = -1e9
@@ -39,6 +40,21 @@ def masks_of(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Mask], bool]:
     return found, len(found) == len(nodes)
 
 
+def score_masks(units: Iterable[Unit], graph: torch.fx.Graph, axes: Axes) -> list[Mask]:
+    """What depends on no tokens and may hide keys in attention that is written by several calls: whatever has an entry
+    for each query and key.
+    """
+    tokens = axes.size[1]
+    found: dict[torch.fx.Node, torch.fx.Node] = {}
+    for each in (each for unit in units for each in unit.attentions):
+        for node in each.scored:
+            for operand in node.all_input_nodes:
+                value = axes.fake[operand]
+                if operand not in axes.live and isinstance(value, torch.Tensor) and value.shape[-2:] == (tokens,) * 2:
+                    found[operand] = each.node
+    return [(call, outline(graph, [mask])) for mask, call in found.items()]
+
+
 def all_masked(graph: torch.fx.Graph) -> bool:
     """Whether every attention call of a graph reads a mask, if there are any."""
     calls = [node for node in graph.nodes if node.target is attention]
@@ -56,7 +72,8 @@ def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any
         GraphRefused: a mask lets no token see a later one.
     """
     for call, value in _values(masks, given):
-        if is_causal(value):
+        hidden = call.target is not attention and value.dtype == torch.bool and is_causal(~value)
+        if hidden or is_causal(value):
             raise GraphRefused(
                 "the attention mask is causal; set is_causal=False in the config (transformers reads it from 5.2 on), "
                 "or pass a full mask",
@@ -118,7 +135,9 @@ def _values(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> list[t
 
 
 def is_causal(mask: torch.Tensor) -> bool:
-    """Whether a mask ``[..., Q, K]`` (bool: may attend; float: added) hides every later token from every token."""
+    """Whether a mask ``[..., Q, K]`` (bool: may attend; else: added) hides every later token from every token."""
+    if not mask.is_floating_point() and mask.dtype != torch.bool:
+        mask = mask != 0
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
         return False
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

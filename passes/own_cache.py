@@ -19,7 +19,7 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import of_module
-from dllm_compile.core.arguments import attention_arguments
+from dllm_compile.core.arguments import argument, attention_arguments
 from dllm_compile.core.graph import called, placeholders
 from dllm_compile.core.stand_ins import expr_of
 from dllm_compile.core.units import closure
@@ -104,8 +104,7 @@ def _writes(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
 
 def _keys_and_values(call: torch.fx.Node) -> tuple[Any, Any]:
     if _name(call) == "flex_attention":  # as a function, or as the operation that Dynamo makes of it
-        names = {i: call.kwargs.get(name) for i, name in ((1, "key"), (2, "value"))}
-        return tuple(call.args[i] if len(call.args) > i else given for i, given in names.items())
+        return argument(call, 1, "key"), argument(call, 2, "value")
     given = attention_arguments(call.args, call.kwargs)
     return given.key, given.value
 

@@ -20,6 +20,7 @@ from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused, TokensUnseen
 from dllm_compile.core.graph import called, output_node
 from dllm_compile.core.layout import position
+from dllm_compile.core.products import Scored, scored_attention, scores_of
 from dllm_compile.core.stand_ins import expressions
 from dllm_compile.core.units import MOVES, Attention, Branch, Unit, closure
 from dllm_compile.kernels.confidence import confidence
@@ -39,17 +40,19 @@ def regions(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> list[Uni
         GraphRefused: attention is causal, something draws random numbers, or tokens cannot be followed.
     """
     live = [node for node in graph.nodes if node in axes.live]
-    calls = [node for node in live if node.target is attention]
+    scored = scored_attention(live, axes)
+    calls = [node for node in live if node.target is attention or node in scored]
     for node in calls:
-        _check_attention(node, axes)
+        if node not in scored:
+            _check_attention(node, axes)
     cuts = _cuts(live, axes)
     if live and _is_stream(live[-1], axes) and (not cuts or cuts[-1][1] is not live[-1]):
         cuts.append((len(live) - 1, live[-1]))  # a layer traced alone hands its stream to the caller
     segments = _segments(live, cuts)
     groups = _group(segments, calls, halves)
     if groups:
-        groups[-1:] = _split_tail(groups[-1], axes)
-    units = [_unit(nodes, entering, leaving, axes, halves) for nodes, entering, leaving in groups]
+        groups[-1:] = _split_tail(groups[-1], calls, axes)
+    units = [_unit(nodes, entering, leaving, axes, halves, scored) for nodes, entering, leaving in groups]
     _check_random(graph, units, axes)
     _place_constants(graph, units, axes)
     return [unit.seal(axes) for unit in units]
@@ -179,19 +182,19 @@ def _last_layer_end(segments: list[Segment], starts: list[int]) -> int:
     return end
 
 
-def _split_tail(segment: Segment, axes: Axes) -> list[Segment]:
+def _split_tail(segment: Segment, calls: list[torch.fx.Node], axes: Axes) -> list[Segment]:
     """Cut a head from the decision behind it.
 
     The head is what is made of the stream row by row. What also reads ids, constants that have an entry a token (they
     may change from call to call) or other rows is the decision, and runs for all rows.
     """
     nodes, entering, leaving = segment
-    if entering is None or leaving is not None or any(n.target is attention for n in nodes):
+    if entering is None or leaving is not None or any(n in calls for n in nodes):
         return [segment]
     by_row = {entering}
     for node in nodes:
         live = [n for n in node.all_input_nodes if n in axes.live]
-        beside = any((node, n) in axes.beside for n in node.all_input_nodes)
+        beside = any((node, n) in axes.beside or (node, n) in axes.whole for n in node.all_input_nodes)
         if node not in axes.unproven and node not in axes.random and not beside and all(n in by_row for n in live):
             by_row.add(node)
     if all(node in by_row for node in nodes):
@@ -223,6 +226,7 @@ def _unit(
     leaving: torch.fx.Node | None,
     axes: Axes,
     halves: bool,
+    scored: Scored,
 ) -> Unit:
     inside = set(nodes)
     read_outside = [
@@ -231,9 +235,9 @@ def _unit(
         if n is not leaving and any(u not in inside and (u in axes.live or u.op == "output") for u in n.users)
     ]
     unit = Unit(nodes, entering, [*([leaving] if leaving is not None else []), *read_outside])
-    unit.attentions = [_attention(n, axes) for n in nodes if n.target is attention]
+    unit.attentions = [_attention(n, axes, scored.get(n, ())) for n in nodes if n.target is attention or n in scored]
     if unit.attentions or (halves and entering is not None and leaving is not None):
-        unit.branches = _branches(nodes, entering, leaving, axes)
+        unit.branches = _branches(nodes, entering, leaving, axes, {each.node for each in unit.attentions})
     elif leaving is None and entering is not None:
         _logits_first(unit)
     if entering is not None and not unit.is_layer:
@@ -271,7 +275,11 @@ def _logits(unit: Unit, axes: Axes) -> torch.fx.Node | None:
 
 
 def _branches(
-    nodes: list[torch.fx.Node], entering: torch.fx.Node | None, leaving: torch.fx.Node | None, axes: Axes
+    nodes: list[torch.fx.Node],
+    entering: torch.fx.Node | None,
+    leaving: torch.fx.Node | None,
+    axes: Axes,
+    calls: set[torch.fx.Node],
 ) -> list[Branch]:
     """What the layer adds to the stream, one a residual add; attention without an add replaces the stream."""
     cuts = [(nodes.index(n), n) for _, n in _cuts([entering, *nodes] if entering else nodes, axes) if n is not entering]
@@ -280,17 +288,25 @@ def _branches(
     out: list[Branch] = []
     for inside, before, after in _segments(nodes, cuts):
         segment = (inside, before or entering, after)
-        attends = any(n.target is attention for n in inside)
+        attends = any(n in calls for n in inside)
         branch = _residual_branch(segment) or (after if attends else None)
         if branch is not None and branch in axes.layout:
             out.append(Branch(branch, attends))
     return out
 
 
-def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
-    given = attention_arguments(node.args, node.kwargs)
-    kept = _narrowest(given.key, axes), _narrowest(given.value, axes)
-    query: torch.fx.Node | None = given.query
+def _attention(node: torch.fx.Node, axes: Axes, scored: tuple[torch.fx.Node, ...]) -> Attention:
+    query: torch.fx.Node | None
+    if scored:
+        scores = scores_of(scored, axes)
+        query, keys, values = scores.args[0], scores.args[1], node.args[1]  # type: ignore[assignment]
+    else:
+        given = attention_arguments(node.args, node.kwargs)
+        query, keys, values = given.query, given.key, given.value
+    kept = _narrowest(keys, axes, bool(scored)), _narrowest(values, axes, bool(scored))
+    whole = [operand for each in scored for operand in each.all_input_nodes if (each, operand) in axes.whole]
+    if any(_narrowest(each, axes, True) not in kept for each in whole):
+        raise GraphRefused("attention reads all rows of more than its keys and values", node)
     while query is not None:
         if query in kept:
             raise GraphRefused("the queries of attention are its keys or values, which are kept for more rows", node)
@@ -299,12 +315,12 @@ def _attention(node: torch.fx.Node, axes: Axes) -> Attention:
         query = above[0] if moves and len(above) == 1 else None
     key, value = kept
     if _made_of(value, key, axes):
-        return Attention(node, key, key)  # values are made of the kept keys again
+        return Attention(node, key, key, scored)  # values are made of the kept keys again
     if key is not value and key in closure([value], set()):
         raise GraphRefused(
             "the values of attention are made of its keys and more, and keys are kept for fewer rows", node
         )
-    return Attention(node, value if _made_of(key, value, axes) else key, value)
+    return Attention(node, value if _made_of(key, value, axes) else key, value, scored)
 
 
 def _made_of(value: torch.fx.Node, other: torch.fx.Node, axes: Axes) -> bool:
@@ -314,11 +330,13 @@ def _made_of(value: torch.fx.Node, other: torch.fx.Node, axes: Axes) -> bool:
     return fed and value is not other and not between & axes.unproven
 
 
-def _narrowest(node: object, axes: Axes) -> torch.fx.Node:
-    """Walk up through calls that only move or repeat data; the smallest tensor there is the one worth keeping."""
+def _narrowest(node: object, axes: Axes, more: bool) -> torch.fx.Node:
+    """Walk up through calls that only move or repeat data, and with ``more`` through all that are made of one value row
+    by row, up to a projection; the smallest tensor there is the one worth keeping.
+    """
     assert isinstance(node, torch.fx.Node)
     best = node
-    while called(node) in MOVES:
+    while called(node) in MOVES or (more and node.target is not linear and node not in axes.unproven):
         parents = [n for n in node.all_input_nodes if n in axes.live]
         if len(parents) != 1 or parents[0] not in axes.layout:
             break

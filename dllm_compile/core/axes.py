@@ -44,6 +44,8 @@ class Axes:
         beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank.
         made: constants sized by the token count that an unproven node writes or reads by position; an input, such as a
             weight, is as large by chance, or else a trial shows it.
+        whole: live operands that a node reads every row of, whichever it is computed for, with the node: keys and
+            values of attention that is written by several calls.
         random: nodes that draw random numbers, live or not.
         shards: live nodes whose value differs between the ranks of tensor parallelism: whether it is a shard, see
             :mod:`dllm_compile.core.ranks`, or something that nobody can name.
@@ -59,6 +61,7 @@ class Axes:
     unproven: set[torch.fx.Node] = field(default_factory=set)
     beside: dict[tuple[torch.fx.Node, torch.fx.Node], Layout] = field(default_factory=dict)
     made: dict[torch.fx.Node, Layout] = field(default_factory=dict)
+    whole: set[tuple[torch.fx.Node, torch.fx.Node]] = field(default_factory=set)
     random: dict[torch.fx.Node, None] = field(default_factory=dict)
     shards: dict[torch.fx.Node, bool] = field(default_factory=dict)
     group: str | None = None
@@ -145,6 +148,8 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
         return attended
+    if len(args) == 2 and _called(node) in ("matmul", "bmm"):
+        return _product(mode, node, *args)
     if node.target in (summed, joined):
         layout = mode.known.of(args[0])
         if layout is None:
@@ -162,6 +167,27 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         mode.known.tag(rows, (*layout, plain(table.shape[1])))
         return rows
     return None
+
+
+def _called(node: torch.fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _product(mode: _Follow, node: torch.fx.Node, left: Any, right: Any) -> torch.Tensor | None:
+    """A product of queries and keys, or of what is made of their scores and values: its rows are those on the left."""
+    rows, read = mode.known.of(left), mode.known.of(right)
+    if rows is None or read is None or left is right or len(rows) != len(read) or len(rows) < 3:
+        return None
+    tokens, width = rows[-2:]
+    scores = read[-1] == tokens and not any(holds(read[-2], kind) for kind in "BT")
+    mixed = read[-2] == tokens and width == plain(size(tokens)) and not any(holds(read[-1], kind) for kind in "BT")
+    plain_width = not any(holds(width, kind) for kind in "BT")
+    if [f.kind for f in tokens] != ["T"] or rows[:-2] != read[:-2] or not plain_width or not (scores or mixed):
+        return None
+    out: torch.Tensor = run_node(node, (left, right), {})
+    mode.known.tag(out, (*rows[:-1], plain(out.shape[-1])))
+    mode.known.whole.add(id(right))
+    return out
 
 
 def follow(graph: torch.fx.Graph, inputs: Sequence[Any], fake_mode: FakeTensorMode, seeds: dict[str, Layout]) -> Axes:
@@ -210,6 +236,7 @@ def _note(axes: Axes, node: torch.fx.Node, found: _Found) -> None:
     if found.random:
         axes.random[node] = None
     axes.beside.update({(node, operands[i]): layout for i, layout in found.beside})
+    axes.whole.update((node, operands[i]) for i in found.whole)
     axes.made.update({operands[i]: layout for i, layout in found.made if operands[i].op != "placeholder"})
     if found.shares is not None:
         axes.shares[node] = operands[found.shares]
@@ -225,6 +252,7 @@ class _Found:
     random: bool = False
     beside: tuple[tuple[int, Layout], ...] = ()
     made: tuple[tuple[int, Layout], ...] = ()
+    whole: tuple[int, ...] = ()
     shares: int | None = None
 
 
@@ -235,6 +263,7 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> _Found:
     live = any(n in axes.live for n in operands)
     mode.random = mode.unproven = False
     mode.known.beside.clear()
+    mode.known.whole.clear()
     mode.sized.clear()
     value = _role_call(mode, node, args, kwargs) if live else None
     if value is None:
@@ -255,6 +284,7 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> _Found:
         _draws(mode, node),
         tuple((i, mode.known.beside[key]) for i, key in constants if key in mode.known.beside),
         tuple((i, mode.sized[key]) for i, key in constants if key in mode.sized),
+        tuple(i for i, operand in enumerate(operands) if id(axes.fake[operand]) in mode.known.whole),
         next((i for i, operand in enumerate(operands) if _share(value, axes.fake[operand])), None),
     )
 

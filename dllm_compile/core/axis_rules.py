@@ -25,11 +25,13 @@ class Known:
 
     Attributes:
         beside: layouts of constants that met tokens element-wise in the node at hand.
+        whole: operands that the node at hand reads every row of, by identity.
     """
 
     def __init__(self) -> None:
         self.layout: dict[int, Layout] = {}
         self.beside: dict[int, Layout] = {}
+        self.whole: set[int] = set()
         self.keep: list[torch.Tensor] = []  # an identity is unique only while its tensor lives
 
     def tag(self, tensor: torch.Tensor, layout: Layout) -> None:
@@ -208,8 +210,13 @@ def _cat(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Te
     at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % rank
     first = layouts[0] if not stacked else (*layouts[0][:at], plain(1), *layouts[0][at:])
     out = (*first[:at], plain(outputs[0].shape[at]), *first[at + 1 :])
-    if holds(first[at], "T") or holds(first[at], "B") or len(layouts) != len(parts):
+    if holds(first[at], "T") or holds(first[at], "B") or (stacked and len(layouts) != len(parts)):
         return None
+    for part in parts:  # constants, such as a score for no key
+        if known.of(part) is None:
+            if any(n != size(dim) for i, (n, dim) in enumerate(zip(part.shape, out, strict=True)) if i != at):
+                return None
+            note_constant(known, part, tuple(plain(n) if i == at else out[i] for i, n in enumerate(part.shape)))
     same = all(layout[:at] + layout[at + int(not stacked) :] == out[:at] + out[at + 1 :] for layout in layouts)
     return [out] if same else None
 

@@ -110,10 +110,13 @@ def rows_read(
 ) -> RowSet:
     """Rows of an operand that ``node`` reads for ``rows`` of its own.
 
-    Attention reads the keys and values of the assignment; a call without a token axis reads every row.
+    Attention reads the keys and values of the assignment, or all where it is written by several calls; a call without a
+    token axis reads every row.
     """
     if node.target is attention:
         return rows if operand is attention_arguments(node.args, node.kwargs).query else assignment.keys
+    if (node, operand) in axes.whole:
+        return ALL
     layout = axes.layout.get(node)
     no_tokens = layout is not None and position(layout, "T") is None
     return ALL if no_tokens and axes.layout.get(operand) is not None and not unit.mixing(axes) else rows

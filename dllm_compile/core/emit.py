@@ -83,6 +83,7 @@ class _Writer:
 
     def __init__(self, unit: Unit, axes: Axes, assignment: Assignment) -> None:
         self.unit, self.axes, self.assignment = unit, axes, assignment
+        self._check_calls()
         self.graph = torch.fx.Graph()
         self.kept = unit.anchors(assignment.keep)
         self.keys = set(unit.anchors(KEYS))
@@ -97,6 +98,15 @@ class _Writer:
         self.measured: torch.fx.Node | None = None
         self.inside = set(unit.nodes)
         self._placeholders()
+
+    def _check_calls(self) -> None:
+        """Attention that is several calls stays as it is written, over all keys."""
+        several = next((each.node for each in self.unit.attentions if each.scored), None)
+        own = self.assignment
+        others = (own.attend, own.evict, own.measure, own.outside, own.shared)
+        if several is not None and (own.keys != ALL or own.hides or any(each is not None for each in others)):
+            reason = "attention that is written by several calls reads all keys, and this method would change that"
+            raise GraphRefused(reason, several)
 
     def _placeholders(self) -> None:
         self.takes: list[str] = []

@@ -30,14 +30,17 @@ class Attention:
     """One attention call and the narrowest values its keys and values come from.
 
     Attributes:
-        node: the ``scaled_dot_product_attention`` call.
+        node: the ``scaled_dot_product_attention`` call, or the product with values where there are several calls.
         key, value: the nodes whose rows are cached; only views and repeats lie between them and ``node``, or, where
             values are made of keys, calls that treat rows one by one.
+        scored: where there are several calls, those before ``node``, see
+            :func:`dllm_compile.core.products.scored_attention`.
     """
 
     node: torch.fx.Node
     key: torch.fx.Node
     value: torch.fx.Node
+    scored: tuple[torch.fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dllm_compile.core.units import Unit, closure
 from dllm_compile.debug import asked, keep, part
 from dllm_compile.options import Options
 from dllm_compile.passes import analyzed
-from dllm_compile.passes.causal import all_masked, depends_on, hide, masks_of, refuse_causal_masks
+from dllm_compile.passes.causal import all_masked, depends_on, hide, masks_of, refuse_causal_masks, score_masks
 
 from .cost import whole
 from .unchanged import SMALL
@@ -83,6 +83,7 @@ class Program:
         reads: places of the arguments that are read, not those whose number the graph was analyzed for.
         masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
         knows_masks: whether there are no others.
+        score_masks: the same where attention is several calls; see :func:`dllm_compile.passes.causal.score_masks`.
         masks_all: whether every attention call reads one of them.
         depth: layers with attention.
         group: the process group whose ranks share the layers; ``None`` where one process has all of them.
@@ -136,7 +137,9 @@ class Program:
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude = outline(graph, self.constants) if self.constants else None
         self.masks, self.knows_masks = masks_of(graph, self.axes)
-        self.masks_all = self.knows_masks and bool(self.masks) and all_masked(graph)
+        self.score_masks = score_masks(self.units, graph, self.axes)
+        several = any(each.scored for unit in self.units for each in unit.attentions)
+        self.masks_all = self.knows_masks and bool(self.masks) and all_masked(graph) and not several
         self.result = output_node(graph).args[0]
         self.results = output_node(graph).all_input_nodes
         self.dead = _dead(self.units, set(self.results))
@@ -169,6 +172,7 @@ class Program:
         other.prelude = self.prelude.at(sizes) if self.prelude is not None else None
         other.first = self.first.at(sizes) if self.first is not None else None
         other.masks = [(call, mask.at(sizes)) for call, mask in self.masks]
+        other.score_masks = [(call, mask.at(sizes)) for call, mask in self.score_masks]
         other.result = at_values(self.result, sizes)
         other.signature = replace(self.signature, constants=fingerprint(*self.made, self.axes, sizes))
         return other
@@ -237,7 +241,7 @@ class Program:
         Raises:
             GraphRefused: attention is causal by its mask.
         """
-        refuse_causal_masks(self.masks, dict(zip(self.index, args, strict=True)))
+        refuse_causal_masks([*self.masks, *self.score_masks], dict(zip(self.index, args, strict=True)))
 
     @cached_property
     def opaque(self) -> bool:
