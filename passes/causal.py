@@ -50,7 +50,8 @@ def score_masks(units: Iterable[Unit], graph: torch.fx.Graph, axes: Axes) -> lis
         for node in each.scored:
             for operand in node.all_input_nodes:
                 value = axes.fake[operand]
-                if operand not in axes.live and isinstance(value, torch.Tensor) and value.shape[-2:] == (tokens,) * 2:
+                masks = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.dtype == torch.bool)
+                if operand not in axes.live and masks and value.shape[-2:] == (tokens, tokens):
                     found[operand] = each.node
     return [(call, outline(graph, [mask])) for mask, call in found.items()]
 
@@ -72,13 +73,19 @@ def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any
         GraphRefused: a mask lets no token see a later one.
     """
     for call, value in _values(masks, given):
-        hidden = call.target is not attention and value.dtype == torch.bool and is_causal(~value)
-        if hidden or is_causal(value):
+        if is_causal(value) or (call.target is not attention and _hides_later(value)):
             raise GraphRefused(
                 "the attention mask is causal; set is_causal=False in the config (transformers reads it from 5.2 on), "
                 "or pass a full mask",
                 call,
             )
+
+
+def _hides_later(mask: torch.Tensor) -> bool:
+    """Whether a mask that scores are filled by where it holds, or are multiplied with, hides every later token."""
+    if mask.dtype == torch.bool:
+        return is_causal(~mask)
+    return bool(((mask == 0) | (mask == 1)).all()) and is_causal(mask != 0)
 
 
 def hide(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> bool:
@@ -135,9 +142,7 @@ def _values(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> list[t
 
 
 def is_causal(mask: torch.Tensor) -> bool:
-    """Whether a mask ``[..., Q, K]`` (bool: may attend; else: added) hides every later token from every token."""
-    if not mask.is_floating_point() and mask.dtype != torch.bool:
-        mask = mask != 0
+    """Whether a mask ``[..., Q, K]`` (bool: may attend; float: added) hides every later token from every token."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
         return False
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

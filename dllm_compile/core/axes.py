@@ -41,7 +41,8 @@ class Axes:
         layout: of each node that is a tensor depending on the seed.
         live: nodes that depend on the seed.
         unproven: live nodes that call something whose rows may mix.
-        beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank.
+        beside: for a live node, the layouts of its constant operands that have a token axis, at the node's rank, and of
+            those that it reads whole.
         made: constants sized by the token count that an unproven node writes or reads by position; an input, such as a
             weight, is as large by chance, or else a trial shows it.
         whole: live operands that a node reads every row of, whichever it is computed for, with the node: keys and
@@ -277,14 +278,16 @@ def _step(mode: _Follow, node: torch.fx.Node, axes: Axes) -> _Found:
     if live and isinstance(value, torch.Tensor) and mode.known.of(value) is None:
         raise GraphRefused("the tokens cannot be followed through this call", node)
     constants = [(i, id(axes.fake[operand])) for i, operand in enumerate(operands) if operand not in axes.live and live]
+    whole = [(i, id(axes.fake[n])) for i, n in enumerate(operands) if n in axes.live]
+    whole = [(i, key) for i, key in whole if key in mode.known.whole]
     return _Found(
         value,
         live,
         live and mode.unproven,
         _draws(mode, node),
-        tuple((i, mode.known.beside[key]) for i, key in constants if key in mode.known.beside),
+        tuple((i, mode.known.beside[key]) for i, key in [*constants, *whole] if key in mode.known.beside),
         tuple((i, mode.sized[key]) for i, key in constants if key in mode.sized),
-        tuple(i for i, operand in enumerate(operands) if id(axes.fake[operand]) in mode.known.whole),
+        tuple(i for i, _ in whole),
         next((i for i, operand in enumerate(operands) if _share(value, axes.fake[operand])), None),
     )
 

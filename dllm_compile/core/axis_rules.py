@@ -64,22 +64,50 @@ def elementwise(
 def _broadcast(known: Known, operands: Sequence[torch.Tensor], output: torch.Tensor) -> Layout | None:
     rank = output.dim()
     out = [plain(extent) for extent in output.shape]
+    by_key = _of_keys(known, operands, rank)
     for operand in operands:
-        for i, dim in enumerate(known.of(operand) or ()):
+        for i, dim in enumerate(by_key.get(id(operand), known.of(operand)) or ()):
             j = rank - operand.dim() + i
             if size(dim) == output.shape[j] and (holds(dim, "T") or holds(dim, "B")):
                 if out[j] != plain(output.shape[j]) and out[j] != dim:
                     return None
                 out[j] = dim
     for operand in operands:
-        layout = known.of(operand)
+        layout = by_key.get(id(operand), known.of(operand))
         for i, extent in enumerate(operand.shape):
             wanted = out[rank - operand.dim() + i]
             if layout is not None and holds(wanted, "T") and extent != 1 and layout[i] != wanted:
                 return None  # tokens against something else of the same size
         if layout is None:
             note_constant(known, operand, tuple(out))
+    for operand in operands:
+        layout = by_key.get(id(operand))
+        if layout is not None:
+            known.whole.add(id(operand))
+            if position(layout, "T") is not None:
+                known.beside[id(operand)] = layout
     return tuple(out)
+
+
+def _of_keys(known: Known, operands: Sequence[torch.Tensor], rank: int) -> dict[int, Layout]:
+    """Operands whose tokens are the keys of scores: those have their tokens in the dimension before the last, and as
+    many entries in the last, where these have theirs. All of their rows are read; in the dimension of the queries they
+    have an entry for each, or one for all.
+
+    Returns:
+        The layout of each as one of scores, by identity.
+    """
+    scores = [layout for layout in map(known.of, operands) if layout is not None and len(layout) == rank > 2]
+    tokens = {layout[-2] for layout in scores if holds(layout[-2], "T") and layout[-1] == plain(size(layout[-2]))}
+    found: dict[int, Layout] = {}
+    if len(tokens) == 1:
+        (dim,) = tokens
+        for operand in operands:
+            layout = known.of(operand) or ()
+            if layout and layout[-1] == dim and len(dim) == 1:
+                queries = [dim if each == plain(size(dim)) else each for each in layout[-2:-1]]
+                found[id(operand)] = (*layout[:-2], *queries, plain(size(dim)))
+    return found
 
 
 def note_constant(known: Known, operand: torch.Tensor, out: Layout) -> None:
@@ -247,9 +275,16 @@ def _norm(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.T
 
 def _gather(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
     source, index = known.of(args[0]), known.of(args[2])
-    if source is None or index is None or len(source) != len(index):
+    if source is None or (index is not None and len(source) != len(index)):
         return None
     at = args[1] % len(source)
+    if index is None:  # a constant one, with an entry for each row
+        shape = args[2].shape
+        out = tuple(plain(n) if i == at else dim for i, (n, dim) in enumerate(zip(shape, source, strict=True)))
+        if [size(dim) for dim in out] != [*shape] or any(holds(source[at], kind) for kind in "BT"):
+            return None
+        note_constant(known, args[2], out)
+        return [out] if id(args[2]) in known.beside else None
     fine = all(a == b for i, (a, b) in enumerate(zip(source, index, strict=True)) if i != at)
     return [index] if fine and not holds(source[at], "T") and not holds(source[at], "B") else None
 

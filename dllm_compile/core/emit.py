@@ -508,7 +508,8 @@ class _Writer:
 
         def operand(n: torch.fx.Node) -> torch.fx.Node:
             if n in self.axes.live:
-                return self._on(n, rows_read(self.unit, self.axes, self.assignment, node, n, rows))
+                value = self._on(n, rows_read(self.unit, self.axes, self.assignment, node, n, rows))
+                return self._of_queries(node, n, value, rows)
             return self._constant(n, node, rows)
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
@@ -523,6 +524,15 @@ class _Writer:
         if node not in self.anchors:
             self.env[node] = copied
         return copied
+
+    def _of_queries(
+        self, node: torch.fx.Node, read: torch.fx.Node, value: torch.fx.Node, rows: RowSet
+    ) -> torch.fx.Node:
+        """What ``node`` reads whole, for the queries of its rows alone; see :attr:`.axes.Axes.whole`."""
+        layout = self.axes.beside.get((node, read))
+        if layout is None or rows in (ALL, NONE):
+            return value
+        return self._call(row_ops.gather_rows, (value, self._index(rows, ALL), opened(layout)))
 
     def _constant(self, node: torch.fx.Node, user: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
         """A constant operand: whole, or the entries of the computed rows, or made anew at their number."""

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from .axes import Axes, linear
+from .graph import called
 from .layout import holds
 
 Node = torch.fx.Node
@@ -32,7 +33,7 @@ def scored_attention(live: Sequence[Node], axes: Axes) -> Scored:
     order = {node: i for i, node in enumerate(live)}
     found: Scored = {}
     for node in live:
-        if node in reads and not _is_scores(node, axes):
+        if node in reads and _is_product(node) and not _is_scores(node, axes):
             between = _behind(node, reads, axes)
             if sum(_is_scores(each, axes) for each in between if each in reads) == 1:
                 found[node] = tuple(sorted(between, key=order.__getitem__))
@@ -51,9 +52,13 @@ def scores_of(between: Sequence[Node], axes: Axes) -> Node:
 
 def _is_scores(node: Node, axes: Axes) -> bool:
     """Whether the rows that a product reads whole are in the last dimension of its right side, as those of keys are."""
-    right = node.args[1] if len(node.args) == 2 else None
+    right = node.args[1] if _is_product(node) else None
     layout = axes.layout.get(right) if isinstance(right, Node) and (node, right) in axes.whole else None
     return layout is not None and holds(layout[-1], "T")
+
+
+def _is_product(node: Node) -> bool:
+    return called(node) in ("matmul", "bmm") and len(node.args) == 2
 
 
 def _behind(product: Node, reads: dict[Node, list[Node]], axes: Axes) -> set[Node]:
@@ -64,7 +69,7 @@ def _behind(product: Node, reads: dict[Node, list[Node]], axes: Axes) -> set[Nod
         node = todo.pop()
         if not isinstance(node, Node) or node in seen or node not in axes.live or node.op == "placeholder":
             continue
-        if node.target is linear or (node in reads and not _is_scores(node, axes)):
+        if node.target is linear or (node in reads and _is_product(node) and not _is_scores(node, axes)):
             continue
         seen.add(node)
         if not (node in reads and _is_scores(node, axes)):
