@@ -1,16 +1,22 @@
-"""What is not seen to be attention is said, with the call where rows meet, by a loop and by ``generate``."""
+"""Attention that a model writes by several calls is cached as one; what is not seen to be attention is said."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import dllm_compile
 
 from . import models
-from .callers import RESPONSE, fill, start
+from .callers import METHODS, RESPONSE, fill, partial, start
+from .models import CAUSAL_LM
+from .test_block_causal import every, worst
+from .test_properties import Model, Shape
 
 CACHED = {"mask_id": models.MASK, "lowering": "eager", "cache": "dual", "block_length": 4}
 
@@ -57,3 +63,108 @@ def test_where_rows_meet_is_named_once(how: str) -> None:
     assert not more
     assert "computes every row at every step: rows of its graph meet where no attention is seen (at node" in said
     assert "cumsum" in said
+
+
+# -- one that is written by several calls -----------------------------------------------------------------------------
+
+ONE_LAYER = {"num_hidden_layers": 1}
+"""Keys and values are made of tokens alone then: steps that compute a block are exact in it, as is the rest of it."""
+RELATIVE = {
+    "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "max_relative_positions": 16,
+}  # fmt: skip
+SLIDING = {"sliding_window": 4, "head_dim": 8}
+BUILT: dict[str, tuple[str, dict[str, Any]]] = {
+    "capped": ("Gemma2", {**CAUSAL_LM, **SLIDING, "attn_logit_softcapping": 2.0}),
+    "sinks": ("GptOss", {**CAUSAL_LM, **SLIDING, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "views": ("DebertaV2", {**models.SHAPE, "intermediate_size": 48}),
+    "positions": ("DebertaV2", {**models.SHAPE, "intermediate_size": 48, **RELATIVE}),
+    "shared positions": ("DebertaV2", {**models.SHAPE, "intermediate_size": 48, **RELATIVE, "share_att_key": True}),
+}
+DUAL = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "shift": False}
+
+
+def build(name: str, **more: Any) -> torch.nn.Module:
+    """A random model, in float64 where its own code computes in that."""
+    family, settings = BUILT[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**settings, **more})
+    head = "ForMaskedLM" if family == "DebertaV2" else "ForCausalLM"
+    model: torch.nn.Module = getattr(transformers, family + head)(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return model.to(torch.float32 if name == "sinks" else torch.float64).eval()
+
+
+def logits_of(call: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda ids: call(ids).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering"),
+    [*((name, "eager") for name in BUILT), ("capped", "inductor"), ("sinks", "inductor"), ("positions", "inductor")],
+)
+def test_blocks_of_one_layer_are_exact(name: str, lowering: str) -> None:
+    """Gemma 2's own code takes the softmax in float32, and GPT-OSS's computes in it: Inductor rounds these otherwise."""
+    model = build(name, **ONE_LAYER)
+    call = models.compiled_loop(model, **DUAL, lowering=lowering)
+    for prompt in (6, 9):  # the block begins where the prompt ends
+        apart = worst(logits_of(call), logits_of(model), models.start(prompt, 8), every)
+        assert apart < (1e-4 if name == "sinks" else 1e-5 if (name, lowering) == ("capped", "inductor") else 1e-9)
+    assert partial(model) == 14
+    assert dllm_compile.stats(model)["layers"]["cached"] == 14
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_partial_steps_that_compute_all_rows_equal_eager(name: str) -> None:
+    model = build(name)
+    settings = {"prompt_interval": 1, "response_interval": 100, "transfer_ratio": 1.0, "shift": False}
+    call = models.compiled_loop(model, **settings)
+    apart = worst(logits_of(call), logits_of(model), models.start(6, 8), every)
+    assert apart < (1e-3 if name == "sinks" else 1e-9)
+    assert partial(model) > 0
+    assert dllm_compile.stats(model)["refused"] == []
+
+
+@pytest.mark.parametrize("method", ["sparse", "dyllm", "flashblock"])
+def test_a_method_that_changes_which_keys_are_read_computes_every_row(method: str) -> None:
+    model = build("capped")
+    call = models.compiled_loop(model, **METHODS[method])
+    with pytest.warns(UserWarning, match="a layer cannot be written for fewer rows: attention that is written by"):
+        apart = worst(logits_of(call), logits_of(model), models.start(6, 8), every)
+    assert apart < 1e-9
+
+
+class Written(Model):
+    """Scores that hide later tokens in one of several ways."""
+
+    how = "filled"
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, S, V]``."""
+        x, tokens = self.embed(ids), ids.shape[1]
+        later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        for layer in self.layers:
+            a = layer.norm_a(x)
+            q, k, v = (layer.heads(each(a)) for each in (layer.q, layer.k, layer.v))
+            scores = torch.tanh(q @ k.transpose(2, 3))
+            if self.how == "filled":
+                shares = scores.masked_fill(later, -1e30).softmax(-1)
+            elif self.how == "chosen":
+                shares = torch.where(~later, scores, -1e30).softmax(-1)
+            elif self.how == "added":
+                shares = (scores + torch.zeros(tokens, tokens).double().masked_fill(later, -torch.inf)).softmax(-1)
+            else:
+                shares = scores * (~later).double()
+            x = x + layer.o((shares @ v).transpose(1, 2).reshape(x.shape))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("how", ["filled", "chosen", "added", "times"])
+def test_scores_that_hide_later_tokens_are_refused(how: str) -> None:
+    model = Model(Shape(layers=1, heads=2, groups=1, head_dim=4, seed=3))
+    model.__class__ = Written
+    model.how = how  # type: ignore[assignment]
+    call = models.compiled_loop(model, **METHODS["dllm-cache"], shift=False)
+    with pytest.warns(UserWarning, match="the attention mask is causal"):
+        assert worst(call, model, models.start(6, 8), every) < 1e-12

@@ -48,6 +48,10 @@ MASKED: dict[str, Any] = {**SMALL, "pad_token_id": 0, "bos_token_id": 1, "eos_to
 SLIDING = {"sliding_window": 8}
 GROUPS = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+RELATIVE: dict[str, Any] = {
+    "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "max_relative_positions": 16,
+    "share_att_key": True, "norm_rel_ebd": "layer_norm",
+}  # fmt: skip
 CANVAS: dict[str, Any] = {
     "text_config": {
         **SMALL, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "num_experts": 4, "top_k_experts": 2,
@@ -89,7 +93,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "DistilBertForMaskedLM": {**MASKED, "hidden_dim": 48},
     "AlbertForMaskedLM": {**MASKED, "embedding_size": 16},
     "ElectraForMaskedLM": {**MASKED, "embedding_size": 16},
-    "DebertaV2ForMaskedLM": MASKED,
+    "DebertaV2ForMaskedLM": {**MASKED, **RELATIVE},
     "ModernBertForMaskedLM": {**MASKED, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
     "EuroBertForMaskedLM": MASKED,
     "NomicBertForMaskedLM": MASKED,
