@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 import torch
 import torch.fx
@@ -23,6 +24,7 @@ from dllm_compile.core.layout import position
 from dllm_compile.core.products import Scored, scored_attention, scores_of
 from dllm_compile.core.stand_ins import expressions
 from dllm_compile.core.units import MOVES, Attention, Branch, Unit, closure
+from dllm_compile.debug import log
 from dllm_compile.kernels.confidence import confidence
 
 _ADDS = (operator.add, torch.add)
@@ -235,7 +237,9 @@ def _unit(
         if n is not leaving and any(u not in inside and (u in axes.live or u.op == "output") for u in n.users)
     ]
     unit = Unit(nodes, entering, [*([leaving] if leaving is not None else []), *read_outside])
-    unit.attentions = [_attention(n, axes, scored.get(n, ())) for n in nodes if n.target is attention or n in scored]
+    found = [_attention(n, axes) for n in nodes if n.target is attention]
+    several = [_several(n, axes, scored[n], inside) for n in nodes if n in scored]
+    unit.attentions = sorted([*found, *filter(None, several)], key=lambda each: nodes.index(each.node))
     if unit.attentions or (halves and entering is not None and leaving is not None):
         unit.branches = _branches(nodes, entering, leaving, axes, {each.node for each in unit.attentions})
     elif leaving is None and entering is not None:
@@ -295,7 +299,27 @@ def _branches(
     return out
 
 
-def _attention(node: torch.fx.Node, axes: Axes, scored: tuple[torch.fx.Node, ...]) -> Attention:
+def _several(
+    node: torch.fx.Node, axes: Axes, scored: tuple[torch.fx.Node, ...], inside: set[torch.fx.Node]
+) -> Attention | None:
+    """An attention of several calls; ``None`` where its keys and values cannot be kept: its rows are unproven then."""
+    try:
+        found = _attention(node, axes, scored, inside)
+        if {found.key, found.value} <= inside:
+            return found
+    except GraphRefused as refusal:
+        log.info("attention of several calls is not kept: %s", refusal)
+    axes.unproven.add(node)
+    axes.whole = {(reader, read) for reader, read in axes.whole if reader is not node and reader not in scored}
+    return None
+
+
+def _attention(
+    node: torch.fx.Node,
+    axes: Axes,
+    scored: tuple[torch.fx.Node, ...] = (),
+    inside: AbstractSet[torch.fx.Node] = frozenset(),
+) -> Attention:
     query: torch.fx.Node | None
     if scored:
         scores = scores_of(scored, axes)
@@ -303,9 +327,9 @@ def _attention(node: torch.fx.Node, axes: Axes, scored: tuple[torch.fx.Node, ...
     else:
         given = attention_arguments(node.args, node.kwargs)
         query, keys, values = given.query, given.key, given.value
-    kept = _narrowest(keys, axes, bool(scored)), _narrowest(values, axes, bool(scored))
+    kept = _narrowest(keys, axes, inside), _narrowest(values, axes, inside)
     whole = [operand for each in scored for operand in each.all_input_nodes if (each, operand) in axes.whole]
-    if any(_narrowest(each, axes, True) not in kept for each in whole):
+    if any(_narrowest(each, axes, inside) not in kept for each in whole):
         raise GraphRefused("attention reads all rows of more than its keys and values", node)
     while query is not None:
         if query in kept:
@@ -330,15 +354,15 @@ def _made_of(value: torch.fx.Node, other: torch.fx.Node, axes: Axes) -> bool:
     return fed and value is not other and not between & axes.unproven
 
 
-def _narrowest(node: object, axes: Axes, more: bool) -> torch.fx.Node:
-    """Walk up through calls that only move or repeat data, and with ``more`` through all that are made of one value row
-    by row, up to a projection; the smallest tensor there is the one worth keeping.
+def _narrowest(node: object, axes: Axes, inside: AbstractSet[torch.fx.Node]) -> torch.fx.Node:
+    """Walk up through calls that only move or repeat data, and between nodes ``inside`` through all that are made of
+    one value row by row, up to a projection; the smallest tensor there is the one worth keeping.
     """
     assert isinstance(node, torch.fx.Node)
     best = node
-    while called(node) in MOVES or (more and node.target is not linear and node not in axes.unproven):
+    while called(node) in MOVES or (node in inside and node.target is not linear and node not in axes.unproven):
         parents = [n for n in node.all_input_nodes if n in axes.live]
-        if len(parents) != 1 or parents[0] not in axes.layout:
+        if len(parents) != 1 or parents[0] not in axes.layout or (inside and parents[0] not in inside):
             break
         node = parents[0]
         layout = axes.layout[node]

@@ -104,7 +104,7 @@ def logits_of(call: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     [*((name, "eager") for name in BUILT), ("capped", "inductor"), ("sinks", "inductor"), ("positions", "inductor")],
 )
 def test_blocks_of_one_layer_are_exact(name: str, lowering: str) -> None:
-    """Gemma 2's own code takes the softmax in float32, and GPT-OSS's computes in it: Inductor rounds these otherwise."""
+    """Gemma 2's own code takes the softmax in float32, GPT-OSS's computes in it: Inductor rounds these otherwise."""
     model = build(name, **ONE_LAYER)
     call = models.compiled_loop(model, **DUAL, lowering=lowering)
     for prompt in (6, 9):  # the block begins where the prompt ends
