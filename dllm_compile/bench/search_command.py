@@ -293,8 +293,7 @@ def run(
     return ranking
 
 
-def main(argv: list[str]) -> None:
-    """Command line: the words behind ``bench``, of which ``--search`` is one."""
+def _parser() -> Parser:
     parser = Parser(prog="dllm_compile bench --search", description=ABOUT)
     parser.add_argument("--search", action="store_true", help="this measurement")
     parser.add_argument("--antiberty", action="store_true", help="on AntiBERTy in place of the embedded model")
@@ -320,6 +319,12 @@ def main(argv: list[str]) -> None:
         "problems; where none is named, one of each method",
     )
     parser.add_argument("--json", type=target, help="also write rungs and ranking to this file, after each rung")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Command line: the words behind ``bench``, of which ``--search`` is one."""
+    parser = _parser()
     given = parser.parse_args(argv)
     for flag, count in (("--first", given.first), ("--problems", given.problems)):
         if count % given.batch:
