@@ -15,7 +15,7 @@ from .contest import Contender, Row
 from .table import print_rows
 
 PROBLEMS, BATCH, BLOCK = 32, 8, 32
-MARKERS = "osD^v<>pPXhH*d8"
+MARKERS = "osD^v<>pPXhH*d8x"
 
 
 def entrants() -> dict[str, list[tuple[str, Contender]]]:
@@ -47,6 +47,7 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
             "dinfer + threshold": {"method": "dinfer", **blocks},
             "sparse + threshold": sparse,
             "dyllm + threshold": {"method": "dyllm"},
+            "es-dllm + threshold": {"method": "es-dllm"},
             "dual, sparse, salient + threshold": {**sparse, "saliency_threshold": 0.99, "full_steps": 1},
         }.items():
             add(series, threshold, options=options, settings={"threshold": threshold})
