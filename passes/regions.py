@@ -238,7 +238,7 @@ def _unit(
     ]
     unit = Unit(nodes, entering, [*([leaving] if leaving is not None else []), *read_outside])
     found = [_attention(n, axes) for n in nodes if n.target is attention]
-    several = [_several(n, axes, scored[n], inside) for n in nodes if n in scored]
+    several = [_several(n, axes, scored, inside) for n in nodes if n in scored]
     unit.attentions = sorted([*found, *filter(None, several)], key=lambda each: nodes.index(each.node))
     if unit.attentions or (halves and entering is not None and leaving is not None):
         unit.branches = _branches(nodes, entering, leaving, axes, {each.node for each in unit.attentions})
@@ -299,18 +299,21 @@ def _branches(
     return out
 
 
-def _several(
-    node: torch.fx.Node, axes: Axes, scored: tuple[torch.fx.Node, ...], inside: set[torch.fx.Node]
-) -> Attention | None:
-    """An attention of several calls; ``None`` where its keys and values cannot be kept: its rows are unproven then."""
+def _several(node: torch.fx.Node, axes: Axes, scored: Scored, inside: set[torch.fx.Node]) -> Attention | None:
+    """An attention of several calls; ``None`` where its keys and values cannot be kept: its rows are unproven then.
+
+    Calls that belong to another one, too, such as the scores of two products with values, stay part of that.
+    """
     try:
-        found = _attention(node, axes, scored, inside)
+        found = _attention(node, axes, scored[node], inside)
         if {found.key, found.value} <= inside:
             return found
     except GraphRefused as refusal:
         log.info("attention of several calls is not kept: %s", refusal)
     axes.unproven.add(node)
-    axes.whole = {(reader, read) for reader, read in axes.whole if reader is not node and reader not in scored}
+    shared = {each for product, between in scored.items() if product is not node for each in between}
+    own = {node, *scored[node]} - shared
+    axes.whole = {(reader, read) for reader, read in axes.whole if reader not in own}
     return None
 
 
