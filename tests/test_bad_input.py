@@ -488,8 +488,8 @@ COMMANDS: list[tuple[str, str]] = [
     ("explain --response 0", "argument --response: '0' is no whole number of at least 1"),
     ("explain --mask-id -1", "argument --mask-id: '-1' is no whole number of at least 0"),
     (
-        "explain --mask-id 999",
-        "mask_id is 999, but the model embeds 976 tokens, 0 to 975; give the token id of its mask",
+        "explain --mask-id 1999",
+        "mask_id is 1999, but the model embeds 1008 tokens, 0 to 1007; give the token id of its mask",
     ),
     ("explain --devise h100", "there is no argument '--devise'; did you mean --device? Flags: "),
     ("explain --device h100", "dllm_compile explain: error: --device goes with --shape"),
@@ -562,7 +562,7 @@ def test_commands_answer_in_a_sentence_before_they_compute(
 def test_an_interrupt_ends_a_command_in_one_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr({"demo": demo, "bench": bench}[command], "run", interrupted)

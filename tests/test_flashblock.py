@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,8 +164,8 @@ def test_what_is_kept_is_not_used_for_other_keys_or_rows(beside: dict[str, Any])
     torch.testing.assert_close(a[calls[-1] == MASK], b[calls[-1] == MASK], rtol=0, atol=1e-9 if "some" in beside else 9)
 
 
-@pytest.mark.filterwarnings("ignore:dllm. this loop writes other tokens")
 def test_an_edit_outside_is_seen_at_once() -> None:
+    warnings.filterwarnings("ignore", "dllm: this loop writes other tokens")
     model, ids = Model(SHAPE), start(6, 8, 2)
     call = fresh(model, method="flashblock", block_length=4)
     plain = [FlashBlock(model, x, 4) for x in ids]

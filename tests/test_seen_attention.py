@@ -101,7 +101,7 @@ def logits_of(call: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "lowering"),
-    [*((name, "eager") for name in BUILT), ("capped", "inductor"), ("sinks", "inductor"), ("positions", "inductor")],
+    [*((name, "eager") for name in BUILT), ("capped", "inductor")],
 )
 def test_blocks_of_one_layer_are_exact(name: str, lowering: str) -> None:
     """Gemma 2's own code takes the softmax in float32, GPT-OSS's computes in it: Inductor rounds these otherwise."""
