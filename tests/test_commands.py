@@ -80,7 +80,7 @@ def test_demo_writes_its_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = ["eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual", "sparse-dllm", "dyllm"]
-    parallel = ["threshold, eager", *(f"{name} + threshold" for name in ("dual", "sparse", "dyllm"))]
+    parallel = ["threshold, eager", *(f"{name} + threshold" for name in ("dual", "sparse", "dyllm", "es-dllm"))]
     assert [each.name for each in demo.contenders(32)] == fixed + parallel
     names = "eager", "fast-dllm dual", "dual + threshold"
     monkeypatch.setattr(demo, "contenders", only(demo.contenders, *names, eager=names[1:]))  # examples use Inductor
