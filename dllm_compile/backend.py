@@ -17,8 +17,9 @@ from . import compat
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
 from .compat import CompileContext, FakeTensor, is_traceable_wrapper_subclass, tree_leaves
+from .core.arguments import called
 from .core.errors import GraphRefused, TokensUnseen, describe, refusing
-from .core.graph import called, numbers
+from .core.graph import numbers
 from .core.stand_ins import StandIns
 from .debug import labelled, log
 from .declared import ExactCalls, declared

@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from .backend import Backend
+from .core.arguments import called
 from .core.assignment import EXACT, Assignment
 from .core.axes import Axes
 from .core.demand import find_demand
@@ -214,7 +215,7 @@ def _values(unit: Unit, axes: Axes, variants: dict[str, Assignment]) -> list[Val
     return [
         Value(
             node.name,
-            str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)),
+            called(node),
             tuple(operand.name for operand in node.all_input_nodes if operand in axes.live),
             {name: found.get(node, NONE).name for name, found in computed.items()},
         )

@@ -18,9 +18,9 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import OpOverload
-from dllm_compile.core.arguments import argument, attention
+from dllm_compile.core.arguments import argument, attention, called
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import called, output_node, placeholders
+from dllm_compile.core.graph import output_node, placeholders
 
 _FLEX = torch.ops.higher_order.flex_attention
 _BY_ENTRY = {

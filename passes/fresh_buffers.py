@@ -17,7 +17,7 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import storage_id
-from dllm_compile.core.graph import called
+from dllm_compile.core.arguments import called
 
 _MAKES = {"empty", "zeros", "ones", "full"}
 _MADE = {*_MAKES, *(f"new_{name}" for name in _MAKES), *(f"{name}_like" for name in _MAKES)}

@@ -16,7 +16,7 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import ENTER_AUTOCAST, EXIT_AUTOCAST, NO_EFFECT, is_erased, storage_id
-from dllm_compile.core.arguments import canonical
+from dllm_compile.core.arguments import called, canonical
 from dllm_compile.core.errors import GraphRefused
 from dllm_compile.core.graph import output_node, replace_call
 
@@ -65,7 +65,7 @@ def memory_handed_over(graph: torch.fx.Graph, written: set[torch.fx.Node]) -> li
 
 def _hands_over(node: torch.fx.Node) -> bool:
     """Whether a node is ``x.set_(y)``."""
-    return getattr(node.target, "__name__", str(node.target)) == "set_" and len(node.args) == 2
+    return called(node) == "set_" and len(node.args) == 2
 
 
 def _behind(node: torch.fx.Node) -> set[torch.fx.Node]:
@@ -93,7 +93,7 @@ def normalize(graph: torch.fx.Graph, fake: dict[torch.fx.Node, Any], written: se
     """
     changed = 0
     for node in list(graph.nodes):
-        name = getattr(node.target, "__name__", str(node.target))
+        name = called(node)
         if is_erased(node):
             continue
         if name in NO_EFFECT:
@@ -172,7 +172,7 @@ def assigned(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
 
 def _call_functional(node: torch.fx.Node) -> None:
     """``x.f_()`` becomes ``x.f()``, ``torch.f_(x)`` becomes ``torch.f(x)``, and ``inplace=True`` becomes ``False``."""
-    name = getattr(node.target, "__name__", str(node.target))
+    name = called(node)
     if node.op == "call_method" and hasattr(torch.Tensor, name[:-1]) and name not in ("copy_", "set_", "resize_"):
         node.target = name[:-1]
         return

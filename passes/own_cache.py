@@ -19,8 +19,8 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import of_module
-from dllm_compile.core.arguments import argument, attention_arguments
-from dllm_compile.core.graph import called, placeholders
+from dllm_compile.core.arguments import argument, attention_arguments, called
+from dllm_compile.core.graph import placeholders
 from dllm_compile.core.stand_ins import expr_of
 from dllm_compile.core.units import closure
 

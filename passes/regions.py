@@ -16,10 +16,10 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import tree_leaves
-from dllm_compile.core.arguments import argument, attention, attention_arguments
+from dllm_compile.core.arguments import argument, attention, attention_arguments, called
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused, TokensUnseen
-from dllm_compile.core.graph import called, output_node
+from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
 from dllm_compile.core.products import Scored, scored_attention, scores_of
 from dllm_compile.core.stand_ins import expressions
@@ -268,7 +268,7 @@ def _logits(unit: Unit, axes: Axes) -> torch.fx.Node | None:
     found = [n for n in (*read, *leaving) if n in wide]
     if found:
         return found[0]
-    best = next((n for n in unit.nodes if getattr(n.target, "__name__", n.target) == "argmax"), None)
+    best = next((n for n in unit.nodes if called(n) == "argmax"), None)
     node = next((n for n in wide if best is not None and n in best.all_input_nodes), None)
     start = next((n for n in reversed(unit.nodes) if n.target is linear and n in wide), None)
     at: torch.fx.Node | None = node

@@ -24,9 +24,10 @@ import torch
 import torch.fx
 
 from dllm_compile.compat import is_dtensor
+from dllm_compile.core.arguments import called
 from dllm_compile.core.axes import Axes, linear
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import called, output_node
+from dllm_compile.core.graph import output_node
 from dllm_compile.core.ranks import is_collective, joined, kinds, local, looked_up, shard, summed
 from dllm_compile.core.units import Unit
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.core.arguments import argument, attention
+from dllm_compile.core.arguments import argument, attention, called
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.axis_rules import RULES, Known
 from dllm_compile.core.layout import Layout, holds, position
@@ -59,7 +59,7 @@ def unmask(graph: torch.fx.Graph, axes: Axes, follow: Callable[[], Axes]) -> Axe
 
 
 def _is(node: object, *names: str) -> bool:
-    return isinstance(node, Node) and getattr(node.target, "__name__", node.target) in names
+    return isinstance(node, Node) and called(node) in names
 
 
 # -- the shift --------------------------------------------------------------------------------------------------------

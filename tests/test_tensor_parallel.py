@@ -68,15 +68,20 @@ def chosen(run: dict[str, Any]) -> list[dict[int, list[Any]]]:
     return [{layer: rows.sort(-1).values.tolist() for layer, rows in each.items()} for each in run["chosen"]]
 
 
+def see_that_runs_are_alike(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    """Of one process, and of one of two ranks, which is cached: tokens, logits, kinds of steps, rows."""
+    assert part["refused"] == []
+    assert same_at_each_step(whole, part)
+    assert part["kinds"] == whole["kinds"]
+    assert part["computed"] == whole["computed"]
+    assert chosen(part) == chosen(whole)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_compute_what_one_process_does(found: list[dict[str, Any]], method: str) -> None:
     for each in found:
         whole, part = each["methods"][method]
-        assert part["refused"] == []
-        assert same_at_each_step(whole, part)
-        assert part["kinds"] == whole["kinds"]
-        assert part["computed"] == whole["computed"]
-        assert chosen(part) == chosen(whole)
+        see_that_runs_are_alike(whole, part)
         assert set(part["kinds"]) >= PARTIAL.get(method, {"full"})
 
 
@@ -86,11 +91,7 @@ def test_a_model_that_transformers_shares_is_cached(found: list[dict[str, Any]],
     """``from_pretrained(..., tp_plan="auto")``: embedding, heads, MLP and logits are shared."""
     for each in found:
         whole, part = each["loaded"][method]
-        assert part["refused"] == []
-        assert same_at_each_step(whole, part)
-        assert part["kinds"] == whole["kinds"]
-        assert part["computed"] == whole["computed"]
-        assert chosen(part) == chosen(whole)
+        see_that_runs_are_alike(whole, part)
         assert part["state_bytes"] < whole["state_bytes"]
     one, other = (each["loaded"][method][1] for each in found)
     assert all(torch.equal(a, b) for a, b in zip(one["logits"], other["logits"], strict=True))

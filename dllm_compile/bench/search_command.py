@@ -74,7 +74,7 @@ Meaning = Callable[[Setting], tuple[Settings, dict[str, Any]]]
 
 def published() -> list[str]:
     """The presets of the methods, and others of note."""
-    names = [*tables().methods, "dllm-cache/llada-instruct-gsm8k", "fast-dllm/dual", "fast-dllm++", "fastest"]
+    names = [*tables().methods, "fast-dllm/dual", "fast-dllm++", "fastest"]
     return [name for name in names if name != "exact"]
 
 

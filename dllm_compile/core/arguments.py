@@ -1,4 +1,4 @@
-"""Arguments of calls by name, however they were written: by position, by keyword, or by NumPy's names."""
+"""What a node calls, and its arguments by name, whether they were written by position, by keyword or as in NumPy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from dllm_compile.compat import OpOverloadPacket, schema
 
 attention = torch.nn.functional.scaled_dot_product_attention
 _OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "input": "self", "x": "self", "x1": "self", "x2": "other"}
+
+
+def called(node: torch.fx.Node) -> str:
+    """The name of what a node calls, without its module."""
+    return str(getattr(node.target, "__name__", node.target))
 
 
 class Attended(NamedTuple):

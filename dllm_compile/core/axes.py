@@ -19,7 +19,7 @@ import torch.fx
 
 from dllm_compile.compat import FakeTensor, FakeTensorMode, TorchDispatchMode, schema, storage_id, tree_leaves, tree_map
 
-from .arguments import attention, attention_arguments
+from .arguments import attention, attention_arguments, called
 from .axis_rules import RULES, Known, along, elementwise, note_constant
 from .errors import GraphRefused
 from .layout import Factor, Layout, holds, plain, size
@@ -149,7 +149,7 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
         return attended
-    if len(args) == 2 and _called(node) in ("matmul", "bmm"):
+    if len(args) == 2 and called(node) in ("matmul", "bmm"):
         return _product(mode, node, *args)
     if node.target in (summed, joined):
         layout = mode.known.of(args[0])
@@ -168,10 +168,6 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         mode.known.tag(rows, (*layout, plain(table.shape[1])))
         return rows
     return None
-
-
-def _called(node: torch.fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _product(mode: _Follow, node: torch.fx.Node, left: Any, right: Any) -> torch.Tensor | None:

@@ -23,12 +23,12 @@ import torch
 import torch.fx
 
 from . import rows as row_ops
-from .arguments import Attended, attention, attention_arguments
+from .arguments import Attended, attention, attention_arguments, called
 from .assignment import ACTIVE, KEYED, KEYS, PROMPT_SELECTED, RESPONSE, SALIENT, SELECTED, Assignment, Outside
 from .axes import Axes
 from .demand import COUNTED, at_hand, find_demand, rows_read
 from .errors import GraphRefused
-from .graph import called, open_sizes
+from .graph import open_sizes
 from .layout import Layout, opened, position
 from .rows import ALL, NONE, RowSet
 from .state import outside_shape

@@ -13,6 +13,8 @@ import torch.fx
 
 from dllm_compile.compat import leave_vmaps, vmap_depth
 
+from .arguments import called
+
 
 class GraphRefused(Exception):
     """A graph, or a part of one, that the compiler does not take.
@@ -103,9 +105,8 @@ def _at_fault(error: BaseException) -> torch.fx.Node | None:
 
 def describe(node: torch.fx.Node) -> str:
     """Name a node with what it calls and the line of the model it came from."""
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     line = source_line(node)
-    return f"node {node.name!r} ({target})" + (f", {line}" if line else "")
+    return f"node {node.name!r} ({called(node)})" + (f", {line}" if line else "")
 
 
 def source_line(node: torch.fx.Node) -> str:

@@ -26,6 +26,7 @@ from dllm_compile.compat import (
     tree_leaves,
 )
 
+from .arguments import called
 from .axes import Axes, run_node
 from .errors import GraphRefused
 from .layout import Dim, Layout, is_open, opened
@@ -330,11 +331,6 @@ def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[An
     node.target = target
     node.args = args
     node.kwargs = kwargs or {}
-
-
-def called(node: torch.fx.Node) -> str:
-    """The name of what a node calls, without its module."""
-    return str(getattr(node.target, "__name__", node.target))
 
 
 _SIZED_METHODS = {"view", "reshape", "expand", "broadcast_to", "unflatten"}

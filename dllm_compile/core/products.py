@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 
+from .arguments import called
 from .axes import Axes, linear
-from .graph import called
 from .layout import holds
 
 Node = torch.fx.Node
