@@ -47,6 +47,7 @@ AXES: dict[str, tuple[Setting, ...]] = {
     "block": ({"block_length": 32}, {"block_length": 16}, {"block_length": 64}),
     "tokens": (
         {"threshold": 0.9},
+        {"threshold": 0.7},
         {"threshold": 0.8},
         {"threshold": 0.95},
         {"threshold": 0.9, "threshold_fall": 0.3},
