@@ -6,6 +6,8 @@ joined to one file, under other names; a kernel that was compiled before is take
 such a file, for what two kernels may both define, each is compiled alone, as outside of tests.
 
 And what Inductor finds out about an index is kept for all graphs: it keeps 128 of its answers, fewer than a model has.
+
+It changes Inductor itself, so it is done with the release it was written for. With another, tests compile as users do.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch._inductor import cpp_builder, sizevars
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
@@ -23,6 +26,8 @@ from torch._inductor.exc import CppCompileError
 
 BINDING, TABLE, END = "static PyObject* kernel_py(", "static PyMethodDef py_methods[] = {", "{NULL, NULL, 0, NULL}};"
 """Where the parts of a file of Inductor begin that are one for each kernel, a table of kernels, and its last entry."""
+
+WRITTEN_FOR = torch.__version__.startswith("2.13.")
 
 
 class Kernel(NamedTuple):
@@ -107,6 +112,8 @@ def _noted(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
 
 def begin() -> None:
     """From here on, in this process."""
+    if not WRITTEN_FOR:
+        return
     AsyncCompile.cpp_pybinding = _noted  # type: ignore[method-assign]
     AsyncCompile.wait = _wait(AsyncCompile.wait)  # type: ignore[method-assign]
     cpp_builder._get_optimization_cflags = _quick(cpp_builder._get_optimization_cflags)
