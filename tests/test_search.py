@@ -175,6 +175,15 @@ def test_presets_are_compared_as_they_are_and_with_a_threshold() -> None:
         search_command.compared(["fastset"], meaning)
 
 
+def test_what_a_search_ranked_is_compared_on_another_model(tmp_path: Path) -> None:
+    """With the preset that is the fastest so far; what the other model has no loop for is left out."""
+    settings = [{"preset": "es-dllm", "row_shares": [0.5, 0.25]}, search_command.BASELINE[1], {"drafts": 4}]
+    path = tmp_path / "ranking.json"
+    path.write_text(json.dumps({"ranking": [{"setting": each} for each in settings]}))
+    found = search_command.ranked(str(path), search_command.of_stretches)
+    assert [*found.values()] == [{"preset": "fastest"}, {"preset": "es-dllm", "row_shares": (0.5, 0.25)}]
+
+
 # -- the models --------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +269,9 @@ def test_the_command_takes_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (len(candidates), len(batches)) == (3, 5)
         assert named == {"bound": bound, "first": 2, "finalists": 4, "seed": 1}
     assert isinstance(given[1][2][0], antibody.Batch)
-    for wrong in (["--first", "3"], ["--bound", "2"], ["--problems", "12"], ["--first", "16", "--problems", "8"]):
+    ends = ["--first", "16", "--problems", "8"]
+    no_settings = ["--ranked", "none.json"], ["--presets", "none"]
+    for wrong in (*no_settings, ["--first", "3"], ["--bound", "2"], ["--problems", "12"], ends):
         with pytest.raises(SystemExit) as left:
             bench.main(["--search", *wrong])
         assert left.value.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -92,6 +93,20 @@ def compared(presets: Sequence[str], meaning: Meaning) -> dict[str, Setting]:
     """
     alone: Iterable[Setting] = ({"preset": name} for name in presets)
     return {name_of(each): each for each in distinct(itertools.chain(alone, map(parallel, presets)), meaning, False)}
+
+
+def ranked(path: str, meaning: Meaning) -> dict[str, Setting]:
+    """Settings by name that another search ranked, on another model perhaps, and the preset ``fastest``.
+
+    Args:
+        path: of the file that ``--json`` named then.
+        meaning: see :func:`distinct`; what it refuses is left out.
+    """
+    with open(path, encoding="utf-8") as file:
+        rows = json.load(file)["ranking"]
+    lists = ({k: tuple(v) if isinstance(v, list) else v for k, v in row["setting"].items()} for row in rows)
+    others = (each for each in lists if each != BASELINE[1])
+    return {name_of(each): each for each in distinct([{"preset": "fastest"}, *others], meaning, True)}
 
 
 def resolved(setting: Setting, response: int, batch: int = 1, mask_id: int = 0) -> tuple[Settings, dict[str, Any]]:
@@ -319,8 +334,22 @@ def _parser() -> Parser:
         help="in place of a search: these presets, as they were published and with a threshold, all of them on all "
         "problems; where none is named, one of each method",
     )
+    parser.add_argument(
+        "--ranked",
+        metavar="FILE",
+        help="in place of a search: the settings that an earlier one ranked and wrote to this file by --json, on the "
+        "other model perhaps, and the preset fastest, all of them on all problems",
+    )
     parser.add_argument("--json", type=target, help="also write rungs and ranking to this file, after each rung")
     return parser
+
+
+def _candidates(given: argparse.Namespace, meaning: Meaning) -> dict[str, Setting]:
+    if given.ranked is not None:
+        return ranked(given.ranked, meaning)
+    if given.presets is not None:
+        return compared(given.presets or published(), meaning)
+    return drawn(given.candidates, given.seed, meaning)
 
 
 def main(argv: list[str]) -> None:
@@ -351,12 +380,10 @@ def main(argv: list[str]) -> None:
                 json.dump({**said, **report}, file, indent=1, allow_nan=False)
 
     how = {"bound": given.bound, "first": given.first // given.batch, "finalists": given.finalists, "seed": given.seed}
-    if given.presets is None:
-        candidates = drawn(given.candidates, given.seed, meaning)
-    else:
-        try:
-            candidates = compared(given.presets or published(), meaning)
-        except ValueError as error:
-            parser.error(f"--presets: {error}")
+    try:
+        candidates = _candidates(given, meaning)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        parser.error(f"no settings in what --presets or --ranked names: {error}")
+    if given.ranked is not None or given.presets is not None:
         how |= {"bound": 1.0, "finalists": len(candidates)}
     run(evaluate, candidates, batches, write=write, **how)
