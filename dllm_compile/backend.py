@@ -189,7 +189,8 @@ class Backend:
             return self._leave_alone(self.joins, args)
         begin, key = perf_counter(), self._key(args)
         programs = self.programs  # replaced as a whole by other threads
-        program = programs[key] if key in programs else self._program(key, args)
+        new = key not in programs
+        program = self._program(key, args) if new else programs[key]
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
         stream = args[program.index[program.seed]]
@@ -205,21 +206,23 @@ class Backend:
             with session.lock:
                 chain.found = self._begin(program, args, session)
                 enter(chain)
-                result = self._run(program, args, chain, begin)
+                result = self._run(program, args, chain, begin, new)
         elif chain.found is None:
-            result = self._run(program, args, chain, begin)
+            result = self._run(program, args, chain, begin, new)
         else:
             with chain.found[0].session.lock:
                 self._join(program, args, *chain.found)
-                result = self._run(program, args, chain, begin)
+                result = self._run(program, args, chain, begin, new)
         return chain.deliver() or result  # type: ignore[func-returns-value]  # no interrupt comes inside of a line
 
-    def _run(self, program: Program, args: Sequence[Any], chain: Chain, begin: float) -> Any:
-        """Run the graph, called at ``begin`` by the host's clock, as part of the step that its chain is."""
+    def _run(self, program: Program, args: Sequence[Any], chain: Chain, begin: float, looked: bool) -> Any:
+        """Run the graph, called at ``begin`` by the host's clock, as part of the step that its chain is; ``looked``:
+        at its masks, in this call.
+        """
         result = None
         if chain.found is not None and chain.found[1].shape == program.size:
             try:
-                result = self._run_step(program, args, *chain.found)
+                result = self._run_step(program, args, *chain.found, looked)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
                 self._refuse(refusal, args)
                 self.programs = {key: None if known is program else known for key, known in self.programs.items()}
@@ -232,13 +235,14 @@ class Backend:
         chain.passed = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor) and v.dim() == 3]
         return result
 
-    def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> Any:
+    def _run_step(self, program: Program, args: Sequence[Any], batch: Batch, step: Step, looked: bool) -> Any:
         begins, done, before, depth = batch.last is not step, False, step.layer, step.depth
         try:
-            if (place := (program.signature, before)) not in batch.looked:
+            place = program.signature, before
+            if not looked and place not in batch.looked:
                 with refusing("analyzed"):
                     program.check(args)  # a mask may be another one than at the first call of this size
-                batch.looked.add(place)
+            batch.looked.add(place)
             with labelled("step {}, {}", step.number, step.assignment.name):
                 result = run(program, args, batch, step)
             step.layer, step.depth = before + len(program.layers), depth + program.depth

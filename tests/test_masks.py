@@ -9,6 +9,7 @@ import torch
 
 import dllm_compile
 from dllm_compile.runtime import unit_code
+from dllm_compile.runtime.program import Program
 
 from .test_properties import MASK, Model, Shape
 
@@ -144,6 +145,16 @@ def test_one_that_hides_a_key_is_read_whatever_the_one_before_hid(kind: str, opt
         assert torch.equal(a, b)
         assert torch.equal(c, d)
         assert (a - c)[0].abs().max() > 1e-6
+
+
+def test_each_sequence_looks_at_its_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of a size, whose graph is made then, and the next."""
+    looks, check = [], Program.check
+    monkeypatch.setattr(Program, "check", lambda program, args: looks.append(check(program, args)))
+    call = torch.compile(built("keys"), backend="dllm", options={**FAST_DLLM, "mask_id": MASK, "lowering": "eager"})
+    for sequences in (1, 2):
+        generated(call, torch.ones(2, 18, dtype=torch.int64))
+        assert len(looks) == sequences
 
 
 class OfTokens(Model):
