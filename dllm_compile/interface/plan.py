@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -46,10 +47,15 @@ class Call:
         """``[B, S]`` bool, positions that hold another token than at the call before, and no mask."""
         return self.changed & ~self.masked
 
-    @property
+    @cached_property
     def rewrites(self) -> bool:
         """Whether a mask or another token was written over a token that was there at the call before."""
         return bool((self.changed & ~self.filled).any())
+
+    @cached_property
+    def remasks(self) -> bool:
+        """Whether a mask was."""
+        return self.rewrites and bool((self.changed & self.masked).any())
 
 
 @dataclass(frozen=True)

@@ -474,11 +474,10 @@ class Batch:
         last = self.last
         notes = {**last.past.notes, **last.noted} if last is not None else {}
         call = Call(number, repeat, masked, filled, changed, filling, notes, wanted, read)
+        if not follow or self.depends is None or call.remasks:
+            return call
         reads_more = not bool(masked.any()) or call.rewrites  # than before: what was left as it is has no such logits
-        remasked = bool((changed & masked).any())
-        if follow and not remasked and (self.session.reads_filled or not reads_more):
-            call = replace(call, depends=self.depends)
-        return call
+        return replace(call, depends=self.depends) if self.session.reads_filled or not reads_more else call
 
     def expect(self, program: Program) -> None:
         """While it is undecided whether these calls are a loop, keep the returned logits, to compare the tokens filled

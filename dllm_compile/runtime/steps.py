@@ -133,7 +133,7 @@ def _planned(
     size, tokens = call.masked.shape
     session.records = session.options.cuda_graphs and recordings.possible(device)
     if past.number > 0 and call.rewrites:
-        _note_rewriting(session, program, bool((call.changed & call.masked).any()))
+        _note_rewriting(session, program, call.remasks)
     if plan.held is not None:
         batch.held = max(batch.held, int(plan.held.sum(1).max()), 2)
         plan = _with_all_renewed(batch, plan)
