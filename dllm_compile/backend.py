@@ -423,6 +423,12 @@ class Backend:
         meet = program.hides_attention
         if meet is not None and not batch.whole and not isinstance(batch.new_schedule(), Exact):
             batch.run_whole(f"rows of its graph meet where no attention is seen (at {describe(meet)})")
+        calls = program.in_one_layer
+        if calls and not batch.whole and batch.new_schedule().first is not None:
+            batch.run_whole(
+                f"its {len(calls)} attention calls are one layer, as more than a hidden state goes from one to the "
+                f"next (at {describe(calls[1])}), and of layers the first is computed in full"
+            )
         if not batch.asked_masks and program.ids is not None:
             batch.follow_masks(program, args)
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:

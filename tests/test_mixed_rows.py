@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ class Mixed(Model):
         return logits
 
 
-def build(role: str, mix: Mix, several: bool = False) -> Model:
-    model = Model(SHAPE)
+def build(role: str, mix: Mix, several: bool = False, layers: int = 1) -> Model:
+    model = Model(replace(SHAPE, layers=layers))
     model.__class__ = Mixed
     model.role, model.mix, model.several = role, mix, several  # type: ignore[assignment]
     return model
@@ -78,6 +79,15 @@ def see_that_all_is_computed(model: Model, ids: torch.Tensor, block_length: int)
 def test_keys_and_values_that_hold_other_tokens_are_refused(how: str, role: str, several: bool) -> None:
     """Steps that compute all keys are right, and those that compute a block's alone are not."""
     see_that_all_is_computed(build(role, OVER_TOKENS[how], several), models.start(6, 8), 8)
+
+
+def test_where_layers_run_one_by_one_it_is_said_of_those_that_rows_meet_in() -> None:
+    """dLLM-Cache carries all rows from layer to layer, so that the other layers compute fewer."""
+    model = build("k", OVER_TOKENS["sum"], layers=3)
+    call = models.compiled_loop(model, prompt_interval=8, response_interval=4, transfer_ratio=0.5, shift=False)
+    with pytest.warns(UserWarning, match="every row of some layers at every step: the rows of a layer dep") as told:
+        assert worst(call, model, models.start(6, 8), every) < 1e-9
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("role", ["v", "out"])

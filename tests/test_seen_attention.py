@@ -80,6 +80,7 @@ BUILT: dict[str, tuple[str, dict[str, Any]]] = {
     "positions": ("DebertaV2", {**models.SHAPE, "intermediate_size": 48, **RELATIVE}),
     "shared positions": ("DebertaV2", {**models.SHAPE, "intermediate_size": 48, **RELATIVE, "share_att_key": True}),
 }
+ALL_ROWS = {"prompt_interval": 1, "response_interval": 100, "transfer_ratio": 1.0, "shift": False}
 DUAL = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "shift": False}
 
 
@@ -117,8 +118,7 @@ def test_blocks_of_one_layer_are_exact(name: str, lowering: str) -> None:
 @pytest.mark.parametrize("name", BUILT)
 def test_partial_steps_that_compute_all_rows_equal_eager(name: str) -> None:
     model = build(name)
-    settings = {"prompt_interval": 1, "response_interval": 100, "transfer_ratio": 1.0, "shift": False}
-    call = models.compiled_loop(model, **settings)
+    call = models.compiled_loop(model, **ALL_ROWS)
     apart = worst(logits_of(call), logits_of(model), models.start(6, 8), every)
     assert apart < (1e-3 if name == "sinks" else 1e-9)
     assert partial(model) > 0
@@ -132,6 +132,35 @@ def test_a_method_that_changes_which_keys_are_read_computes_every_row(method: st
     with pytest.warns(UserWarning, match="a layer cannot be written for fewer rows: attention that is written by"):
         apart = worst(logits_of(call), logits_of(model), models.start(6, 8), every)
     assert apart < 1e-9
+
+
+class Residual(Model):
+    """Adds the scores of the layer before to those of each."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, S, V]``."""
+        x = self.embed(ids)
+        before: torch.Tensor | None = None
+        for layer in self.layers:
+            a = layer.norm_a(x)
+            q, k, v = (layer.heads(each(a)) for each in (layer.q, layer.k, layer.v))
+            scores = q @ k.transpose(2, 3)
+            before = scores if before is None else scores + before
+            x = x + layer.o((before.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("options", [ALL_ROWS, DUAL], ids=["features", "dual"])
+def test_scores_that_go_from_layer_to_layer_make_one_layer_and_it_is_said(options: dict[str, Any]) -> None:
+    """Of the rows of features, the first layer is always full, and of a block, rows meet in it."""
+    model = Model(Shape(layers=3, heads=2, groups=1, head_dim=4, seed=3))
+    model.__class__ = Residual
+    call = models.compiled_loop(model, **options)
+    reason = "its 3 attention calls are one layer" if options is ALL_ROWS else "the rows of a layer depend on one anoth"
+    with pytest.warns(UserWarning, match=f"computes every row at every step: {reason}") as said:
+        assert worst(call, model, models.start(6, 8), every) < 1e-12
+    assert len(said) == 1
 
 
 class Written(Model):

@@ -507,11 +507,15 @@ class Batch:
 
     def run_whole(self, reason: str) -> None:
         """From the next call on compute every row: some part of the model cannot run for fewer."""
+        self.tell_whole(reason)
+        self.whole = True
+
+    def tell_whole(self, reason: str, where: str = "") -> None:
+        """Say once why every row is computed ``where`` it is."""
         if reason not in self.session.told:
             method = self.options.method if self.options.method != "exact" else "this setting"
-            warnings.warn(f"dllm: {method} computes every row at every step: {reason}", stacklevel=2)
+            warnings.warn(f"dllm: {method} computes every row{where} at every step: {reason}", stacklevel=2)
         self.session.told.add(reason)
-        self.whole = True
 
 
 def bytes_of(batches: Sequence[Batch]) -> int:

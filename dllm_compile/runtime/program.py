@@ -293,6 +293,13 @@ class Program:
             return None
         return next((node for unit in self.units for node in unit.mixing_nodes(self.axes)), None)
 
+    @cached_property
+    def in_one_layer(self) -> list[torch.fx.Node]:
+        """Several attention calls that are the only layer of a whole model; empty where there is none such."""
+        whole = self.ids is not None and len(self.layers) == 1 and self.head(self.vocabulary) is not None
+        calls = [attention.node for attention in self.layers[0].attentions] if whole else []
+        return calls if len(calls) > 1 else []
+
     def _is_ids(self, node: torch.fx.Node) -> bool:
         """Whether a value is made of the tokens and is one token id for each row."""
         value = self.axes.fake[node] if node in self.axes.live and node is not self.ids else None

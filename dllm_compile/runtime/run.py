@@ -128,6 +128,12 @@ def _exact(wanted: Assignment) -> Assignment:
     return replace(EXACT, name="visible", hides=True) if wanted.hides else EXACT
 
 
+def _rows_meet(code: UnitCode) -> str:
+    """Why a layer cannot run for fewer rows."""
+    where = next((f" (at {describe(node)})" for node in code.unit.mixing_nodes(code.axes)), "")
+    return f"the rows of a layer depend on one another in more than its attention{where}"
+
+
 class GraphCall:
     """One call of a graph, as part of a step.
 
@@ -407,6 +413,7 @@ class GraphCall:
             wanted = replace(KEEP, keys=wanted.keys)  # every row as it was: the same input gives the same output
         elif wanted.enter == ALL and wanted.evict is None and wanted != self.full and not code.narrow(values):
             wanted = self.full
+            self.batch.tell_whole(_rows_meet(code), " of some layers")
         if not wanted.keep:
             return _exact(wanted)
         return wanted if wanted.enter == ALL else _entering(wanted, self._at_hand(unit))
@@ -415,8 +422,7 @@ class GraphCall:
         """See that the layer can run for fewer rows, and else compute all from the next call on."""
         reason = code.why_not_written(self.step.past.schedule.variants)
         if not code.narrow(values):
-            where = next((f" (at {describe(node)})" for node in code.unit.mixing_nodes(code.axes)), "")
-            self.batch.run_whole(f"the rows of a layer depend on one another in more than its attention{where}")
+            self.batch.run_whole(_rows_meet(code))
         elif reason is not None:
             self.batch.run_whole(f"a layer cannot be written for fewer rows: {reason}")
 
