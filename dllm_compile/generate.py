@@ -163,8 +163,10 @@ def for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> tu
     ending = tuple(each for each in turned_on(backend) if each.ends is not None)
     if chooser is not None or restricting or moving or ending:
         rule = None if chooser is None else _rule(chooser.unmask, f"{chooser.name!r} says tokens to write", backend)
-        allowed = _allowed(restricting, backend) if restricting else None
-        moved, ends = _moved(moving, backend) if moving else None, _ends(ending, backend) if ending else None
+        names, on = tuple(each.name for each in restricting), _switches(ending)
+        allowed = Allowed(names, _joined(restricting, backend, "candidates", every=True)) if restricting else None
+        moved = _moved(moving, backend) if moving else None
+        ends = Allowed(on, _joined(ending, backend, "ends", every=False)) if ending else None
         settings = replace(settings, rule=rule, allowed=allowed, moved=moved, ends=ends)
     skipping = tuple(each.name for each in turned_on(backend) if each.skips is not None)
     settings = replace(settings, skips=skipping) if skipping else settings
@@ -207,34 +209,23 @@ def _switches(mechanisms: tuple[Mechanism, ...]) -> tuple[str, ...]:
 
 
 @cache
-def _allowed(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
-    """The candidates that all ``mechanisms`` leave."""
-    rules = [_rule(each.candidates, f"{each.name!r} says candidates", options) for each in mechanisms]
-
-    def rule(
-        sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor, block: torch.Tensor | None
-    ) -> torch.Tensor:
-        for each in rules:
-            candidates = candidates & each(sure, candidates, masked, block)
-        return candidates
-
-    return Allowed(tuple(each.name for each in mechanisms), rule)
-
-
-@cache
-def _ends(mechanisms: tuple[Mechanism, ...], options: Options) -> Allowed:
-    """The positions that any of ``mechanisms`` takes for the end of a response, and the options that turn them on."""
-    rules = [_rule(each.ends, f"{each.name!r} says ends", options) for each in mechanisms]
+def _joined(mechanisms: tuple[Mechanism, ...], options: Options, what: str, every: bool) -> Rule:
+    """The positions that ``mechanisms`` say by their function ``what``: those that any of them says, or that every one
+    says of the candidates that the ones before it left.
+    """
+    rules = [_rule(getattr(each, what), f"{each.name!r} says {what}", options) for each in mechanisms]
 
     def rule(
         sure: torch.Tensor, candidates: torch.Tensor, masked: torch.Tensor, block: torch.Tensor | None
     ) -> torch.Tensor:
         found = torch.zeros_like(candidates)
         for each in rules:
-            found = found | each(sure, candidates, masked, block)
-        return found
+            said = each(sure, candidates, masked, block)
+            found = found | said
+            candidates = candidates & said if every else candidates
+        return candidates if every else found
 
-    return Allowed(_switches(mechanisms), rule)
+    return rule
 
 
 @cache
