@@ -27,7 +27,7 @@ from torch.library import wrap_triton
 
 from dllm_compile.kernels.delta_attention import Arguments, Parts, cosine, salient_slots
 from dllm_compile.kernels.operation import expected
-from dllm_compile.kernels.sparse_attention_triton import PROGRAMS, SPLITS
+from dllm_compile.kernels.sparse_attention_triton import splits_of
 
 
 @triton.jit
@@ -238,13 +238,6 @@ def tile_of(width: int, out: int, size: int, lines: int) -> dict[str, int]:
     rows = min(64 if max(wide, broad) <= 128 else 32, max(16, triton.next_power_of_2(lines)))
     sizes = {"ROWS": rows, "KEYS": keys, "TURNED": min(keys, 32), "WIDTH": wide, "OUT": broad}
     return sizes | {"num_warps": 4, "num_stages": 2}
-
-
-def splits_of(programs: int, keys: int, tile: int) -> int:
-    """Splits of the keys for ``programs`` tiles of rows, none of them empty."""
-    tiles = -(-keys // tile)
-    splits = max(1, min(tiles, SPLITS, PROGRAMS // programs))  # one more, and what they hand on costs more
-    return -(-tiles // -(-tiles // splits))
 
 
 def ordered(at_queries: torch.Tensor, rows: int, turned: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -209,11 +209,11 @@ def tile_of(head: int, width: int, rows: int, itemsize: int) -> tuple[Tile, int,
     return tile._replace(rows=min(tile.rows, max(16, triton.next_power_of_2(rows)))), d, v
 
 
-def splits_of(programs: int, entries: int, tile: Tile) -> int:
-    """Splits of the entries, for ``programs`` tiles of rows."""
-    tiles = -(-entries // tile.entries)
+def splits_of(programs: int, keys: int, tile: int) -> int:
+    """Splits of the keys for ``programs`` tiles of rows, none of them empty; ``tile``: keys of a tile."""
+    tiles = -(-keys // tile)
     splits = max(1, min(tiles, SPLITS, PROGRAMS // programs))  # one more, and what they hand on costs more
-    return -(-tiles // -(-tiles // splits))  # none is empty
+    return -(-tiles // -(-tiles // splits))
 
 
 def launch(given: Arguments) -> torch.Tensor:
@@ -271,7 +271,7 @@ def _shape_of(given: Arguments) -> tuple[Tile, int, int, int]:
     group = heads // kv_heads
     tile, d, v = tile_of(head, width, expected(queries) * group, query.dtype.itemsize)
     programs = batch * kv_heads * triton.cdiv(queries * group, tile.rows)
-    return tile, d, v, splits_of(expected(programs), expected(entries), tile)
+    return tile, d, v, splits_of(expected(programs), expected(entries), tile.entries)
 
 
 def _sums(query: torch.Tensor, splits: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

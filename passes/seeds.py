@@ -30,7 +30,7 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
     if calls:
         roots = [attention_arguments(calls[0].args, calls[0].kwargs).value]
     behind = closure([n for n in roots if isinstance(n, torch.fx.Node)], set())
-    tensors = {n: a for n, a in zip(names, args, strict=True) if n in behind and _is_input(a)}
+    tensors = {n: a for n, a in zip(names, args, strict=True) if n in behind and is_input(a)}
     ids = [n for n, a in tensors.items() if _are_ids(a) and _is_looked_up(n)]
     if len(ids) > 1:
         ids = _token_ids(ids)
@@ -52,7 +52,7 @@ def refuse_without_tokens(args: Sequence[Any]) -> None:
     Raises:
         TokensUnseen: none of its inputs has the shape of token ids or of a hidden state.
     """
-    given = [value for value in args if _is_input(value)]
+    given = [value for value in args if is_input(value)]
     if not any(_is_hidden(value) or _are_ids(value) for value in given):
         raise TokensUnseen("no input looks like token ids or a hidden state")
 
@@ -65,7 +65,8 @@ def _is_hidden(value: torch.Tensor) -> bool:
     return value.dim() == 3 and value.is_floating_point()
 
 
-def _is_input(value: Any) -> bool:
+def is_input(value: Any) -> bool:
+    """Whether an argument may be another at another call: a tensor that is no parameter."""
     return isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
 
 

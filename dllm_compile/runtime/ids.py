@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from dllm_compile.interface.plan import with_row_before
+
+from .unchanged import multipliers
 
 
 def labels(hidden: torch.Tensor) -> torch.Tensor:
     """Number the rows of ``[B, S, d]``: ``[B, S]`` int64, the same where rows are bitwise the same (a 63-bit hash)."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[hidden.element_size()]
     words = hidden.detach().contiguous().view(kind).long()
-    return (words * _multipliers(words.shape[-1]).to(words.device)).sum(-1) & 0x7FFFFFFFFFFFFFFF
-
-
-@cache
-def _multipliers(width: int) -> torch.Tensor:
-    """Random odd numbers, the same in every run."""
-    return torch.randint(2**62, (width,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    return (words * multipliers(words.shape[-1], words.device)).sum(-1) & 0x7FFFFFFFFFFFFFFF
 
 
 def infer_mask_id(ids: torch.Tensor) -> int | None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from dllm_compile.passes.seeds import is_input
+
 if TYPE_CHECKING:
     from .batch import Step
 
@@ -150,7 +152,7 @@ class Recordings:
         """Memory of a program's arguments that may differ from call to call, brought up to date; not parameters."""
         if program not in self.memory:
             with torch.inference_mode(False):
-                self.memory[program] = {i: torch.empty_like(args[i]) for i in program.reads if _varies(args[i])}
+                self.memory[program] = {i: torch.empty_like(args[i]) for i in program.reads if is_input(args[i])}
         for i, owned in self.memory[program].items():
             owned.copy_(args[i])
         return self.memory[program]
@@ -158,11 +160,6 @@ class Recordings:
 
 def recordable(args: Sequence[Any], device: torch.device) -> bool:
     """Whether arguments can be copied to memory of the same strides on the device, which code is compiled for."""
-    given = [arg for arg in args if _varies(arg)]
+    given = [arg for arg in args if is_input(arg)]
     dense = all(arg.is_contiguous() or torch.empty_like(arg, device="meta").stride() == arg.stride() for arg in given)
     return dense and all(arg.device == device for arg in args if isinstance(arg, torch.Tensor))
-
-
-def _varies(arg: Any) -> bool:
-    """Whether an argument may be another at another call: a tensor that is no parameter."""
-    return isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from copy import copy as copy_object
+from functools import cache
 from itertools import compress
 from typing import Any
 
@@ -212,18 +213,14 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     whole = data.numel() // row * row
     rest = torch.nn.functional.pad(data[whole:], (0, row - data.numel() + whole)).view(1, row).view(torch.int64)
     words = data[:whole].view(-1, row).view(torch.int64)
-    return ((words.sum(0) + rest[0]) * _multipliers(data.device)).sum()
+    return ((words.sum(0) + rest[0]) * multipliers(_PERIOD, data.device)).sum()
 
 
-_MULTIPLIERS: dict[torch.device, torch.Tensor] = {}
-
-
-def _multipliers(device: torch.device) -> torch.Tensor:
-    """Random odd numbers ``[_PERIOD]`` int64, the same in every run."""
-    if device not in _MULTIPLIERS:
-        drawn = torch.randint(2**62, (_PERIOD,), generator=torch.Generator().manual_seed(0))
-        _MULTIPLIERS[device] = (drawn * 2 + 1).to(device)
-    return _MULTIPLIERS[device]
+@cache
+def multipliers(count: int, device: torch.device) -> torch.Tensor:
+    """Random odd numbers ``[count]`` int64, the same in every run."""
+    drawn = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0))
+    return (drawn * 2 + 1).to(device)
 
 
 def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
