@@ -9,26 +9,25 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import torch.compiler.config
 import torch.fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import compat
+from . import compat, own_caches
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
-from .compat import CompileContext, FakeTensor, is_traceable_wrapper_subclass, tree_leaves
-from .core.arguments import called
+from .compat import FakeTensor, is_traceable_wrapper_subclass, tree_leaves
 from .core.errors import GraphRefused, TokensUnseen, describe, refusing
 from .core.graph import numbers
 from .core.stand_ins import StandIns
 from .debug import labelled, log
 from .declared import ExactCalls, declared
+from .graph_limit import warn_of_last, worth_saying
 from .interface.plan import Exact
 from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
-from .passes.exported import aten_name
 from .passes.own_cache import HandedOver, keys_handed_over
 from .runtime.batch import Batch, Step
+from .runtime.chain import Chain, current, enter
 from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
 from .runtime.program import Program
@@ -44,13 +43,7 @@ PROGRAMS = 64
 """Input shapes of a graph whose analysis is kept."""
 _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
-_SIZES: dict[int | None, list[str]] = {}  # of the ids that graphs of a function were made for, by its number
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
-_WORTH_SAYING = {"scaled_dot_product_attention", "flex_attention", "embedding"}
-_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "linear", "mm", "addmm"}
-_OF_A_LOOP = "the loop hands over keys and values of a cache of its own"
-_OF_A_BUFFER = "keys or values that a buffer of the model holds are joined to those of the tokens"
-_OWN_CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights of models whose loop has a cache of its own
 
 
 def dllm(
@@ -92,7 +85,7 @@ def of_generate(
     """The backend where :func:`dllm_compile.generate` compiles: its step asks mechanisms for tokens."""
     compat.cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     chosen = Options.of(options)
-    _warn_of_last_graph(module, example_inputs)
+    warn_of_last(module.graph, example_inputs)
     made = Backend(module, chosen)
     if not made.refuses(example_inputs):
         return made
@@ -130,37 +123,6 @@ def _raising(error: Exception) -> Compiled:
     return refuse
 
 
-def _warn_of_last_graph(module: torch.fx.GraphModule, shown: Sequence[Any]) -> None:
-    """Warn once per function that Dynamo has reached its limit of graphs: calls that match none of them run in eager
-    mode. Where several were made for ids of one size, say that something else changes.
-    """
-    made, limit = CompileContext.current_compile_id(), torch.compiler.config.recompile_limit
-    if made is None or made.frame_compile_id is None:
-        return
-    ids = [a for a in shown if isinstance(a, torch.Tensor) and a.dim() == 2 and a.dtype in (torch.int64, torch.int32)]
-    sizes = " x ".join(map(str, ids[0].shape)) if ids else ""
-    if made.frame_compile_id == 0:
-        _SIZES[made.frame_id] = []
-    before = _SIZES.setdefault(made.frame_id, [])
-    again = sizes in before
-    before.append(sizes)
-    if made.frame_compile_id + 1 != limit or not _worth_saying(module.graph):
-        return
-    said = f"dllm: torch.compile made graph {limit} of {limit} that it makes of one function"
-    if ids and again:
-        reason = (
-            f", for ids of {sizes} more than once: something else changes from call to call or from model to model, "
-            "such as a list that a hook appends to (TORCH_LOGS=recompiles names it). Calls that match none of these "
-            "graphs run in eager, without a cache. Let a hook write into a dictionary or a tensor"
-        )
-    else:
-        reason = (
-            f"{', for ids of ' + sizes if ids else ''}; calls of further sizes run in eager, without a cache. Do not "
-            "say dynamic=False"
-        )
-    warnings.warn(f"{said}{reason}, or raise torch.compiler.config.recompile_limit", stacklevel=2)
-
-
 class Backend:
     """One compiled graph: a program per set of input shapes, or plain Inductor with the reason why.
 
@@ -186,7 +148,10 @@ class Backend:
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
         if self.joins is not None:
-            return self._leave_alone(self.joins, args)
+            if own_caches.leave_alone(args) and not self.told:
+                self.told = True
+                _REFUSED.append(own_caches.tell(self.joins))
+            return self._run_plain(args)
         begin, key = perf_counter(), self._key(args)
         programs = self.programs  # replaced as a whole by other threads
         new = key not in programs
@@ -200,7 +165,7 @@ class Backend:
                 return self._run_plain(args)
             chain = Chain()
             session = self._session_of(program, args)
-            if len(_OWN_CACHE) and session.is_of(_OWN_CACHE):
+            if own_caches.is_left_alone(session):
                 enter(None)
                 return self._run_plain(args)
             with session.lock:
@@ -368,35 +333,11 @@ class Backend:
             return
         self.refused.append(reason)
         _REFUSED.append(reason)
-        worth = _worth_saying(self.module.graph)
+        worth = worth_saying(self.module.graph)
         if worth and self.broke is not None and isinstance(refusal, TokensUnseen):
             tell_of(self.broke, args)
         elif worth:
             warnings.warn(f"dllm: this graph runs on plain Inductor: {reason}", stacklevel=2)
-
-    def _leave_alone(self, joins: HandedOver, args: Sequence[Any]) -> Any:
-        """Run a call of a loop or model that keeps keys and values by itself. From now on all calls of its model run
-        exactly, those that fill its cache among them.
-        """
-        weights = [a for a in args if isinstance(a, torch.nn.Parameter)]
-        new = [weight for weight in weights if weight not in _OWN_CACHE]
-        _OWN_CACHE.update(dict.fromkeys(new))
-        if new:
-            for session in sessions():
-                if session.is_of(_OWN_CACHE):
-                    session.drop()
-        if len(new) == len(weights) and not self.told:
-            self.told = True
-            reason, more = (_OF_A_BUFFER if joins.buffer else _OF_A_LOOP), ""
-            if not joins.buffer:
-                more = ". For a loop that hands over none (use_cache=False), call dllm_compile.reset() first"
-            _REFUSED.append(f"{reason} (at {describe(joins.join)})")
-            warnings.warn(
-                f"dllm: {reason} (at {describe(joins.join)}), so this model is left alone: its calls run on plain "
-                f"Inductor, exactly, and nothing is cached{more}",
-                stacklevel=3,
-            )
-        return self._run_plain(args)
 
     def _session_of(self, program: Program, args: Sequence[Any]) -> Session:
         """The session of a model: of all its weights, or of those of the first layer where layers are traced alone."""
@@ -481,53 +422,9 @@ class Backend:
         return self.plain(*args)
 
 
-def _worth_saying(graph: torch.fx.Graph) -> bool:
-    """Whether a graph does what models do: one of arithmetic alone has no cache that anybody would miss."""
-    names = {aten_name(node) or called(node) for node in graph.nodes}
-    return bool(names & _WORTH_SAYING) or ("softmax" in names and bool(names & _PRODUCTS))  # a sampler's has none
-
-
 def _literal(value: Any) -> Any:
     """A number as part of a key: 0.0 is not -0.0, and NaN is itself."""
     return value.hex() if isinstance(value, float) else value
-
-
-class Chain:
-    """The graphs that run in one call of a model, each on the hidden state that the one before returned, and the step
-    of the loop that this call is.
-
-    Attributes:
-        found: the batch of sequences and its step; ``None`` where the call is no step of a denoising loop.
-        passed: hidden states that the last graph returned; they are kept so that no other tensor can have their memory.
-    """
-
-    def __init__(self) -> None:
-        self.found: tuple[Batch, Step] | None = None
-        self.passed: list[torch.Tensor] = []
-
-    def deliver(self) -> None:
-        """Mark the step as delivered. Must be the last statement of a call: if an interrupt comes earlier, the next
-        call with these ids returns the result of this step.
-        """
-        if self.found is not None:
-            self.found[1].delivered = True
-
-    def hands_on(self, stream: torch.Tensor) -> bool:
-        """Whether ``stream`` is what the last graph returned."""
-        return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
-
-
-_CURRENT = threading.local()
-
-
-def enter(chain: Chain | None) -> None:
-    """Make this the chain that graphs without ids may belong to, on this thread."""
-    _CURRENT.chain = chain
-
-
-def current() -> Chain | None:
-    """The chain that was begun last on this thread."""
-    return getattr(_CURRENT, "chain", None)
 
 
 def _verifies(options: Options, step: Step) -> bool:
@@ -571,7 +468,7 @@ def reset() -> None:
     forget()
     forget_breaks()
     _REFUSED.clear()
-    _OWN_CACHE.clear()
+    own_caches.forget()
     for session in sessions():
         session.drop()
         session.told.clear()
