@@ -124,6 +124,19 @@ def storage_owners(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
+def shared_until_written(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory; who first writes into either, by whatever way, gets memory of his own.
+
+    numpy, compiled code and DLPack count as writing, as they ask for an address. PyTorch cannot enlarge its storage.
+    """
+    return torch._lazy_clone(tensor)
+
+
+def is_shared_until_written(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of :func:`shared_until_written` still has the memory that it was made of."""
+    return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+
+
 def schema(func: Any) -> Any:
     """Names, defaults and writes of the arguments of one form of an operation; ``None`` for one of higher order."""
     return getattr(func, "_schema", None)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_compile.runtime import output_buffers
 from dllm_compile.runtime.output_buffers import OutputBuffers
 
 from . import models
@@ -61,7 +62,7 @@ def test_shapes_and_strides_may_change() -> None:
 
 def test_rows_that_nobody_reads_are_copied_once_a_memory_and_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the rows named are of this call, the others of an earlier one, never what a caller made of them."""
-    monkeypatch.setattr(OutputBuffers, "copies_rows", staticmethod(lambda device: True))
+    monkeypatch.setattr(OutputBuffers, "keeps_apart", staticmethod(lambda device: False))
     box, rows = OutputBuffers(), torch.tensor([[1, 3], [0, 4]])  # 4: no row, so that the last is current, too
     value = lambda i: torch.full((2, 4, 3), float(i))  # noqa: E731
     assert torch.equal(box.copy(value(1), rows), value(1))
@@ -99,7 +100,7 @@ def shared(copy: torch.Tensor) -> Callable[[], torch.Tensor]:
 HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
     "storage": lambda copy: partial(numbers, copy.untyped_storage()),
     "old storage": lambda copy: partial(list, old_storage(copy)),
-    "view": lambda copy: partial(torch.Tensor.view, copy[1:], -1),
+    "view": lambda copy: partial(torch.Tensor.view, copy[:, 1:], -1),
     "data": lambda copy: partial(torch.Tensor.view, copy.data, -1),
     "numpy": lambda copy: partial(list, copy.numpy().reshape(-1)),
     "memoryview": lambda copy: memoryview(copy.numpy()).cast("B").cast("f").tolist,
@@ -109,13 +110,20 @@ HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
 }
 
 
+ROWS = torch.tensor([[0, 1, 2, 3]])
+"""All of a ``[1, 4, 3]``, by number."""
+
+
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["all", "by row"])
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_whatever_holds_a_part_keeps_it(hold: Callable[[torch.Tensor], Callable[[], Any]]) -> None:
+def test_whatever_holds_a_part_keeps_it(
+    hold: Callable[[torch.Tensor], Callable[[], Any]], rows: torch.Tensor | None
+) -> None:
     box = OutputBuffers()
-    box.copy(torch.zeros(4, 3))
-    held = hold(box.copy(torch.ones(4, 3)))
+    box.copy(torch.zeros(1, 4, 3), rows)
+    held = hold(box.copy(torch.ones(1, 4, 3), rows))
     for i in range(2, 6):
-        box.copy(torch.full((4, 3), float(i)))
+        box.copy(torch.full((1, 4, 3), float(i)), rows)
     assert set(torch.as_tensor(held()).reshape(-1).tolist()) == {1.0}
 
 
@@ -125,13 +133,69 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
     "numpy": lambda copy: copy.numpy().fill(7),
     "dlpack": lambda copy: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(copy)).fill_(7),
     "storage": lambda copy: torch.empty(0).set_(copy.untyped_storage()).fill_(7),
-    "resized": lambda copy: copy.resize_(9, 9).fill_(7),
+    "storage's numbers": lambda copy: copy.untyped_storage().__setitem__(0, 7),
     "resized storage": lambda copy: copy.untyped_storage().resize_(4),
     "shared": lambda copy: copy.share_memory_().fill_(7),
 }
+RESIZED = {"resized": lambda copy: copy.resize_(9, 9).fill_(7)}
+"""Which PyTorch refuses for a tensor that shares memory until it is written."""
 
 
+@pytest.mark.parametrize("rows", [ROWS[:, :0], ROWS[:, 2:]], ids=["no row", "two rows"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_rows_that_nobody_reads_are_not_what_the_caller_wrote(
+    write: Callable[[torch.Tensor], Any], rows: torch.Tensor
+) -> None:
+    """Whether PyTorch counts the write or not."""
+    box, value = OutputBuffers(), torch.randn(1, 4, 3)
+    for step in range(6):
+        value[:, 3] = step
+        copy = box.copy(value, rows)
+        assert torch.equal(copy[:, :3], value[:, :3])
+        assert not rows.numel() or torch.equal(copy, value)
+        write(copy)
+        del copy
+
+
+READS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "softmax of a block": lambda copy: copy[:, 1:3].softmax(-1).max(-1),
+    "argmax": lambda copy: copy.argmax(-1),
+    "float64": lambda copy: copy.double().softmax(-1).gather(-1, copy.argmax(-1, keepdim=True)),
+    "rows by number": lambda copy: copy[0, [1, 2]].topk(2),
+    "rows moved": lambda copy: torch.cat([copy[:, :1], copy[:, :-1]], 1),
+    "a mask": lambda copy: torch.where(copy > 0, copy, -torch.inf),
+}
+
+
+def test_a_loop_that_only_reads_gets_the_rows_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces of memory are copied as a whole, once; then it is rows, whichever way they are read."""
+    box, rows, copied = OutputBuffers(), torch.tensor([[1, 3]]), []
+    put = output_buffers._put
+    monkeypatch.setattr(output_buffers, "_put", lambda *given: (copied.append(given), put(*given)))
+    held = None  # the logits before are alive while the loop asks for the next
+    for step, read in enumerate([*READS.values(), *READS.values()]):
+        held = box.copy(torch.full((1, 4, 3), float(step)), rows)
+        read(held)
+        assert held[0, :, 0].tolist() == [step % 2, step, step % 2, step]
+    assert len(copied) == 2 * len(READS) - 2
+
+
+@pytest.mark.parametrize("use", ["numpy", "in place"])
+def test_a_loop_that_asks_for_memory_to_write_into_gets_all_rows(use: str) -> None:
+    """Sharing with it until it writes is of no use, as it always does."""
+    box, value, places = OutputBuffers(), torch.randn(1, 4, 3), set()
+    for step in range(6):
+        value[:] = step
+        copy = box.copy(value, torch.tensor([[2]]))
+        places.add(copy.data_ptr()) if step > 1 else None
+        assert torch.equal(copy, value)
+        copy.numpy() if use == "numpy" else copy.fill_(7)
+        del copy
+    assert box.apart is None
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("write", [*WRITES.values(), *RESIZED.values()], ids=[*WRITES, *RESIZED])
 def test_nothing_the_caller_wrote_comes_back(write: Callable[[torch.Tensor], Any]) -> None:
     box, value = OutputBuffers(), torch.randn(4, 3)
     for _ in range(4):

@@ -7,9 +7,16 @@ wrote, by whatever way, is gone. What holds a part counts either as an owner of 
 numpy, DLPack capsules, what autograd saved) or as a reference to its one Python object (``untyped_storage()``). A bare
 address (``data_ptr()``) is no holder.
 
-On a GPU the copy of all logits takes as long as a step of a large batch (259 MB for 1,024 tokens of LLaDA). There only
-the rows that a sampler may read are copied into memory that is used again, and the others keep what an earlier copy put
-there; where PyTorch counted a write of the caller since, all rows are copied.
+The copy of all logits may take longer than the step: 259 MB for 1,024 tokens of LLaDA in bfloat16, more on a GPU than a
+step of a large batch; on a processor 1 GB for 2,112 tokens in float32, as much as 32 rows of four layers. So only the
+rows that a sampler may read are copied into memory that is used again, and the others keep what an earlier copy put
+there, never what a caller made of them:
+
+    on a GPU    where PyTorch counted a write of the caller since, all rows are copied
+    on a CPU    the memory itself is never handed out, but a tensor that shares it until somebody writes into it, by
+                whatever way (PyTorch's copy-on-write storages): the writer then gets memory of his own. numpy and
+                compiled code ask for memory to write into even where they read; for a caller who was seen to do so,
+                all rows are copied, as above
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dllm_compile.compat import storage_owners, version
+from dllm_compile.compat import is_shared_until_written, shared_until_written, storage_owners, version
 from dllm_compile.core.rows import put_rows, words
 
 
@@ -52,28 +59,76 @@ class _Memory:
             self.tensor, self.written = _over(self.storage, value.dtype, value.shape), -1
         return self.tensor
 
+    def filled(self, value: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """The tensor with ``value`` in it; with ``rows`` of it alone, if the caller is not known to have written."""
+        copy = self.over(value)
+        if rows is None or self.written != version(copy):
+            copy.copy_(value)
+        else:
+            _put(copy, value, rows)
+        self.written = version(copy)
+        return copy
+
+
+class _Apart:
+    """Memory that no caller can write into, and what was handed out for it.
+
+    Attributes:
+        own: the memory, ``[B, S, ...]``.
+        tensor, storage: of what was handed out: they share the memory of ``own`` until somebody writes into them.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.own = torch.empty_like(value, memory_format=torch.contiguous_format)
+        self.tensor: torch.Tensor | None = None
+        self.storage = _storage(0, value.device)
+
+    def touched(self) -> bool:
+        """Whether somebody asked for memory to write into."""
+        return self.tensor is not None and not is_shared_until_written(self.tensor)
+
+    def filled(self, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A tensor with ``value`` in it; once there is an earlier one, only those ``rows`` are of this one."""
+        first, self.tensor = self.tensor is None, None
+        self.storage = _storage(0, value.device)  # what is held no more is not copied
+        if first:
+            self.own.copy_(value)
+        else:
+            _put(self.own, value, rows)
+        self.tensor = shared_until_written(self.own)
+        self.storage = self.tensor.untyped_storage()
+        return self.tensor
+
+
+def _put(copy: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy ``rows`` of ``value``, the last one in place of none."""
+    at, given = rows.clamp(max=value.shape[1] - 1), words(value)
+    put_rows(copy, at, given.gather(1, at.unsqueeze(2).expand(-1, -1, given.shape[2])).view(value.dtype))
+
 
 class OutputBuffers:
     """Memory handed out before, all of the same size.
 
     Attributes:
         memory: no more than two, as a loop holds the last result while it asks for the next.
+        apart: the same for rows on a CPU; ``None`` once the caller was seen to write.
     """
 
     def __init__(self) -> None:
         self.memory: list[_Memory] = []
+        self.apart: list[_Apart] | None = []
 
     def bytes(self) -> int:
         """Bytes of the storages."""
-        return sum(each.storage.nbytes() for each in self.memory)
+        return sum(each.storage.nbytes() for each in self.memory) + sum(each.own.nbytes for each in self.apart or ())
 
     @staticmethod
-    def copies_rows(device: torch.device) -> bool:
-        """Whether rows that no sampler reads are left as they are."""
-        return device.type != "cpu"
+    def keeps_apart(device: torch.device) -> bool:
+        """Whether rows are copied into memory that no caller can write into."""
+        return device.type == "cpu"
 
     def copy(self, value: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """A contiguous copy of ``value`` that shares no memory with anything the caller still holds.
+        """A contiguous copy of ``value`` that the caller may write into without changing anything else.
 
         Args:
             value: ``[B, S, ...]`` where ``rows`` are given.
@@ -82,28 +137,38 @@ class OutputBuffers:
         """
         if torch.is_inference_mode_enabled():
             return value.clone(memory_format=torch.contiguous_format)
+        if rows is not None and self.keeps_apart(value.device):
+            if self.apart is not None and any(each.touched() for each in self.apart):
+                self.apart = None
+            if self.apart is not None:
+                self.memory = []
+                return self._apart(value, rows, self.apart)
+            rows = None
         size, device = value.numel() * value.element_size(), value.device
         self.memory = [
             each
             for each in self.memory
             if (each.storage.nbytes(), each.tensor.device) == (size, device) and not self._is_shared(each.storage)
         ]
-        unheld = [_Memory(0, device)]  # in a list too
-        free = (i for i in range(len(self.memory)) if _holders(self.memory[i].storage) == _holders(unheld[0].storage))
-        place = next(free, None)
+        place = next((i for i, each in enumerate(self.memory) if _is_free(each)), None)
         if place is None:
             place, self.memory = 0, [_Memory(size, device), *self.memory[:1]]
-        memory = self.memory[place]
-        copy = memory.over(value)
-        if rows is None or memory.written != version(copy) or not self.copies_rows(device):
-            copy.copy_(value)
-        else:
-            at, given = rows.clamp(max=value.shape[1] - 1), words(value)  # the last row in place of none
-            put_rows(copy, at, given.gather(1, at.unsqueeze(2).expand(-1, -1, given.shape[2])).view(value.dtype))
-        memory.written = version(copy)
-        return copy.detach()
+        return self.memory[place].filled(value, rows).detach()
+
+    def _apart(self, value: torch.Tensor, rows: torch.Tensor, memory: list[_Apart]) -> torch.Tensor:
+        memory[:] = [each for each in memory if (each.own.shape, each.own.dtype) == (value.shape, value.dtype)]
+        place = next((i for i, each in enumerate(memory) if _is_free(each)), None)
+        if place is None:
+            place, memory[:] = 0, [_Apart(value), *memory[:1]]
+        return memory[place].filled(value, rows).detach()
 
     @staticmethod
     def _is_shared(storage: torch.UntypedStorage) -> bool:
         """Whether other processes have it; on a GPU that is asked of the tensor, which is kept out of sight."""
         return storage.device.type == "cpu" and storage.is_shared()
+
+
+def _is_free(memory: _Memory | _Apart) -> bool:
+    """Whether nothing outside holds any part of what was handed out."""
+    unheld = _Memory(0, torch.device("cpu"))
+    return _holders(memory.storage) == _holders(unheld.storage)

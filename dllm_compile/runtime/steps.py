@@ -16,7 +16,6 @@ from dllm_compile.passes.flashblock import renewing
 from . import recordings
 from .batch import HISTORY, Batch, Past, Step
 from .evidence import Evidence
-from .output_buffers import OutputBuffers
 from .positions import packed, positions_of_call, positions_returned
 from .program import Program
 from .skipping import widths
@@ -163,8 +162,7 @@ def _planned(
     masks |= {} if plan.renew is None else {"renew": plan.renew}
     masks |= {} if plan.going is None else _told_of_rows(call, plan.going, session.options.shift)
     sizes |= widths(plan, 8 if session.records else 1)
-    some = not every and OutputBuffers.copies_rows(device)
-    read = {"returned": positions_returned(call, session.options.shift)} if some else {}
+    read = {} if every else {"returned": positions_returned(call, session.options.shift)}
     memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices, **read}, device)
     repeat = call.repeat and plan.same
     step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))
