@@ -76,6 +76,7 @@ def kept_entries(
     place = outside.clamp(max=tokens - 1)
     if mask is not None:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        allowed = allowed[(None,) * (4 - allowed.dim())]  # a model may write ``[S, S]``, or ``[H, S, S]``
         allowed = allowed.expand(query.shape[0], -1, tokens, tokens).any(1)
         allowed = allowed.gather(1, rows[..., None].expand(-1, -1, tokens))
         seen = seen & (allowed & there[..., None]).any(1).gather(1, place)

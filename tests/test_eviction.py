@@ -205,6 +205,16 @@ def test_kept_entries_follow_the_formula(
         assert worst >= left - 8 * torch.finfo(torch.float64).eps * max(map(abs, score), default=0.0)
 
 
+@pytest.mark.parametrize("heads", [(), (1,), (4,), (1, 4)], ids=str)
+def test_a_mask_of_any_rank_hides_the_entries(heads: tuple[int, ...]) -> None:
+    """A window of tokens ``[S, S]``, a bias of each head ``[H, S, S]``."""
+    key = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(9)
+    near = ((places - places[:, None]).abs() <= 3).expand(*heads, 9, 9)
+    kept = kept_entries(key, key, near, places[None, :2].expand(2, -1), places[None, 2:].expand(2, -1), 7, 1.0, None)
+    assert [sorted(row) for row in kept.tolist()] == [[2, 3, 4, 9, 9, 9, 9]] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
