@@ -294,7 +294,7 @@ def _branches(
         segment = (inside, before or entering, after)
         attends = any(n in calls for n in inside)
         branch = _residual_branch(segment) or (after if attends else None)
-        if branch is not None and branch in axes.layout:
+        if branch is not None and _is_stream(branch, axes):  # one row of it added to all is kept for none
             out.append(Branch(branch, attends))
     return out
 

@@ -132,3 +132,47 @@ def test_one_of_two_products_with_the_same_scores_is_refused_alone(first: str) -
     model.first = first  # type: ignore[assignment]
     see_that_all_is_computed(model, models.start(6, 8), 8)
     assert dllm_compile.stats(model)["refused"] == []
+
+
+# -- what is made of the ids alone, and one row for all ---------------------------------------------------------------
+
+
+class Told(Model):
+    """A layer is told how many masks there are, or how many tokens stand before each row; a head adds the first row."""
+
+    how = "share"
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Logits ``[B, S, V]``; keys and values know nothing of it."""
+        x, masks = self.embed(ids), (ids == MASK).to(torch.float64)
+        for layer in self.layers:
+            a = layer.norm_a(x)
+            told = masks.mean(1)[:, None, None] if self.how == "share" else (1 - masks).cumsum(1).unsqueeze(-1) / 9
+            q, k, v = (layer.heads(each(a)) for each in (layer.q, layer.k, layer.v))
+            out = F.scaled_dot_product_attention(q * told.unsqueeze(1), k, v)
+            x = x + layer.o(out.transpose(1, 2).reshape(x.shape)) * (1 + told)
+        x = self.norm(x)
+        logits: torch.Tensor = self.head(x + x[:, :1] if self.how == "first" else x)
+        return logits
+
+
+def told(how: str) -> Model:
+    model = Model(SHAPE)
+    model.__class__ = Told
+    model.how = how  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize("how", ["share", "count"])
+def test_what_a_layer_reads_of_all_ids_is_of_all_in_partial_steps_too(how: str) -> None:
+    """Every third row of 6 tokens and 12 masks has the share of masks of all: a trial of these alone is fooled."""
+    model = told(how)
+    call = models.compiled_loop(model, **DUAL, block_length=12)
+    assert worst(call, model, models.start(6, 12), every) < 1e-9
+    assert partial(model) == 11
+
+
+def test_one_row_that_a_head_adds_to_all_is_no_branch_of_a_layer() -> None:
+    model = told("first")
+    call = models.compiled_loop(model, method="dyllm", full_steps=99)
+    assert worst(call, model, models.start(6, 8), every) < 1e-9

@@ -84,6 +84,8 @@ def _demand(
         rows = anchors.get(node, wanted.get(node, NONE))
         if rows == NONE:
             continue
+        if node in axes.unproven and node in unit.beside:
+            rows = ALL  # such as a running sum over ids
         computed[node] = rows
         for operand in node.all_input_nodes:
             if operand in axes.live:
@@ -111,7 +113,7 @@ def rows_read(
     """Rows of an operand that ``node`` reads for ``rows`` of its own.
 
     Attention reads the keys and values of the assignment, or all where it is written by several calls; a call without a
-    token axis reads every row.
+    token axis reads every row, unless something mixes the rows of the stream, and it may be a part of that.
     """
     if node.target is attention:
         return rows if operand is attention_arguments(node.args, node.kwargs).query else assignment.keys
@@ -119,4 +121,5 @@ def rows_read(
         return ALL
     layout = axes.layout.get(node)
     no_tokens = layout is not None and position(layout, "T") is None
-    return ALL if no_tokens and axes.layout.get(operand) is not None and not unit.mixing(axes) else rows
+    whole = operand in unit.beside or not unit.mixing(axes)
+    return ALL if no_tokens and axes.layout.get(operand) is not None and whole else rows

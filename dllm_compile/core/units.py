@@ -111,6 +111,15 @@ class Unit:
         """Whether rows of something here may be kept between steps."""
         return bool(self.attentions or self.branches)
 
+    @cached_property
+    def beside(self) -> frozenset[torch.fx.Node]:
+        """What is computed here without the residual stream, of ids or masks: all rows of it are at hand."""
+        streamed = {self.stream}
+        for node in self.nodes:
+            if any(operand in streamed for operand in node.all_input_nodes):
+                streamed.add(node)
+        return frozenset((*self.nodes, *self.inputs)) - streamed
+
     def mixing(self, axes: Axes) -> bool:
         """Whether something here is not known to treat rows one by one."""
         return bool(self.mixing_nodes(axes))
