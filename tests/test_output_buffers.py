@@ -170,14 +170,24 @@ READS: dict[str, Callable[[torch.Tensor], Any]] = {
 def test_a_loop_that_only_reads_gets_the_rows_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces of memory are copied as a whole, once; then it is rows, whichever way they are read."""
     box, rows, copied = OutputBuffers(), torch.tensor([[1, 3]]), []
-    put = output_buffers._put
-    monkeypatch.setattr(output_buffers, "_put", lambda *given: (copied.append(given), put(*given)))
+    put = output_buffers._put_runs
+    monkeypatch.setattr(output_buffers, "_put_runs", lambda *given: (copied.append(given), put(*given)))
     held = None  # the logits before are alive while the loop asks for the next
     for step, read in enumerate([*READS.values(), *READS.values()]):
         held = box.copy(torch.full((1, 4, 3), float(step)), rows)
         read(held)
         assert held[0, :, 0].tolist() == [step % 2, step, step % 2, step]
     assert len(copied) == 2 * len(READS) - 2
+
+
+def test_rows_in_any_order_of_several_sequences() -> None:
+    box, rows = (
+        OutputBuffers(),
+        torch.tensor([[0, 1, 4, 3], [5, 6, 6, 2]]),
+    )  # 6: no row, so that the last is current, too
+    box.copy(torch.zeros(2, 6, 3), rows)
+    got = box.copy(torch.full((2, 6, 3), 2.0), rows)
+    assert got[:, :, 0].tolist() == [[2, 2, 0, 2, 2, 0], [0, 0, 2, 0, 0, 2]]
 
 
 @pytest.mark.parametrize("use", ["numpy", "in place"])

@@ -22,7 +22,7 @@ there, never what a caller made of them:
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -94,7 +94,7 @@ class _Apart:
         if first:
             self.own.copy_(value)
         else:
-            _put(self.own, value, rows)
+            _put_runs(self.own, value, rows)
         self.tensor = shared_until_written(self.own)
         self.storage = self.tensor.untyped_storage()
         return self.tensor
@@ -104,6 +104,22 @@ def _put(copy: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> None:
     """Copy ``rows`` of ``value``, the last one in place of none."""
     at, given = rows.clamp(max=value.shape[1] - 1), words(value)
     put_rows(copy, at, given.gather(1, at.unsqueeze(2).expand(-1, -1, given.shape[2])).view(value.dtype))
+
+
+def _put_runs(copy: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> None:
+    """The same on a CPU, consecutive rows at once: an index takes ten times as long."""
+    for into, given, at in zip(copy, value, rows.clamp(max=value.shape[1] - 1).tolist(), strict=True):
+        for begin, end in _runs(at):
+            into[begin:end].copy_(given[begin:end])
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of consecutive numbers."""
+    begin = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[begin], numbers[i - 1] + 1
+            begin = i
 
 
 class OutputBuffers:
