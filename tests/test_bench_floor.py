@@ -42,6 +42,17 @@ def test_a_step_of_a_block_is_timed_beside_its_own_products(made: Any) -> None:
     floor.alone(asked[-1])()
 
 
+def test_works_share_weights_and_products_of_a_work_do_not() -> None:
+    """A head with fewer rows at each step is another work each time."""
+    floor._given.cache_clear()
+    made = []
+    for rows in (3, 5):
+        product = "aten::mm", ((rows, 4), (4, 6))
+        floor.alone((product, product))()
+        made.append(floor._given.cache_info().misses)
+    assert made == [4, 6]  # two weights, and what each of two products multiplies with
+
+
 def test_a_line_has_medians_by_both_clocks() -> None:
     times = [(Spent(30.0, 4.0), Spent(10.0, 2.0)), (Spent(20.0, 9.0), Spent(10.0, 3.0)), (Spent(9.0, 5.0), Spent(9, 2))]
     assert floor.line(2048, "dual", "block", times).split() == (

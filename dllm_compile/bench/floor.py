@@ -70,20 +70,32 @@ def work_of(call: Callable[[], object]) -> Work:
 
 
 @cache
+def _given(shape: tuple[int, ...], number: int, weight: bool) -> torch.Tensor:
+    """A random tensor of a shape, one for each number: those that differ do not share memory."""
+    return torch.randn(shape).mT.contiguous().mT if weight else torch.randn(shape)
+
+
 def alone(work: Work) -> Callable[[], None]:
     """A function that computes as much and nothing else: each product with a weight of its own that lies as that of a
-    linear layer; attention of all its queries and keys by torch's own.
+    linear layer; attention of all its queries and keys by torch's own. Works share their weights, keys and values: the
+    head has fewer rows at each step, and weights for each of these steps were as many models in memory.
     """
     calls: list[tuple[Callable[..., torch.Tensor], list[torch.Tensor]]] = []
+    seen = Counter[tuple[tuple[int, ...], bool]]()
+
+    def given(shape: tuple[int, ...], weight: bool = False) -> torch.Tensor:
+        seen[shape, weight] += 1
+        return _given(shape, seen[shape, weight], weight)
+
     for name, shapes in work:
         if name in ATTENTION:
-            calls.append((torch.nn.functional.scaled_dot_product_attention, [*map(torch.randn, shapes[:3])]))
+            calls.append((torch.nn.functional.scaled_dot_product_attention, [given(shape) for shape in shapes[:3]]))
         else:
-            calls.append((torch.matmul, [torch.randn(shapes[0]), torch.randn(shapes[1]).mT.contiguous().mT]))
+            calls.append((torch.matmul, [given(shapes[0]), given(shapes[1], weight=True)]))
 
     def run() -> None:
-        for function, given in calls:
-            function(*given)
+        for function, operands in calls:
+            function(*operands)
 
     return run
 
@@ -126,7 +138,7 @@ def partial_steps(
         candidates[:, :begin] = candidates[:, begin + job.block :] = False
         with torch.no_grad(), apart:
             work = work_of(partial(shown, x, candidates))
-        floor, out = alone(work), list[torch.Tensor]()
+        out = list[torch.Tensor]()
         before = Counter(backend.stats(model)["steps"])
         with torch.no_grad(), mine:
             took = spent(lambda: out.append(timed(x, candidates)))  # noqa: B023  # called here
@@ -134,6 +146,7 @@ def partial_steps(
         (kind,) = Counter(backend.stats(model)["steps"]) - before or {"none": 1}
         seen[kind] += 1
         if kind not in WHOLE and seen[kind] > 2:  # the first are compiled
+            floor = alone(work)
             floor()
             yield kind, took, spent(floor)
 
@@ -198,6 +211,6 @@ def main(argv: list[str]) -> None:
                 kinds.setdefault(kind, []).append((step, floor))
                 if len(kinds[kind]) == asked.steps:
                     break
-            alone.cache_clear()
+            _given.cache_clear()
             for kind, times in kinds.items():
                 print(line(prompt, contender.name, kind, times), flush=True)
