@@ -74,12 +74,16 @@ def build(name: str, dtype: torch.dtype | None = None, seed: int = 0, **more: An
     return model.to(dtype or dtype_of(name)).eval()
 
 
-def compiled(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The model behind the backend, uncompiled graphs unless told otherwise; see :mod:`tests.shared`."""
+def compiled(model: Callable[..., Any], *, dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
+    """The model behind the backend, uncompiled graphs unless told otherwise; see :mod:`tests.shared`.
+
+    With ``dynamic=True`` Dynamo leaves sizes open from the first call on: Inductor makes code once, not for a graph of
+    fixed sizes and again for one of open sizes.
+    """
     options = {"lowering": "eager", "mask_id": MASK, **options}
     if shared.in_use():
-        return shared.compiled(model, **options)
-    return torch.compile(model, backend="dllm", options=options)
+        return shared.compiled(model, dynamic=bool(dynamic), **options)
+    return torch.compile(model, backend="dllm", dynamic=dynamic, options=options)
 
 
 def compiled_loop(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:

@@ -129,8 +129,12 @@ def by_transformers(mesh: DeviceMesh, folder: str) -> Any:
 
 
 def compiled(mesh: DeviceMesh) -> dict[str, Any]:
-    """One method as Inductor compiles it, of a model with biases, norms of queries and keys, and a shared embedding."""
-    options = {**METHODS["dllm-cache"], "lowering": "inductor"}
+    """One method as Inductor compiles it, of a model with biases, norms of queries and keys, and a shared embedding.
+
+    Its steps are full, or select rows by what ranks sum: a step of the whole response has no other sums.
+    """
+    seldom = {"prompt_interval": RESPONSE, "response_interval": RESPONSE}
+    options = {"method": "dllm-cache", **seldom, "lowering": "inductor"}
     alone = by_the_first(mesh, lambda: build("qwen3", attention_bias=True), {"whole": options})["whole"]
     part = build("qwen3", mesh, {**plan("lm_head"), **TABLE}, attention_bias=True)
     return {"compiled": (alone, run(part, **options))}

@@ -126,7 +126,7 @@ def test_a_decision_that_reads_kept_logits_serves_any_length() -> None:
         return torch.where(x == MASK, found.argmax(-1), x), found
 
     options = {"method": "fast-dllm", "cache": "dual", "block_length": 8, "refresh_interval": 1, "mask_id": MASK}
-    call = models.in_a_loop(torch.compile(step, backend="dllm", options=options))
+    call = models.in_a_loop(torch.compile(step, backend="dllm", dynamic=True, options=options))
     with torch.no_grad():
         for prompt, response, batch in ((9, 8, 2), (11, 8, 2), (14, 16, 2), (9, 8, 3)):
             x = models.start(prompt, response, batch)
@@ -140,7 +140,7 @@ def test_a_decision_that_reads_kept_logits_serves_any_length() -> None:
 
 def test_ids_may_be_a_part_of_a_larger_tensor() -> None:
     model = small_model.build(torch.float32)
-    call = models.compiled_loop(model, **METHODS["dual"], lowering="inductor")
+    call = models.compiled_loop(model, **METHODS["dual"], lowering="inductor", dynamic=True)
     with torch.no_grad():
         for prompt, response, spare in ((9, 8, 0), (11, 8, 3), (11, 8, 0), (12, 8, 5), (13, 8, 6)):
             room = torch.zeros(2, prompt + response + spare, dtype=torch.int64)
@@ -313,7 +313,8 @@ def test_sequences_and_tokens_may_be_one_dimension() -> None:
         flat = torch.softmax(model(x).logits.view(-1, models.VOCABULARY), -1)
         return flat.max(-1).values.topk(3).values
 
-    call = models.in_a_loop(torch.compile(best, backend="dllm", options={"mask_id": MASK, "method": "exact"}))
+    options = {"mask_id": MASK, "method": "exact"}
+    call = models.in_a_loop(torch.compile(best, backend="dllm", dynamic=True, options=options))
     with torch.no_grad():
         for prompt, response, batch in ((9, 8, 2), (11, 8, 2), (7, 8, 3)):
             x = models.start(prompt, response, batch)

@@ -17,6 +17,7 @@ from dllm_compile.debug import Ran, steps
 from dllm_compile.interface.blocks import Masks
 from dllm_compile.mechanisms import find_block
 from dllm_compile.passes.sliding_block import sliding_block
+from dllm_compile.runtime import unit_code
 from dllm_compile.sampler.progress import Progress
 from dllm_compile.sampler.settings import Settings
 
@@ -271,11 +272,21 @@ def test_evicting_nothing_is_dsb() -> None:
     assert torch.equal(plain.history, kept.history)
 
 
-def test_the_default_lowering_writes_the_same_tokens() -> None:
-    model, ids = llama(), start()
-    common = {"gen_length": RESPONSE, "mask_id": MASK, "shift": False, "threshold": 0.6, "output_history": True}
-    eager = dllm_compile.generate(model, ids[:, :PROMPT], **common, **DSB, lowering="eager")
-    assert torch.equal(dllm_compile.generate(model, ids[:, :PROMPT], **common, **DSB).history, eager.history)
+def test_it_runs_the_code_that_a_cache_of_fixed_blocks_made() -> None:
+    """What Inductor makes of that is seen in ``test_block_cache`` and ``test_drafts``."""
+    model, ids, made = llama(), start(), list[str]()
+    common = {"gen_length": RESPONSE, "mask_id": MASK, "shift": False, "threshold": 0.6, "lowering": "eager"}
+    unit_code.LISTENERS.append(made.append)
+    try:
+        dllm_compile.generate(model, ids[:, :PROMPT], **common, cache="dual", block_length=7)
+        assert {"full", "block", "head"} <= {*made}
+        made.clear()
+        for sliding in ("greedy", "constant"):
+            dllm_compile.generate(model, ids[:, :PROMPT], **common, **{**DSB, "sliding": sliding})
+    finally:
+        unit_code.LISTENERS.remove(made.append)
+    assert made == []
+    assert dllm_compile.stats(model)["refreshes"]["sliding-block"]
 
 
 def test_a_loop_in_fixed_blocks_is_served_without_surprise() -> None:
