@@ -5,6 +5,7 @@
    ``flex_attention``      FlexAttention with a block mask as attention with a mask
 1. ``fresh_buffers``       a buffer that is filled piece by piece as what is joined of the pieces
    ``normalize``           one spelling of calls, no in-place writes: everything behind it reads a functional graph
+   ``einsum``              products of two values as matrix products
 2. ``spelled_attention``   attention written by hand becomes one call: the anchor of all analysis
 3. ``seeds``               the input the tokens enter by
 4. (``core.axes.follow``)  where batch and tokens sit in every value
@@ -39,6 +40,7 @@ from dllm_compile.core.outline import Outline, outline
 from dllm_compile.core.stand_ins import StandIns
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import asked, keep, part, timed
+from dllm_compile.passes.einsum import products
 from dllm_compile.passes.exported import as_written
 from dllm_compile.passes.flex_attention import as_masks
 from dllm_compile.passes.fresh_buffers import fresh_buffers
@@ -106,7 +108,8 @@ def analyzed(
             graph.erase_node(node)
         fresh_buffers(*fixed)
         normalize(*fixed)
-    with timed("spelled_attention"):
+    with timed("einsum, spelled_attention"), fake_mode:
+        products(graph, fixed.fake)
         spelled_attention(graph, fixed.fake)
     graph.lint()
     if asked():

@@ -197,3 +197,69 @@ def test_scores_that_hide_later_tokens_are_refused(how: str) -> None:
     call = models.compiled_loop(model, **METHODS["dllm-cache"], shift=False)
     with pytest.warns(UserWarning, match="the attention mask is causal"):
         assert worst(call, model, models.start(6, 8), every) < 1e-12
+
+
+# -- einsum ------------------------------------------------------------------------------------------------------------
+
+EQUATIONS = {
+    "tokens first": ("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"),
+    "heads first": ("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
+    "dots": ("...qd, ...kd -> ...qk", "...qk, ...kd -> ...qd"),
+    "heads last": ("bqhd,bkhd->bqhk", "bqhk,bkhd->bqhd"),
+    "keys on the left": ("bhkd,bhqd->bhqk", "bhkd,bhqk->bhqd"),
+}
+"""Of scores, and of what is made of them and the values."""
+
+
+class Summed(Model):
+    """Attention by ``einsum``; ``capped`` says that its scores are changed."""
+
+    how, capped = "tokens first", False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Logits ``[B, S, V]``."""
+        x, (scores_of, mixed) = self.embed(ids), EQUATIONS[self.how]
+        left = self.how == "keys on the left"
+        for layer in self.layers:
+            a = layer.norm_a(x)
+            q, k, v = (layer.heads(each(a)) for each in (layer.q, layer.k, layer.v))
+            if self.how in ("tokens first", "heads last"):
+                q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+            scores = torch.einsum(scores_of, *((k, q) if left else (q, k))) * 0.7
+            shares = (torch.tanh(scores) if self.capped else scores).softmax(-1)
+            out = torch.einsum(mixed, *((v, shares) if left else (shares, v)))
+            out = out if self.how in ("tokens first", "heads last") else out.transpose(1, 2)
+            x = x + layer.o(out.reshape(x.shape))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+def summed(how: str, capped: bool, layers: int = 1) -> Model:
+    model = Model(Shape(layers=layers, heads=2, groups=1, head_dim=4, seed=3))
+    model.__class__ = Summed
+    model.how, model.capped = how, capped  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+@pytest.mark.parametrize("how", EQUATIONS)
+def test_attention_by_einsum_is_cached(how: str, capped: bool) -> None:
+    """A block of one layer is exact, and so are partial steps of two layers that compute every row."""
+    model = summed(how, capped)
+    call = models.compiled_loop(model, **DUAL)
+    assert worst(call, model, models.start(6, 8), every) < 1e-9
+    assert partial(model) == 7
+    model = summed(how, capped, layers=2)
+    call = models.compiled_loop(model, prompt_interval=1, response_interval=100, transfer_ratio=1.0, shift=False)
+    assert worst(call, model, models.start(6, 8), every) < 1e-9
+    assert partial(model) > 0
+
+
+@pytest.mark.parametrize("how", ["tokens first", "heads first", "dots", "keys on the left"])
+def test_methods_that_change_which_keys_are_read_take_it_too(how: str) -> None:
+    """It becomes one call, over whose keys a step may decide: with all of them kept, and attention in two parts."""
+    for settings in ({"method": "sparse-dllm", "keep_ratio": 1.0}, {"method": "flashblock", "outside_interval": 1}):
+        model = summed(how, capped=False)
+        call = models.compiled_loop(model, **settings, block_length=8, shift=False)
+        assert worst(call, model, models.start(6, 8), every) < 1e-9
+        assert partial(model) > 0
