@@ -122,8 +122,6 @@ MECHANISM = Mechanism(
     presets={
         "fast-dllm": {"method": "fast-dllm", "cache": "prefix", "block_length": 32},
         "fast-dllm/dual": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
-        "fastest": {"method": "fast-dllm", "cache": "dual", "block_length": 32},
     },
 )
-"""The block length is that of the authors' scripts. ``fastest`` is the best combination found on the embedded model
-within a point of accuracy, by ``bench --plot``; :func:`dllm_compile.generate` adds a threshold of 0.9 to it."""
+"""The block length is that of the authors' scripts."""

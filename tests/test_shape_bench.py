@@ -115,10 +115,8 @@ def test_other_errors_are_not_taken_for_it(measure: Any, monkeypatch: pytest.Mon
         measure("--lengths", "8,8")
 
 
-def test_the_fastest_preset_takes_part_where_it_is_no_method_already() -> None:
-    assert "fastest" not in shape_bench.entrants(SHAPES["llada-8b"])
-    found = shape_bench.entrants(replace(SHAPES["llada-8b"], cache_block=8))
-    assert found["fastest"].options == PRESETS["fastest"]
+def test_the_fastest_preset_takes_part() -> None:
+    assert shape_bench.entrants(SHAPES["llada-8b"])["fastest"].options == PRESETS["fastest"]
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ import torch
 
 from dllm_compile.declared import loop
 from dllm_compile.interface.mechanism import Confidences
+from dllm_compile.mechanisms import PRESETS
 from dllm_compile.passes import falling_threshold, frechet
 from dllm_compile.sampler.rules import written
+from dllm_compile.sampler.settings import PRESET_SETTINGS
 
 from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, play
@@ -242,7 +244,7 @@ def fill(
 
 BLOCK = 32
 THRESHOLD = 0.7
-"""Of all rows but ``fastest``, which has 0.9, and of Streaming-dLLM's, which falls from there."""
+"""Of all rows but ``dual + 0.9`` and ``fastest``; Streaming-dLLM's falls from there."""
 REFUSED = {
     "dkv-cache greedy": "computes what is filled next, which only generate tells it; in this loop it is dkv-cache",
     "drafts": "runs in generate alone, whose masks are behind a prompt, and for one sequence",
@@ -286,7 +288,10 @@ def contenders() -> list[Contender]:
 
     parallel("threshold, eager", None, **sure)
     parallel("dual, one block + threshold", whole, **sure)
-    parallel("fastest: dual + 0.9", dual, **of_blocks, threshold=0.9)
+    parallel("dual + 0.9", dual, **of_blocks, threshold=0.9)
+    fastest = {**PRESETS["fastest"], "shift": False}
+    how = {"block": fastest["block_length"], "fall": fastest["threshold_fall"]}
+    parallel("fastest", fastest, **how, **PRESET_SETTINGS["fastest"])
     parallel("fast-dllm++: dual + Frechet", dual, **of_blocks, delta=0.25)
     parallel("dual, one block + Frechet", whole, delta=0.25)
     parallel("dual, one block + factor", whole, factor=1.0)

@@ -25,7 +25,6 @@ import torch
 
 from dllm_compile import compat
 from dllm_compile.mechanisms import PRESETS
-from dllm_compile.options import Options
 
 from .command import whole
 from .contest import Contender, Job, play, wait
@@ -68,15 +67,10 @@ GRIDS = {"tiny": Grid(((64, 64),), (1,), (1, 4))}
 
 
 def entrants(setting: Setting) -> dict[str, Contender]:
-    """Baselines and methods by name, as the plain loop calls them; the preset ``fastest`` is one where it is not the
-    same as another.
-    """
+    """Baselines and methods by name, and the preset ``fastest``, as the plain loop calls them."""
     plain = [c for c in contenders(setting) if c.steps is None and c.settings is None and c.name != "neutral"]
     found = {c.name.replace(" ", "-"): c for c in plain}
-    fastest = PRESETS["fastest"]
-    if Options.of(fastest) not in [Options.of(c.options) for c in found.values() if c.options]:
-        found["fastest"] = Contender("fastest", fastest)
-    return found
+    return found | {"fastest": Contender("fastest", PRESETS["fastest"])}
 
 
 def weight_bytes(model: Any) -> int:
