@@ -46,13 +46,15 @@ def choosing(mechanism: Mechanism) -> Operation:
     """The operation of ``Assignment.choose_salient`` that asks a mechanism: the same one for the same mechanism."""
     what, function = f"the mechanism {mechanism.name!r} says salient rows", mechanism.salient
     assert function is not None
+    if function is turned:
+        return turned_rows
 
     @wraps(function)
     def choose(
         new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         group = places[3] if len(places) > 3 else None
-        if group is not None and function is not turned:
+        if group is not None:
             new, old = _of_all_ranks(new, group), _of_all_ranks(old, group)
         drifted = asked(what, function, Contexts(new, old, cosine, bound), cosine < 0)
         return salient_rows(drifted, bound, *places[:3])
@@ -68,6 +70,15 @@ def _of_all_ranks(contexts: torch.Tensor, group: str) -> torch.Tensor:
 def turned(contexts: Contexts) -> torch.Tensor:
     """Rows whose context turned; NaN is below nothing."""
     return contexts.cosine < contexts.bound
+
+
+def turned_rows(
+    new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`choosing` makes of :func:`turned`. It has a name of its own, so that PyTorch can tell by its name
+    what a graph calls, and finds its code on disk again. The cosine is of all ranks' heads already.
+    """
+    return salient_rows(turned(Contexts(new, old, cosine, bound)), bound, *places[:3])
 
 
 def thorough(assignment: Assignment) -> Assignment:

@@ -1,17 +1,32 @@
-"""What Inductor makes of graphs that write to the rows kept."""
+"""What Inductor is given, and what it makes of graphs that write to the rows kept."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+import sympy
 import torch
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen.cpp import stride_at_vec_range
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph_module import _format_import_statement
+from torch.package import sys_importer
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from dllm_compile import compat
 from dllm_compile.core.layout import Factor
 from dllm_compile.core.rows import changed_rows, merge_rows
-from dllm_compile.runtime.lower import lower
+from dllm_compile.runtime import lower as lower_module
+from dllm_compile.runtime import unit_code
+from dllm_compile.runtime.lower import lower, quick_strides, stride
 
+from . import models
+from .callers import METHODS, PARTIAL, fill, start
 from .kernel_runs import buffers
 
 ROWS, WIDTH, FRESH = 96, 64, 8
@@ -39,3 +54,91 @@ def test_rows_that_are_read_before_they_are_overwritten_are_not_copied() -> None
         torch.testing.assert_close(got, expected)
         assert torch.equal(args[0], want)
         assert ((ROWS + 1) * WIDTH in buffers(code)) == (not writes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pytorch_keeps_the_graphs_of_every_method_on_disk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All functions that they call are found by their names. Where one is not, PyTorch traces the graph again in every
+    process, and says nothing.
+    """
+    made: dict[str, torch.fx.GraphModule] = {}
+
+    def noted(unit: str, variant: str) -> Any:
+        names.append(variant)
+        return real(unit, variant)
+
+    def lowered(module: torch.fx.GraphModule, *more: Any) -> Any:
+        made[names[-1]] = module
+        return lower(module, *more)
+
+    names, real = list[str](), unit_code.compiling
+    monkeypatch.setattr(unit_code, "compiling", noted)
+    monkeypatch.setattr(unit_code, "lower", lowered)
+    model, x = models.build("llama"), start()
+    call = models.compiled_loop(model, **METHODS[name])
+    with torch.no_grad():
+        for _ in range(6):
+            x = fill(call(x).logits, x)
+    assert made.keys() & PARTIAL
+    for module in made.values():
+        ours = lower_module._made_cacheable(module, torch.device("cpu"))
+        with inductor_config.patch(unsafe_marked_cacheable_functions=ours):
+            check_cacheable(module)
+        for called, function in module.recompile().globals.items():
+            _format_import_statement(called, function, sys_importer)
+
+
+X, Y = sympy.symbols("d0 d1", integer=True, nonnegative=True)
+ROW, COUNT = sympy.symbols("s0 s1", integer=True, positive=True)
+STRIDES = [
+    *(7, X, 16 * X + Y, Y + 3, ROW * X + Y, 160 * (ROW + 1) * X + Y, (ROW + 1) * (X + COUNT * Y)),
+    *((COUNT + 1) * X - COUNT * X, FloorDiv(ROW, 2) * Y + X, sympy.Symbol("tmp0") * ROW + X),
+    *(X**2, X * Y, FloorDiv(X, 16), 3 * ModularIndexing(X, 1, 32) + Y, FloorDiv(X + Y, 8), sympy.Max(X, 1)),
+]
+
+
+@pytest.mark.parametrize("index", STRIDES, ids=str)
+def test_a_stride_that_is_known_without_simplifying_is_the_one_of_inductor(index: Any) -> None:
+    """By how much an index grows with a loop: one answer for code in vectors and for other code."""
+    index = sympy.sympify(index)
+    for var in (X, Y):
+        found, want = stride(index, var), stride_at_vec_range(index, var, 16)
+        assert found is not None or index.has(var)
+        if found is not None:
+            assert sympy.expand(found - want) == 0
+            assert (found.is_number, found.free_symbols) == (want.is_number, want.free_symbols)
+
+
+def test_inductor_asks_for_strides_and_gets_its_own_function_back() -> None:
+    asked: list[Any] = []
+    real = compat.cpp_codegen.stride_at_vec_range
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat.cpp_codegen, "stride_at_vec_range", lambda *given: asked.append(given) or real(*given))
+        theirs = compat.cpp_codegen.stride_at_vec_range
+        with quick_strides():
+            assert stride(ROW >= 8, X) is None
+            assert compat.cpp_codegen.stride_at_vec_range(3 * X + Y, X, 16) == 3
+            assert not asked
+            assert compat.cpp_codegen.stride_at_vec_range(FloorDiv(X, 16), X, 16) == 0
+            assert len(asked) == 1
+        assert compat.cpp_codegen.stride_at_vec_range is theirs
+
+
+def test_the_compiler_begins_with_kernels_while_others_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the very text that the code of the graph asks for behind them all, or each would be compiled twice."""
+    asked: list[tuple[list[str], str]] = []
+    real = AsyncCompile.cpp_pybinding
+
+    def noted(self: AsyncCompile, *kernel: Any) -> Any:
+        asked.append(kernel)
+        return real(self, *kernel)
+
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", noted)
+    function = lambda x: ((x.sin() @ x.mT).cos() @ x - 7,)  # noqa: E731
+    args = [torch.randn(5, 5, dtype=torch.float64)]
+    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
+        made = lower(make_fx(function)(*args), args, "inductor")
+    torch.testing.assert_close(made.run(*args), function(*args))
+    half = len(asked) // 2
+    assert half > 1
+    assert asked[:half] == asked[half:]

@@ -409,7 +409,7 @@ class _Writer:
         positions = at
         if self.assignment.alone:  # chosen by their places among the active rows
             positions = self._call(row_ops.pick_index, (self.slot["index:active"], at, self._tokens()))
-        self._call(torch.Tensor.copy_, (self.entries, positions))
+        self.graph.call_method("copy_", (self.entries, positions))
         for node in self.unit.anchors(KEYS):
             self._call(row_ops.keep_rows, (self.state[node], self._available(node), at, self._layout(node)))
 
