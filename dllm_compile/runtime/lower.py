@@ -181,6 +181,15 @@ def quick_strides() -> Iterator[None]:
         compat.cpp_codegen.stride_at_vec_range = known
 
 
+def _kernel(body: str) -> list[Any] | None:
+    """The types of the arguments and the C++ code of a kernel, as Inductor writes it; ``None`` where that is another."""
+    if not body.startswith("async_compile.cpp_pybinding("):
+        return None
+    call = ast.parse(body.strip(), mode="eval").body
+    whole = isinstance(call, ast.Call) and len(call.args) == 2 and not call.keywords
+    return [ast.literal_eval(each) for each in call.args] if whole and isinstance(call, ast.Call) else None
+
+
 @contextmanager
 def early_kernels() -> Iterator[None]:
     """The C++ compiler begins with a kernel as soon as that is written, while Inductor writes those behind it.
@@ -189,13 +198,15 @@ def early_kernels() -> Iterator[None]:
     of does not change.
     """
     writer = compat.wrapper_codegen.PythonWrapperCodegen
-    known = writer.define_kernel
+    known = getattr(writer, "define_kernel", None)
+    if known is None:
+        yield
+        return
 
     def define(self: Any, name: str, body: str, *more: Any, **named: Any) -> Any:
-        if body.startswith("async_compile.cpp_pybinding("):
-            call = ast.parse(body.strip(), mode="eval").body
-            assert isinstance(call, ast.Call)
-            compat.AsyncCompile().cpp_pybinding(*map(ast.literal_eval, call.args))
+        kernel = _kernel(body)
+        if kernel is not None:
+            compat.AsyncCompile().cpp_pybinding(*kernel)
         return known(self, name, body, *more, **named)
 
     writer.define_kernel = define
