@@ -24,8 +24,8 @@ THRESHOLD = 0.9
 FEW = 8
 """Forwards of each batch that plain Inductor is timed for: all cost the same, and its answers would be eager's."""
 FEATURES = PRESETS["dllm-cache/llada-instruct-longbench"]
-"""Of the authors' settings those for answers found in long prompts, as here. The prompt is computed anew every 100 steps,
-so not within a response of 64: one kind of step less to compile.
+"""Of the authors' settings those for answers found in long prompts, as here. The prompt is computed anew every 100
+steps, so not within a response of 64: one kind of step less to compile.
 """
 
 

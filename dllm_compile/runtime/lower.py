@@ -182,12 +182,13 @@ def quick_strides() -> Iterator[None]:
 
 
 def _kernel(body: str) -> list[Any] | None:
-    """The types of the arguments and the C++ code of a kernel, as Inductor writes it; ``None`` where that is another."""
+    """Types of the arguments and C++ code of a kernel as Inductor writes it; ``None`` of one in another language."""
     if not body.startswith("async_compile.cpp_pybinding("):
         return None
     call = ast.parse(body.strip(), mode="eval").body
-    whole = isinstance(call, ast.Call) and len(call.args) == 2 and not call.keywords
-    return [ast.literal_eval(each) for each in call.args] if whole and isinstance(call, ast.Call) else None
+    if not isinstance(call, ast.Call) or len(call.args) != 2 or call.keywords:
+        return None  # another release of Inductor
+    return [ast.literal_eval(each) for each in call.args]
 
 
 @contextmanager
