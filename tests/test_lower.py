@@ -11,16 +11,16 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codegen.cpp import stride_at_vec_range
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import _format_import_statement
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from dllm_compile import compat
 from dllm_compile.core.layout import Factor
 from dllm_compile.core.rows import changed_rows, merge_rows
+from dllm_compile.debug import compiling
 from dllm_compile.runtime import lower as lower_module
 from dllm_compile.runtime import unit_code
 from dllm_compile.runtime.lower import lower, quick_strides, stride
@@ -71,7 +71,7 @@ def test_pytorch_keeps_the_graphs_of_every_method_on_disk(name: str, monkeypatch
         made[names[-1]] = module
         return lower(module, *more)
 
-    names, real = list[str](), unit_code.compiling
+    names, real = list[str](), compiling
     monkeypatch.setattr(unit_code, "compiling", noted)
     monkeypatch.setattr(unit_code, "lower", lowered)
     model, x = models.build("llama"), start()
@@ -102,7 +102,7 @@ def test_a_stride_that_is_known_without_simplifying_is_the_one_of_inductor(index
     """By how much an index grows with a loop: one answer for code in vectors and for other code."""
     index = sympy.sympify(index)
     for var in (X, Y):
-        found, want = stride(index, var), stride_at_vec_range(index, var, 16)
+        found, want = stride(index, var), compat.cpp_codegen.stride_at_vec_range(index, var, 16)
         assert found is not None or index.has(var)
         if found is not None:
             assert sympy.expand(found - want) == 0
@@ -112,8 +112,13 @@ def test_a_stride_that_is_known_without_simplifying_is_the_one_of_inductor(index
 def test_inductor_asks_for_strides_and_gets_its_own_function_back() -> None:
     asked: list[Any] = []
     real = compat.cpp_codegen.stride_at_vec_range
+
+    def noted(*given: Any) -> Any:
+        asked.append(given)
+        return real(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat.cpp_codegen, "stride_at_vec_range", lambda *given: asked.append(given) or real(*given))
+        patch.setattr(compat.cpp_codegen, "stride_at_vec_range", noted)
         theirs = compat.cpp_codegen.stride_at_vec_range
         with quick_strides():
             assert stride(ROW >= 8, X) is None
@@ -134,7 +139,10 @@ def test_the_compiler_begins_with_kernels_while_others_are_written(monkeypatch: 
         return real(self, *kernel)
 
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", noted)
-    function = lambda x: ((x.sin() @ x.mT).cos() @ x - 7,)  # noqa: E731
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((x.sin() @ x.mT).cos() @ x - 7,)
+
     args = [torch.randn(5, 5, dtype=torch.float64)]
     with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
         made = lower(make_fx(function)(*args), args, "inductor")
