@@ -263,3 +263,38 @@ def test_methods_that_change_which_keys_are_read_take_it_too(how: str) -> None:
         call = models.compiled_loop(model, **settings, block_length=8, shift=False)
         assert worst(call, model, models.start(6, 8), every) < 1e-9
         assert partial(model) > 0
+
+
+# -- other dimensions --------------------------------------------------------------------------------------------------
+
+
+class Shaped(Model):
+    """Attention over ``[B * heads, S, h]``, or over ``[B, 1, heads, S, h]``, whose keys serve all heads."""
+
+    dims = 3
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Logits ``[B, S, V]``."""
+        x = self.embed(ids)
+        for layer in self.layers:
+            a = layer.norm_a(x)
+            q, k, v = (layer.heads(each(a)) for each in (layer.q, layer.k, layer.v))
+            if self.dims == 3:
+                q, k, v = (each.reshape(-1, *each.shape[2:]) for each in (q, k, v))
+            else:
+                q, k, v = q.unsqueeze(1), k[:, :1].unsqueeze(1), v[:, :1].unsqueeze(1)
+            out = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).view(x.shape[0], -1, x.shape[1], 4)
+            x = x + layer.o(out.transpose(1, 2).reshape(x.shape))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+@pytest.mark.parametrize("method", ["sparse", "dyllm", "streaming"])
+@pytest.mark.parametrize("dims", [3, 5])
+def test_keys_of_attention_with_other_dimensions_are_left_as_they_are(dims: int, method: str) -> None:
+    model = Model(Shape(layers=2, heads=2, groups=1, head_dim=4, seed=3))
+    model.__class__ = Shaped
+    model.dims = dims  # type: ignore[assignment]
+    call = models.compiled_loop(model, **METHODS[method])
+    with pytest.warns(UserWarning, match="attention is not over .*, and this method would change its keys"):
+        assert worst(call, model, models.start(6, 8), every) < 1e-9

@@ -100,13 +100,19 @@ class _Writer:
         self._placeholders()
 
     def _check_calls(self) -> None:
-        """Attention that is several calls stays as it is written, over all keys."""
-        several = next((each.node for each in self.unit.attentions if each.scored), None)
+        """Attention that is several calls, or has other dimensions, stays as it is written, over all keys."""
         own = self.assignment
         others = (own.attend, own.evict, own.measure, own.outside, own.shared)
-        if several is not None and (own.keys != ALL or own.hides or any(each is not None for each in others)):
-            reason = "attention that is written by several calls reads all keys, and this method would change that"
-            raise GraphRefused(reason, several)
+        if own.keys == ALL and not own.hides and all(each is None for each in others):
+            return
+        for each in self.unit.attentions:
+            if each.scored:
+                reason = "attention that is written by several calls reads all keys, and this method would change that"
+                raise GraphRefused(reason, each.node)
+            kinds = [[factor.kind for factor in dim] for dim in self.axes.layout[each.node]]
+            if [kinds[0], *kinds[2:3], len(kinds)] != [["B"], ["T"], 4]:
+                reason = "attention is not over [batch, heads, tokens, size], and this method would change its keys"
+                raise GraphRefused(reason, each.node)
 
     def _placeholders(self) -> None:
         self.takes: list[str] = []
