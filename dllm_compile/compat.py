@@ -69,12 +69,6 @@ graph_break: Callable[[], None]
 """Breaks the graph where Dynamo traces it."""
 TorchDynamoException: type[Exception]
 """Dynamo cannot trace something whole."""
-AsyncCompile: Callable[..., Any]
-"""Inductor's way to call compilers of kernels beside its own work: ``cpp_pybinding``."""
-cpp_codegen: Any
-"""Inductor's module that writes C++; patched: ``stride_at_vec_range``."""
-wrapper_codegen: Any
-"""Inductor's module that writes what calls kernels; patched: ``PythonWrapperCodegen.define_kernel``."""
 dynamo_config: Any
 """Read and written: ``ignore_logging_functions``."""
 inductor_config: Any
@@ -88,9 +82,6 @@ LATE = {
     "graph_break_reasons": "torch._dynamo.utils",
     "TorchDynamoException": "torch._dynamo.exc",
     "graph_break": "torch._dynamo",
-    "AsyncCompile": "torch._inductor.async_compile",
-    "cpp_codegen": "torch._inductor.codegen.cpp",
-    "wrapper_codegen": "torch._inductor.codegen.wrapper",
     "dynamo_config": "torch._dynamo.config",
     "compile_fx": "torch._inductor.compile_fx",
     "clear_caches": "torch._inductor.utils",
@@ -98,7 +89,7 @@ LATE = {
     "inductor_config": "torch._inductor.config",
 }
 """Modules of names that are read as ``compat.NAME``: Dynamo and Inductor take 1.5 seconds to import, and are imported
-where the first of these is read. A configuration, or what writes code, is the module itself.
+where the first of these is read. A configuration is the module itself.
 """
 LOG_OF_OPERATIONS = "torch._library.triton"
 """The logger of ``torch.library.triton_op``."""
@@ -119,7 +110,7 @@ if not TYPE_CHECKING:  # or every other name would be taken for one of these
         if name not in LATE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = importlib.import_module(LATE[name])
-        globals()[name] = found = module if name.endswith(("_config", "_codegen")) else getattr(module, name)
+        globals()[name] = found = module if name.endswith("_config") else getattr(module, name)
         return found
 
 

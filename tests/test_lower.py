@@ -5,25 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import sympy
 import torch
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from torch._inductor import config as inductor_config
-from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import _format_import_statement
 from torch.package.importer import sys_importer
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from dllm_compile import compat
 from dllm_compile.core.layout import Factor
 from dllm_compile.core.rows import changed_rows, merge_rows
 from dllm_compile.debug import compiling
 from dllm_compile.runtime import lower as lower_module
 from dllm_compile.runtime import unit_code
-from dllm_compile.runtime.lower import lower, quick_strides, stride
+from dllm_compile.runtime.lower import lower
 
 from . import models
 from .callers import METHODS, PARTIAL, fill, start
@@ -86,67 +82,3 @@ def test_pytorch_keeps_the_graphs_of_every_method_on_disk(name: str, monkeypatch
             check_cacheable(module)
         for called, function in module.recompile().globals.items():
             _format_import_statement(called, function, sys_importer)
-
-
-X, Y = sympy.symbols("d0 d1", integer=True, nonnegative=True)
-ROW, COUNT = sympy.symbols("s0 s1", integer=True, positive=True)
-STRIDES = [
-    *(7, X, 16 * X + Y, Y + 3, ROW * X + Y, 160 * (ROW + 1) * X + Y, (ROW + 1) * (X + COUNT * Y)),
-    *((COUNT + 1) * X - COUNT * X, FloorDiv(ROW, 2) * Y + X, sympy.Symbol("tmp0") * ROW + X),
-    *(X**2, X * Y, FloorDiv(X, 16), 3 * ModularIndexing(X, 1, 32) + Y, FloorDiv(X + Y, 8), sympy.Max(X, 1)),
-]
-
-
-@pytest.mark.parametrize("index", STRIDES, ids=str)
-def test_a_stride_that_is_known_without_simplifying_is_the_one_of_inductor(index: Any) -> None:
-    """By how much an index grows with a loop: one answer for code in vectors and for other code."""
-    index = sympy.sympify(index)
-    for var in (X, Y):
-        found, want = stride(index, var), compat.cpp_codegen.stride_at_vec_range(index, var, 16)
-        assert found is not None or index.has(var)
-        if found is not None:
-            assert sympy.expand(found - want) == 0
-            assert (found.is_number, found.free_symbols) == (want.is_number, want.free_symbols)
-
-
-def test_inductor_asks_for_strides_and_gets_its_own_function_back() -> None:
-    asked: list[Any] = []
-    real = compat.cpp_codegen.stride_at_vec_range
-
-    def noted(*given: Any) -> Any:
-        asked.append(given)
-        return real(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat.cpp_codegen, "stride_at_vec_range", noted)
-        theirs = compat.cpp_codegen.stride_at_vec_range
-        with quick_strides():
-            assert stride(ROW >= 8, X) is None
-            assert compat.cpp_codegen.stride_at_vec_range(3 * X + Y, X, 16) == 3
-            assert not asked
-            assert compat.cpp_codegen.stride_at_vec_range(FloorDiv(X, 16), X, 16) == 0
-            assert len(asked) == 1
-        assert compat.cpp_codegen.stride_at_vec_range is theirs
-
-
-def test_the_compiler_begins_with_kernels_while_others_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the very text that the code of the graph asks for behind them all, or each would be compiled twice."""
-    asked: list[tuple[list[str], str]] = []
-    real = AsyncCompile.cpp_pybinding
-
-    def noted(self: AsyncCompile, *kernel: Any) -> Any:
-        asked.append(kernel)
-        return real(self, *kernel)
-
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", noted)
-
-    def function(x: torch.Tensor) -> tuple[torch.Tensor]:
-        return ((x.sin() @ x.mT).cos() @ x - 7,)
-
-    args = [torch.randn(5, 5, dtype=torch.float64)]
-    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fx_graph_cache=False):
-        made = lower(make_fx(function)(*args), args, "inductor")
-    torch.testing.assert_close(made.run(*args), function(*args))
-    half = len(asked) // 2
-    assert half > 1
-    assert asked[:half] == asked[half:]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -137,84 +135,8 @@ def lower(
 
 def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) -> Compiled:
     ours = _made_cacheable(module, next((each.device for each in example if isinstance(each, torch.Tensor)), None))
-    cacheable = compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours)
-    with torch.no_grad(), cacheable, quick_strides(), early_kernels():
+    with torch.no_grad(), compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours):
         return compat.compile_fx(module, example, config_patches=IN_ORDER if writes else None)
-
-
-def stride(index: Any, var: sympy.Symbol) -> Any:
-    """By how much an index grows with ``var``, where it is a sum of products with one and the same answer everywhere.
-
-    Args:
-        index: of memory.
-        var: of a loop.
-
-    Returns:
-        An expression without ``var``: a number wherever it is constant. ``None`` where ``index`` is something else.
-    """
-    if not (isinstance(index, sympy.Expr) and index.is_polynomial(var)):
-        return None
-    slope = sympy.expand(index.diff(var))
-    return slope if not slope.has(var) and slope.is_polynomial(*slope.free_symbols) else None
-
-
-@contextmanager
-def quick_strides() -> Iterator[None]:
-    """Inductor asks :func:`stride` before it simplifies an index, which is a third of its work in Python for a CPU.
-
-    It asks how far loads and stores are apart for every loop that could be a vector, with ``sympy.simplify``, twice,
-    and remembers 128 of its answers, of which a layer has more. The answers are equal; see the tests.
-    """
-    known = getattr(compat.cpp_codegen, "stride_at_vec_range", None)
-    if known is None:
-        yield
-        return
-
-    def answer(index: Any, var: Any, *more: Any, **named: Any) -> Any:
-        found = stride(index, var)
-        return known(index, var, *more, **named) if found is None else found
-
-    compat.cpp_codegen.stride_at_vec_range = answer
-    try:
-        yield
-    finally:
-        compat.cpp_codegen.stride_at_vec_range = known
-
-
-def _kernel(body: str) -> list[Any] | None:
-    """Types of the arguments and C++ code of a kernel as Inductor writes it; ``None`` of one in another language."""
-    if not body.startswith("async_compile.cpp_pybinding("):
-        return None
-    call = ast.parse(body.strip(), mode="eval").body
-    if not isinstance(call, ast.Call) or len(call.args) != 2 or call.keywords:
-        return None  # another release of Inductor
-    return [ast.literal_eval(each) for each in call.args]
-
-
-@contextmanager
-def early_kernels() -> Iterator[None]:
-    """The C++ compiler begins with a kernel as soon as that is written, while Inductor writes those behind it.
-
-    Inductor begins when it loads the whole graph; it then finds, by its text, what is under way. What a graph is made
-    of does not change.
-    """
-    writer = compat.wrapper_codegen.PythonWrapperCodegen
-    known = getattr(writer, "define_kernel", None)
-    if known is None:
-        yield
-        return
-
-    def define(self: Any, name: str, body: str, *more: Any, **named: Any) -> Any:
-        kernel = _kernel(body)
-        if kernel is not None:
-            compat.AsyncCompile().cpp_pybinding(*kernel)
-        return known(self, name, body, *more, **named)
-
-    writer.define_kernel = define
-    try:
-        yield
-    finally:
-        writer.define_kernel = known
 
 
 def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -> dict[str, str]:
