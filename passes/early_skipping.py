@@ -168,9 +168,5 @@ MECHANISM = Mechanism(
     presets={
         f"es-dllm/{name}": {**_PUBLISHED, "unskipped_interval": block, "refresh_interval": every}
         for name, (block, every) in _AUTHORS.items()
-    }
-    | {"fastest": {**_PUBLISHED, "row_shares": (0.75, 0.5), "threshold_fall": 0.3}},
+    },
 )
-"""``fastest`` is the fastest that ``bench --search`` found within a point of the accuracy of eager, on both of its
-models; :func:`dllm_compile.generate` adds a threshold of 0.9 to it, which then falls.
-"""

@@ -35,7 +35,7 @@ OPTIONS: list[tuple[dict[Any, Any], str]] = [
     ({"method": None}, "method is None; did you mean "),
     ({"preset": "fastes"}, "preset is 'fastes'; did you mean 'fastest'?"),
     ({"preset": ["fastest"]}, "preset is ['fastest']; did you mean 'fastest'?"),
-    ({"preset": "fastest", "method": "dyllm"}, "preset 'fastest' is of the method 'es-dllm', not 'dyllm'"),
+    ({"preset": "fastest", "method": "dyllm"}, "preset 'fastest' is of the method 'dkv-cache', not 'dyllm'"),
     ({"cache": "duel"}, "cache is 'duel'; did you mean 'dual'?"),
     ({"cache": True}, "cache is True; did you mean "),
     ({"lowering": "trition"}, "lowering is 'trition'; did you mean "),

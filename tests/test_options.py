@@ -468,7 +468,7 @@ def test_a_preset_of_another_method_is_refused() -> None:
     assert said == "preset 'dyllm/dream' is of the method 'dyllm', not 'exact'; give one of them"
     said = failure(lambda: Options.of(preset="dllm-cache/llada-base-gsm8k", method="fast-dllm"))
     assert said.startswith("preset 'dllm-cache/llada-base-gsm8k' is of the method 'dllm-cache', not 'fast-dllm'; give")
-    assert Options.of(preset="fastest", method="es-dllm") == Options.of(preset="fastest")
+    assert Options.of(preset="fastest", method="dkv-cache") == Options.of(preset="fastest")
 
 
 def test_one_thing_said_twice_is_refused() -> None:

@@ -244,7 +244,7 @@ def fill(
 
 BLOCK = 32
 THRESHOLD = 0.7
-"""Of all rows but ``dual + 0.9`` and ``fastest``; Streaming-dLLM's falls from there."""
+"""Of all rows with one but ``dual + 0.9``; Streaming-dLLM's falls from there."""
 REFUSED = {
     "dkv-cache greedy": "computes what is filled next, which only generate tells it; in this loop it is dkv-cache",
     "drafts": "runs in generate alone, whose masks are behind a prompt, and for one sequence",
@@ -290,8 +290,7 @@ def contenders() -> list[Contender]:
     parallel("dual, one block + threshold", whole, **sure)
     parallel("dual + 0.9", dual, **of_blocks, threshold=0.9)
     fastest = {**PRESETS["fastest"], "shift": False}
-    how = {"block": fastest["block_length"], "fall": fastest["threshold_fall"]}
-    parallel("fastest", fastest, **how, **PRESET_SETTINGS["fastest"])
+    parallel("fastest", fastest, block=fastest["block_length"], delta=PRESET_SETTINGS["fastest"]["frechet_delta"])
     parallel("fast-dllm++: dual + Frechet", dual, **of_blocks, delta=0.25)
     parallel("dual, one block + Frechet", whole, delta=0.25)
     parallel("dual, one block + factor", whole, factor=1.0)

@@ -45,7 +45,8 @@ def contenders(block: int) -> list[Contender]:
         Contender("dual + threshold", {**blocks, "cache": "dual"}, settings=parallel),
         Contender("sparse + threshold", {**blocks, "method": "sparse-dllm"}, settings=parallel),
         Contender("dyllm + threshold", {"method": "dyllm"}, settings=parallel),
-        Contender("fastest (es-dllm)", PRESETS["fastest"], settings=parallel),
+        Contender("es-dllm + threshold", {"method": "es-dllm"}, settings=parallel),
+        Contender("fastest", {"preset": "fastest"}, settings={}),
     ]
 
 

@@ -10,9 +10,6 @@ from dataclasses import asdict
 from math import cos, radians, sin
 from typing import Any
 
-from dllm_compile.mechanisms import PRESETS
-from dllm_compile.sampler.settings import PRESET_SETTINGS
-
 from . import demo
 from .contest import Contender, Row
 from .table import print_rows
@@ -54,7 +51,7 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
             "dual, sparse, salient + threshold": {**sparse, "saliency_threshold": 0.99, "full_steps": 1},
         }.items():
             add(series, threshold, options=options, settings={"threshold": threshold})
-    add("fastest", options=PRESETS["fastest"], settings=PRESET_SETTINGS["fastest"])
+    add("fastest", options={"preset": "fastest"}, settings={})
     return out
 
 

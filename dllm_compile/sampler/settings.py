@@ -23,8 +23,9 @@ SYNONYMS = {
     "mask_token_id": "mask_id",
     "eos_token_id": "eos_id",
 }
-PRESET_SETTINGS: dict[str, dict[str, Any]] = {name: {"threshold": 0.9} for name in ("fastest", "streaming-dllm")}
-"""What a preset of the backend says about sampling."""
+PRESET_SETTINGS: dict[str, dict[str, Any]] = {"fastest": {"frechet_delta": 0.25}, "streaming-dllm": {"threshold": 0.9}}
+"""Which tokens a preset of the backend writes, unless one of ``HOW_MANY`` says so."""
+HOW_MANY = {"threshold", "factor", "frechet_delta"}
 
 RULE_SYNONYMS = {"confidence_threshold": "low_confidence", "margin_confidence": "topk_margin", "neg_entropy": "entropy"}
 
@@ -251,8 +252,9 @@ def settings_of(given: Mapping[str, Any], config: Any = None, prompt: int = 0) -
         if meant in target:
             raise ValueError(f"{meant!r} is given twice, once as {name!r}; give it once")
         target[meant] = value
-    if "factor" not in own:
-        own = {**PRESET_SETTINGS.get(str(options.get("preset")), {}), **own}
+    if not HOW_MANY & {*own, *options}:
+        for name, value in PRESET_SETTINGS.get(str(options.get("preset")), {}).items():
+            (own if name in SETTINGS else options)[name] = value
     if config is not None:
         _check_sampling(own.get("temperature"), config.do_sample)
         own = {**_from_config(config, prompt), **own}
