@@ -93,6 +93,6 @@ MECHANISM = Mechanism(
         "fastest": {"method": "dkv-cache", "delay": 0, "refresh_interval": 16, "block_length": 64},
     },
 )
-"""``fastest`` is the fastest that ``bench --search`` found within a point of the accuracy of eager on both of its models,
+"""``fastest`` is the fastest that ``bench --search`` found within a point of eager's accuracy on both of its models,
 and refreshes, for responses longer than theirs; :func:`dllm_compile.generate` adds ``frechet_delta=0.25`` to it.
 """

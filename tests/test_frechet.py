@@ -72,3 +72,12 @@ def test_generate_writes_by_it_beside_any_cache(options: dict[str, Any]) -> None
     assert torch.equal(one.sequences, plain.sequences)
     assert some.nfe <= 8
     assert not (some.sequences == MASK).any()
+
+
+@pytest.mark.parametrize("rule", [{}, {"threshold": 0.8}, {"factor": 1.0}, {"frechet_delta": 0.5}], ids=str)
+def test_the_rule_of_a_preset_is_that_of_the_caller_if_he_names_one(rule: dict[str, Any]) -> None:
+    model, prompt = build(), start(prompt=8)[:, :8]
+    given: dict[str, Any] = {"gen_length": 64, "mask_id": MASK, "lowering": "eager", "shift": False}
+    by_hand = {"cache": "decoded", "refresh_interval": 16, "block_length": 64, **(rule or {"frechet_delta": 0.25})}
+    a, b = (dllm_compile.generate(model, prompt, **given, **how) for how in (by_hand, {"preset": "fastest", **rule}))
+    assert torch.equal(a, b)
