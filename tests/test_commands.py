@@ -81,7 +81,7 @@ def test_demo_writes_its_table(
 ) -> None:
     fixed = ["eager", "inductor", "dllm-cache", "fast-dllm prefix", "fast-dllm dual", "sparse-dllm", "dyllm"]
     parallel = ["threshold, eager", *(f"{name} + threshold" for name in ("dual", "sparse", "dyllm", "es-dllm"))]
-    assert [each.name for each in demo.contenders(32)] == fixed + parallel
+    assert [each.name for each in demo.contenders(32)] == [*fixed, *parallel, "fastest"]
     names = "eager", "fast-dllm dual", "dual + threshold"
     monkeypatch.setattr(demo, "contenders", only(demo.contenders, *names, eager=names[1:]))  # examples use Inductor
     target = tmp_path / "demo.json"

@@ -25,7 +25,7 @@ PASSES = [
     "exported, flex_attention",
     "fix sizes",
     "normalize",
-    "spelled_attention",
+    "einsum, spelled_attention",
     "seeds",
     "follow axes",
     "unmask",

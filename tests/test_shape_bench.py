@@ -16,7 +16,6 @@ from dllm_compile.bench import model as bench_model
 from dllm_compile.bench import shape as shape_bench
 from dllm_compile.bench.contest import Contender, Job, Row, play
 from dllm_compile.bench.model import SHAPES, Setting, job_of, random_model
-from dllm_compile.mechanisms import PRESETS
 
 PARAMETERS = {"llada-8b": 8.02e9, "dream-7b": 7.62e9}
 SMALL = ["--shape", "tiny", "--layers", "1", "--width", "32", "--mlp", "48", "--block", "8", "--cache-block", "8"]
@@ -113,10 +112,6 @@ def test_other_errors_are_not_taken_for_it(measure: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(shape_bench, "play", broken)
     with pytest.raises(RuntimeError, match="broken"):
         measure("--lengths", "8,8")
-
-
-def test_the_fastest_preset_takes_part() -> None:
-    assert shape_bench.entrants(SHAPES["llada-8b"])["fastest"].options == PRESETS["fastest"]
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .contest import Contender, Row
 from .table import print_rows
 
 PROBLEMS, BATCH, BLOCK = 32, 8, 32
-MARKERS = "osD^v<>pPXhH*d8x"
+MARKERS = "osD^v<>pPXhH*d8x+"
 
 
 def entrants() -> dict[str, list[tuple[str, Contender]]]:

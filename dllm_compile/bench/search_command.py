@@ -21,7 +21,7 @@ from dllm_compile.mechanisms import PRESETS, tables
 from dllm_compile.options import Options
 from dllm_compile.sampler.compiled import compiled
 from dllm_compile.sampler.family import Family
-from dllm_compile.sampler.settings import Settings, settings_of
+from dllm_compile.sampler.settings import PRESET_SETTINGS, Settings, settings_of
 
 from . import antibody
 from .command import Parser, require, share, target, whole
@@ -82,7 +82,8 @@ def published() -> list[str]:
 
 def parallel(preset: str) -> Setting:
     """A preset, with a threshold where it does not choose tokens itself."""
-    return {"preset": preset} | ({} if "frechet_delta" in PRESETS.get(preset, {}) else THRESHOLD)
+    chooses = preset in PRESET_SETTINGS or "frechet_delta" in PRESETS.get(preset, {})
+    return {"preset": preset} | ({} if chooses else THRESHOLD)
 
 
 def compared(presets: Sequence[str], meaning: Meaning) -> dict[str, Setting]:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from dllm_compile import compat
-from dllm_compile.mechanisms import PRESETS
 
 from .command import whole
 from .contest import Contender, Job, play, wait
@@ -67,10 +66,9 @@ GRIDS = {"tiny": Grid(((64, 64),), (1,), (1, 4))}
 
 
 def entrants(setting: Setting) -> dict[str, Contender]:
-    """Baselines and methods by name, and the preset ``fastest``, as the plain loop calls them."""
+    """Baselines and methods by name, as the plain loop calls them."""
     plain = [c for c in contenders(setting) if c.steps is None and c.settings is None and c.name != "neutral"]
-    found = {c.name.replace(" ", "-"): c for c in plain}
-    return found | {"fastest": Contender("fastest", PRESETS["fastest"])}
+    return {c.name.replace(" ", "-"): c for c in plain}
 
 
 def weight_bytes(model: Any) -> int:
