@@ -51,8 +51,7 @@ def entrants() -> dict[str, list[tuple[str, Contender]]]:
             "dual, sparse, salient + threshold": {**sparse, "saliency_threshold": 0.99, "full_steps": 1},
         }.items():
             add(series, threshold, options=options, settings={"threshold": threshold})
-    add("fastest", options={"preset": "fastest"}, settings={})
-    return out
+    return out | {"fastest": [("", demo.fastest())]}
 
 
 def drawn_to_files() -> Any:
