@@ -20,20 +20,22 @@ from .core.errors import GraphRefused, TokensUnseen, describe, refusing
 from .core.graph import numbers
 from .core.stand_ins import StandIns
 from .debug import labelled, log
-from .declared import ExactCalls, declared
+from .declared import ExactCalls, Loop, declared
 from .graph_limit import warn_of_last, worth_saying
 from .interface.plan import Exact
 from .mechanisms import tables, turned_on
 from .options import Options, check_vocabulary
 from .passes.own_cache import HandedOver, keys_handed_over
-from .runtime.batch import Batch, Step
+from .runtime.batch import Batch
 from .runtime.chain import Chain, current, enter
+from .runtime.ids import labels
 from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
 from .runtime.program import Program
 from .runtime.run import run
-from .runtime.session import Session, sessions
+from .runtime.session import NewCall, Session, sessions
 from .runtime.stats import Stats
+from .runtime.step import Step
 from .runtime.unchanged import Inputs
 from .runtime.unit_code import forget
 from .runtime.verify import compare
@@ -348,13 +350,15 @@ class Backend:
     def _begin(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
         """The batch of sequences that a call goes on with, and the step that it is; ``None`` if it is no step."""
         side_inputs = [args[i] for i in program.side_inputs]
-        stream = args[program.index[program.seed]]
+        stream, word = args[program.index[program.seed]], declared()
+        loop = word if isinstance(word, Loop) else None
         if program.ids is not None:
             check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
-            found = session.begin(stream, side_inputs, program, [args[i] for i in program.head_inputs], args)
+            late = [args[i] for i in program.head_inputs]
+            found = session.begin(NewCall(stream, program, side_inputs, late, args, loop))
         else:
-            found = session.begin_hidden(stream, side_inputs, program)
+            found = session.begin(NewCall(labels(stream), program, side_inputs, loop=loop))
             if found is None and session.mask_id is None:
                 reason = "no graph of this model saw its token ids, and its hidden state does not show what is masked"
                 self._refuse(TokensUnseen(reason), args)

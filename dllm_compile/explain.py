@@ -21,9 +21,9 @@ from .options import Options, all_names, check_vocabulary
 from .passes.block_cache import full_steps
 from .passes.feature_cache import share
 from .runtime import cost
+from .runtime.graph_call import HEAD
 from .runtime.ids import infer_mask_id
 from .runtime.program import Program
-from .runtime.run import HEAD
 from .runtime.skipping import layers_at, widths
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
 from .schedule.method import schedule

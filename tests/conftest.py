@@ -76,9 +76,9 @@ def no_gradients_no_warnings() -> Iterator[None]:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial steps are recorded and replayed as on CUDA, with as few kinds of calls as a small response has."""
-    from dllm_compile.runtime import steps
+    from dllm_compile.runtime import next_step
 
     from . import recorded_calls
 
-    monkeypatch.setattr(steps, "MULTIPLE", 4)
+    monkeypatch.setattr(next_step, "MULTIPLE", 4)
     recorded_calls.stand_in(monkeypatch)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from dllm_compile.runtime import run
-from dllm_compile.runtime.batch import Step
+from dllm_compile.runtime.graph_call import GraphCall
+from dllm_compile.runtime.step import Step
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "Qwen2ForCausalLM": "Qwen2Config"}
@@ -52,7 +52,7 @@ Salient = dict[int, list[torch.Tensor]]
 def noted_salient(monkeypatch: pytest.MonkeyPatch) -> Salient:
     """Filled by the steps that run from now on; rows that are computed for samplers alone are left out."""
     seen: Salient = {}
-    take = run.GraphCall._take_salient
+    take = GraphCall._take_salient
 
     def noted(call: Any, *given: Any) -> None:
         take(call, *given)
@@ -63,7 +63,7 @@ def noted_salient(monkeypatch: pytest.MonkeyPatch) -> Salient:
         found = torch.zeros(tokens, dtype=torch.bool).index_fill(0, at[at < tokens], True)
         seen.setdefault(step.number, []).append(found)
 
-    monkeypatch.setattr(run.GraphCall, "_take_salient", noted)
+    monkeypatch.setattr(GraphCall, "_take_salient", noted)
     return seen
 
 

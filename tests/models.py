@@ -70,7 +70,8 @@ def build(name: str, dtype: torch.dtype | None = None, seed: int = 0, **more: An
     torch.manual_seed(seed)
     model = getattr(transformers, cls)(getattr(transformers, config)(**{**settings, **more}))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25) if parameter.dim() > 1 else None
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
     return model.to(dtype or dtype_of(name)).eval()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import dllm_compile
-from dllm_compile.runtime.batch import Batch, Step
+from dllm_compile.runtime.batch import Batch
 from dllm_compile.runtime.session import Session
+from dllm_compile.runtime.step import Step
 from dllm_compile.sampler import stepper
 
 from . import golden_models, shared

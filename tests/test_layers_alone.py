@@ -289,21 +289,18 @@ def test_a_batch_that_is_padded_on_the_right_is_cached() -> None:
     assert len(stepping().layers) == LAYERS - 1
 
 
-class Parts(Model):
-    """Breaks behind the embedding. What it is given beside the ids reaches the layer alone; ``sign`` turns logits."""
+class Parts(torch.nn.Module):
+    """One layer behind a break. ``condition`` ``[B, WIDTH]`` reaches the layer alone; ``sign`` turns the logits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = self.layers[:1]
+        self.model = Model()
 
-    def forward(  # type: ignore[override]
-        self, ids: torch.Tensor, condition: torch.Tensor | None = None, sign: bool = False
-    ) -> torch.Tensor:
-        x = self.embed(ids)
+    def forward(self, ids: torch.Tensor, condition: torch.Tensor | None = None, sign: bool = False) -> torch.Tensor:
+        x = self.model.embed(ids)
         torch._dynamo.graph_break()
-        for layer in self.layers:
-            x, _ = layer(x if condition is None else x + condition[:, None], None)
-        logits: torch.Tensor = self.head(self.norm(x))
+        x, _ = self.model.layers[0](x if condition is None else x + condition[:, None], None)
+        logits: torch.Tensor = self.model.head(self.model.norm(x))
         return -logits if sign else logits
 
 

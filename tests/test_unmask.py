@@ -158,7 +158,7 @@ def test_the_same_ids_decided_on_again_run_no_layer(monkeypatch: pytest.MonkeyPa
         x = run(model, x, blocks_of_four(x), 1)
         run(model, x, blocks_of_four(x), 1)
         others = x.eq(MASK) & ~blocks_of_four(x)
-        monkeypatch.setattr("dllm_compile.runtime.run.GraphCall._layer", None)
+        monkeypatch.setattr("dllm_compile.runtime.graph_call.GraphCall._layer", None)
         got = run(model, x, others, 1)
     assert session().stats.steps == {"full": 2, "repeat": 1}
     assert torch.equal(got, llada(model, x, others, 1))
@@ -385,7 +385,7 @@ def test_an_error_in_the_middle_of_a_step_leaves_nothing_half_written(monkeypatc
         run(x)
         x[:, PROMPT] = 5
         with monkeypatch.context() as broken:
-            broken.setattr("dllm_compile.runtime.run.GraphCall._head", lambda *_: 1 // 0)
+            broken.setattr("dllm_compile.runtime.graph_call.GraphCall._head", lambda *_: 1 // 0)
             with pytest.raises(ZeroDivisionError):
                 run(x)
         masked = x == MASK

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dllm_compile.runtime.batch import Batch, Step
+from dllm_compile.runtime.batch import Batch
 from dllm_compile.runtime.session import Session, sessions
 from dllm_compile.runtime.stats import Stats
+from dllm_compile.runtime.step import Step
 
 
 class UnderWay:

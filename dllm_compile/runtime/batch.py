@@ -3,165 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dllm_compile.core.assignment import ACTIVE, Assignment
+from dllm_compile.core.assignment import ACTIVE
 from dllm_compile.core.state import grown
-from dllm_compile.declared import Declared
+from dllm_compile.declared import Loop
 from dllm_compile.interface.plan import Call, Exact, Schedule, copied
 from dllm_compile.schedule.method import response_of, schedule
 
 from . import recordings
-from .evidence import Evidence, Expected, begins_masked
+from .evidence import Expected, begins_masked
 from .ids import positions, response_rows
 from .output_buffers import OutputBuffers
-from .positions import Places, span, unpacked
+from .step import Past, Step
 from .unchanged import Inputs
 
 if TYPE_CHECKING:
     from .program import Program, Signature
     from .session import Session
-
-HISTORY = 8  # earlier ids that are remembered, to tell a second loop on the same prompt
-
-
-@dataclass(frozen=True)
-class Past:
-    """The history of a batch after one call. Immutable: replaced by a new one when the next call has run.
-
-    Attributes:
-        ids: ``[B, S]`` int64 of that call, on the CPU.
-        on_device: the same on the device of the model.
-        number: calls that the schedule was shown, from 0; -1 for none.
-        schedule: as these calls left it.
-        caller: the graph that was called.
-        evidence: whether the sequence is a denoising loop.
-        missed: whether the last calls ran exactly, in doubt, without the schedule.
-        history: ids of the last few calls that differ.
-        read: ``[B, S]`` bool, the positions that only were read of its logits; ``None`` for all.
-        notes: by layer, what was noted behind it before this call; see ``interface.plan.AfterLayer``.
-    """
-
-    ids: torch.Tensor
-    on_device: torch.Tensor
-    number: int
-    schedule: Schedule
-    caller: object
-    evidence: Evidence
-    missed: bool
-    history: tuple[torch.Tensor, ...]
-    read: torch.Tensor | None = None
-    notes: Mapping[Any, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Step:
-    """One forward call of a denoising loop.
-
-    Attributes:
-        past: what the sequence has seen once this call has run.
-        repeat: the ids are those of the previous call, so its results are too.
-        assignment: rows that layers compute; the schedule may say otherwise of the first.
-        indices: positions ``[B, K]`` of each row set, on the device of the ids; ``S`` stands for "no row".
-        sizes: ``K`` of each row set.
-        counts: ``[B, 1]`` int64, rows each sequence may select.
-        bound: ``[B, 1]`` float32, the similarity below which a row of a sequence is salient.
-        visible: ``[B, S]`` bool, keys that attention reads where the others are hidden.
-        renew: ``[B, 1]`` bool, sequences that compute attention over the keys outside anew, where that is kept.
-        going: ``[B, n]`` int64, active rows of each sequence that go on at each depth; ``None`` where all do.
-        predicts: ``[B, S]`` bool, rows that predict a mask, where not all rows go on.
-        filled: ``[B, S]`` bool, rows whose masks were filled, or tokens edited, since the step before, likewise.
-        layer: how many layers have run in this step.
-        depth: how many of them had attention: one that is cut behind it counts once.
-        seen: the layers that have run.
-        counted: the name that ``stats`` has counted the step by.
-        delivered: whether the caller has its result; an interrupt may come when it is made, and before.
-        late: inputs that only the head reads.
-        own: whether at least one layer ran the variant that was planned, rather than falling back to computing every
-            row.
-        anew: the cached rows are invalid for this step: the remaining layers compute every row.
-        inputs: tensors of graphs behind the first that were compared with those of the step before.
-        noted: by layer, what was noted behind it in this step.
-        refresh: why sequences refresh.
-        deeper_rows: a layer was followed by the decision that those behind it compute every row.
-        memory: where ``indices``, ``counts`` and ``bound`` lie, one piece of memory; see ``positions.packed``.
-        places: of each of them there.
-        timed: whether a graph of it has run; see :meth:`.session.Session.took`.
-        compiled: whether code was compiled for it.
-        returned: positions ``[B, K]`` of the rows of logits that a sampler may read, computed now or before; ``None``
-            for all. They differ more often than what the layers read, so that no recording has them.
-    """
-
-    past: Past
-    repeat: bool
-    assignment: Assignment
-    indices: dict[str, torch.Tensor]
-    sizes: dict[str, int]
-    counts: torch.Tensor
-    bound: torch.Tensor | None
-    visible: torch.Tensor | None
-    renew: torch.Tensor | None
-    shape: tuple[int, int]
-    going: torch.Tensor | None = None
-    predicts: torch.Tensor | None = None
-    filled: torch.Tensor | None = None
-    layer: int = 0
-    depth: int = 0
-    seen: set[Any] = field(default_factory=set)
-    counted: str | None = None
-    delivered: bool = False
-    late: Inputs | None = None
-    own: bool = False
-    anew: bool = False
-    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    noted: dict[Any, Any] = field(default_factory=dict)
-    refresh: tuple[str, ...] = ()
-    deeper_rows: bool = False
-    memory: torch.Tensor | None = None
-    places: Places = ()
-    returned: torch.Tensor | None = None
-    timed: bool = False
-    compiled: bool = False
-
-    @classmethod
-    def of(
-        cls, memory: torch.Tensor, places: Places, past: Past, repeat: bool, assignment: Assignment, *more: Any
-    ) -> Step:
-        """A step whose positions, counts and bound lie in ``memory``; ``more`` are ``sizes`` and ``shape``."""
-        found = unpacked(memory, places)
-        returned = found.pop("returned", None)
-        if returned is not None:  # it lies last
-            places = places[:-1]
-            memory = memory[: span(places)]
-        counts, bound = found.pop("counts"), found.pop("bound", None)
-        visible, renew = found.pop("visible", None), found.pop("renew", None)
-        sizes, shape = more
-        going, predicts, filled = (found.pop(name, None) for name in ("going", "predicts", "filled"))
-        step = cls(
-            past, repeat, assignment, found, sizes, counts, bound, visible, renew, shape, going, predicts, filled
-        )
-        step.memory, step.places, step.returned = memory, places, returned
-        return step
-
-    def elsewhere(self, memory: torch.Tensor) -> Step:
-        """The same step, before any of its layers ran, with its positions, counts and bound in other memory."""
-        return Step.of(memory, self.places, self.past, self.repeat, self.assignment, self.sizes, self.shape)
-
-    @property
-    def number(self) -> int:
-        """Calls since the sequence began, from 0."""
-        return self.past.number
-
-    @cached_property
-    def entries(self) -> int:
-        """Keys that are kept where others are evicted, and those of rows computed since."""
-        return self.sizes["kept"] + self.sizes.get("fresh", 0)
 
 
 class Batch:
@@ -177,7 +41,7 @@ class Batch:
     """
 
     def __init__(
-        self, session: Session, ids: torch.Tensor, mask_id: int, inputs: Inputs, model: Signature, word: Declared | None
+        self, session: Session, ids: torch.Tensor, mask_id: int, inputs: Inputs, model: Signature, word: Loop | None
     ) -> None:
         self.session, self.options, self.mask_id = session, session.options, mask_id
         self.inputs, self.model, self.word = inputs, model, word

@@ -6,7 +6,8 @@ import threading
 
 import torch
 
-from .batch import Batch, Step
+from .batch import Batch
+from .step import Step
 
 
 class Chain:

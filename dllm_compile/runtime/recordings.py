@@ -20,7 +20,7 @@ import torch
 from dllm_compile.passes.seeds import is_input
 
 if TYPE_CHECKING:
-    from .batch import Step
+    from .step import Step
 
 Made = TypeVar("Made")
 Record = Callable[[Sequence[Any], "Step"], Made]

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from operator import is_
 from time import perf_counter
 from typing import Any
@@ -18,23 +19,46 @@ from typing import Any
 import torch
 
 from dllm_compile.core.ranks import largest
-from dllm_compile.declared import Declared, ExactCalls, Loop, NoDrafts, declared, drafts, ids_on_host
+from dllm_compile.declared import Loop, NoDrafts, drafts, ids_on_host
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
 from dllm_compile.passes.block_cache import BLOCK, of_drafts
 
-from .batch import Batch, Past, Step, bytes_of
+from .batch import Batch, bytes_of
 from .evidence import SHORT, Evidence, begins_masked
 from .growing import grows, may_grow
-from .ids import infer_mask_id, labels, mask_of_changes
+from .ids import infer_mask_id, mask_of_changes
+from .next_step import Read, next_step
 from .program import Program
 from .stats import Stats
-from .steps import Read, next_step
+from .step import Past, Step
 from .unchanged import Inputs, Weights, checksum
 
 BATCHES = 16  # alive in one model at most
 SCORED = 64  # prompts that are remembered because texts on them were scored
 LEAST_CAPACITY = 64  # salient rows that a recorded layer has memory for at least
+
+
+@dataclass(frozen=True, eq=False)
+class NewCall:
+    """The first graph of a call of the model, before it is known which sequences it is of.
+
+    Attributes:
+        ids: ``[B, S]`` integer token ids; or, of a graph that sees none, a number for each row of the hidden state that
+            enters its first layer, the same for the same row; see :func:`.ids.labels`.
+        program: the graph.
+        side_inputs: the other tensors that its stem and layers read, but parameters.
+        late: those that only its head reads; with others the same ids are no repetition.
+        args: all its arguments; empty where ``ids`` are none of them.
+        loop: what the caller says of it, see :func:`dllm_compile.loop`.
+    """
+
+    ids: torch.Tensor
+    program: Program
+    side_inputs: Sequence[torch.Tensor]
+    late: Sequence[torch.Tensor] = ()
+    args: Sequence[Any] = ()
+    loop: Loop | None = None
 
 
 class Session:
@@ -133,48 +157,18 @@ class Session:
 
     # -- one call ----------------------------------------------------------------------------------------------------
 
-    def begin_hidden(
-        self, hidden: torch.Tensor, side_inputs: Sequence[torch.Tensor], program: Program
-    ) -> tuple[Batch, Step] | None:
-        """Read one call off the hidden state ``[B, S, d]`` that enters the first layer: equal rows, equal tokens.
-
-        A model that breaks its graph before the first layer looks its ids up outside of any graph. What is masked is
-        then inferred in any case, since a user's mask id says nothing about rows.
+    def begin(self, call: NewCall) -> tuple[Batch, Step] | None:
+        """The sequences that a call belongs to and the step that it is, to be committed once it has run; ``None`` where
+        its ids are no denoising step: nothing is masked, or nobody knows the mask.
         """
-        return self.begin(labels(hidden), side_inputs, program)
-
-    def begin(
-        self,
-        ids: torch.Tensor,
-        side_inputs: Sequence[torch.Tensor],
-        program: Program,
-        late: Sequence[torch.Tensor] = (),
-        args: Sequence[Any] = (),
-    ) -> tuple[Batch, Step] | None:
-        """Read one call.
-
-        Args:
-            ids: ``[B, S]`` integer token ids.
-            side_inputs: the other tensors that the layers read, but parameters.
-            program: the graph that is called.
-            late: those that only the head reads; with others the same ids are no repetition.
-            args: all arguments of the graph, where ``ids`` are among them.
-
-        Returns:
-            The sequence that the call belongs to and the step that it is, to be committed once it has run; ``None``
-            where these ids are no denoising step: nothing is masked, nobody knows the mask, or the caller said so.
-        """
-        word = declared()
-        if isinstance(word, ExactCalls):
-            return None
-        self.group = program.group or self.group
+        self.group = call.program.group or self.group
         moved = self.weights.moved()
         if moved and self.group is None:
             self._weights_changed()
         if drafts():
-            return self._drafts(ids, side_inputs, program, word)
-        candidates = [each for each in self.batches if self._could_be(each, ids, side_inputs, program, word)]
-        read = self._read(ids, side_inputs, late, candidates, moved)
+            return self._drafts(call)
+        candidates = [each for each in self.batches if self._could_be(each, call)]
+        read = self._read(call, candidates, moved)
         if read.weights_written:
             self._weights_changed()
         candidates = [each for each in candidates if read.same_inputs[each]]
@@ -182,46 +176,43 @@ class Session:
             if each.interrupted:
                 each.begin_anew()
         before, self.before = self.before, read.ids if self.options.mask_id is None else None
-        batch, branched = self._longer(read, side_inputs, program, word, args), False
+        batch, branched = self._longer(read, call), False
         if batch is None:
             batch, branched = self._found(read.ids, candidates)
         if batch is None and not branched:
-            batch = self._smaller(read.ids, side_inputs, program, word)
+            batch = self._smaller(read.ids, call)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
             batch.finished = True
             return None
         if batch is None:
-            batch = self._start(read.ids, before, side_inputs, program, word, branched)
+            batch = self._start(read.ids, before, call, branched)
             if batch is None:
                 return None
         if not batch.layers:
             self._free_state_for(batch)
-        step = next_step(self, batch, read, program)
-        step.late = batch.late if read.same_late.get(batch, False) else Inputs(late)
+        step = next_step(self, batch, read, call.program)
+        step.late = batch.late if read.same_late.get(batch, False) else Inputs(call.late)
         return batch, step
 
-    def _drafts(
-        self, ids: torch.Tensor, side_inputs: Sequence[torch.Tensor], program: Program, word: Declared | None
-    ) -> tuple[Batch, Step]:
+    def _drafts(self, call: NewCall) -> tuple[Batch, Step]:
         """The step of a call with possible next ids ``[D, S]`` of one sequence under way.
 
         Raises:
-            NoDrafts: there is no such sequence, or the step after its last call is none that reads its rows.
+            NoDrafts: there is no such sequence, or its next step does not compute its block alone.
         """
-        count = len(ids)
+        ids, program, count = call.ids, call.program, len(call.ids)
         for each in reversed(self.batches):
             past, index = each.past, torch.zeros(count, dtype=torch.int64)
-            alike = past is not None and past.ids.shape == (1, ids.shape[1]) and each.word is word
+            alike = past is not None and past.ids.shape == (1, ids.shape[1]) and each.word is call.loop
             inputs = each.inputs.of_sequences(index, 1) if alike and not each.interrupted else None
-            if inputs is None or each.model.family != program.signature.family or not inputs.fit(side_inputs):
+            if inputs is None or each.model.family != program.signature.family or not inputs.fit(call.side_inputs):
                 continue
-            if self.agree(any(map(bool, inputs.differ(side_inputs))), ids.device) or not each.layers:
+            if self.agree(any(map(bool, inputs.differ(call.side_inputs))), ids.device) or not each.layers:
                 continue
             batch = each.of_drafts(count, program.signature)
             batch.inputs = inputs
-            step = next_step(
-                self, batch, Read(ids.detach().cpu().long(), ids.detach().long(), {}, {}, {}, False), program
-            )
+            read = Read(ids.detach().cpu().long(), ids.detach().long(), {}, {}, {}, weights_written=False)
+            step = next_step(self, batch, read, program)
             if step.assignment != BLOCK or step.refresh or program.head(self.vocabulary) is None:
                 break
             step.assignment, step.late = of_drafts(step.assignment), Inputs(())
@@ -261,34 +252,20 @@ class Session:
         self.stats.seconds_outside += begin - left
         self.stats.seconds_inside += self.left - begin
 
-    def _could_be(
-        self,
-        each: Batch,
-        ids: torch.Tensor,
-        side_inputs: Sequence[torch.Tensor],
-        program: Program,
-        word: Declared | None,
-    ) -> bool:
-        past = each.past
-        alike = past is not None and past.ids.shape == ids.shape and each.model == program.signature
-        mine = each.word is (word if isinstance(word, Loop) else None)
+    def _could_be(self, each: Batch, call: NewCall) -> bool:
+        """Whether a call may go on with a batch, as far as sizes, graph, loop and thread tell."""
+        alike = each.past is not None and each.past.ids.shape == call.ids.shape and each.model == call.program.signature
         free = each.thread in (None, threading.get_ident())
-        return alike and mine and free and each.inputs.fit(side_inputs)
+        return alike and each.word is call.loop and free and each.inputs.fit(call.side_inputs)
 
-    def _read(
-        self,
-        ids: torch.Tensor,
-        side_inputs: Sequence[torch.Tensor],
-        late: Sequence[torch.Tensor],
-        candidates: list[Batch],
-        moved: bool,
-    ) -> Read:
+    def _read(self, call: NewCall, candidates: list[Batch], moved: bool) -> Read:
         """The ids, and what was computed on the device about them, in one transfer; in none where the caller says what
         the ids are and nothing else has to be asked. Where ranks share layers, what any of them found holds for all.
 
         Raises:
             RuntimeError: ranks that share layers have different ids.
         """
+        ids, late = call.ids, call.late
         parts = [ids.detach().reshape(-1).long()]
         device, said = ids.device, ids_on_host(ids)
 
@@ -300,7 +277,7 @@ class Session:
         written = [] if alone and (moved or said is not None) else self.weights.written()
         if not alone:
             written.append(torch.tensor(moved, device=device))
-        differ = [each.inputs.differ(side_inputs, counted=said is not None) for each in candidates]
+        differ = [each.inputs.differ(call.side_inputs, counted=said is not None) for each in candidates]
         lately = [each.late_inputs(said, late) for each in candidates]
         later = [known.differ(late) if known is not None else [] for known in lately]
         if not alone:  # ranks may have looked at another number of things
@@ -361,10 +338,9 @@ class Session:
         fitting.sort(key=lambda each: each.distance(ids))
         best = fitting[0] if fitting else None
         last = self.batches[-1] if self.batches else None
-        if best is not None and last in fitting and torch.equal(last.first, best.first):
-            best = (
-                last if best.distance(ids) == (0, 0) else best
-            )  # a run on the same prompt comes by where one was left
+        again = best is not None and last in fitting and torch.equal(last.first, best.first)
+        if best is not None and again and best.distance(ids) == (0, 0):
+            best = last  # a run on the same prompt comes by where one was left
         if best is not None:
             branched = best.distance(ids)[0] > 0 and best.branches(ids)
             return (None, True) if branched else (best, False)
@@ -375,59 +351,42 @@ class Session:
                 return each, False
         return None, False
 
-    def _smaller(
-        self, ids: torch.Tensor, side_inputs: Sequence[torch.Tensor], program: Program, word: Declared | None
-    ) -> Batch | None:
-        """A sequence of a larger batch, of which these are the ones that are left."""
+    def _smaller(self, ids: torch.Tensor, call: NewCall) -> Batch | None:
+        """A larger batch of which ``ids`` ``[b, S]`` are the sequences that are left; the others are dropped."""
         for each in reversed(self.batches):
-            past = each.past
+            past, program = each.past, call.program
             if past is None or past.ids.shape[1] != ids.shape[1] or each.model.family != program.signature.family:
                 continue
-            if each.word is not (word if isinstance(word, Loop) else None) or each.thread is not None:
+            if each.word is not call.loop or each.thread is not None:
                 continue
             index = each.rows_of(ids)
             inputs = each.inputs.of_sequences(index, len(past.ids)) if index is not None else None
-            if (
-                index is not None
-                and inputs is not None
-                and inputs.fit(side_inputs)
-                and not self.agree(any(inputs.differ(side_inputs)), ids.device)
-            ):
+            if index is None or inputs is None or not inputs.fit(call.side_inputs):
+                continue
+            if not self.agree(any(inputs.differ(call.side_inputs)), ids.device):
                 each.keep_sequences(index, inputs, program.signature)
                 return each
         return None
 
-    def _longer(
-        self,
-        read: Read,
-        side_inputs: Sequence[torch.Tensor],
-        program: Program,
-        word: Declared | None,
-        args: Sequence[Any],
-    ) -> Batch | None:
+    def _longer(self, read: Read, call: NewCall) -> Batch | None:
         """A sequence that goes on with masks behind its last tokens; see :mod:`.growing`."""
-        for each in reversed(self.batches if args and self.group is None else []):
-            if each.word is not (word if isinstance(word, Loop) else None) or each.thread is not None:
+        for each in reversed(self.batches if call.args and self.group is None else []):
+            if each.word is not call.loop or each.thread is not None:
                 continue
-            inputs = None
             if not each.interrupted and may_grow(each, read.ids):
-                inputs = grows(each, side_inputs, program, args)
-            if inputs is not None:
-                return each.longer(read.ids, read.on_device, inputs, program, args)
+                inputs = grows(each, call.side_inputs, call.program, call.args)
+                if inputs is not None:
+                    return each.longer(read.ids, read.on_device, inputs, call.program, call.args)
         return None
 
-    def _start(
-        self,
-        ids: torch.Tensor,
-        before: torch.Tensor | None,
-        side_inputs: Sequence[torch.Tensor],
-        program: Program,
-        word: Declared | None,
-        loop: bool,
-    ) -> Batch | None:
-        """Sequences that begin with these ids, known to be a ``loop`` or not; ``None`` where nothing is masked.
+    def _start(self, ids: torch.Tensor, before: torch.Tensor | None, call: NewCall, branched: bool) -> Batch | None:
+        """The batch of sequences that begin with a call; ``None`` where nothing is masked.
 
-        ``before`` are the ids of the last call, where the mask is inferred.
+        Args:
+            ids: ``[B, S]`` int64 of the call, on the CPU.
+            before: those of the last call, where the mask is inferred.
+            call: the call.
+            branched: whether it is known to be another loop on the prompt of a sequence under way.
         """
         fills, begins_with = 0, ids
         if self.options.mask_id is None:
@@ -440,14 +399,14 @@ class Session:
         mask_id = self.mask_id
         if mask_id is None or not bool((ids == mask_id).any()):
             return None
-        inputs = Inputs(side_inputs)
+        inputs = Inputs(call.side_inputs)
         scores = self._scores(ids, inputs)
         self.batches = [each for each in self.batches if not each.finished][-BATCHES + 1 :]
-        batch = Batch(self, ids, mask_id, inputs, program.signature, word if isinstance(word, Loop) else None)
+        batch = Batch(self, ids, mask_id, inputs, call.program.signature, call.loop)
         begins = begins_masked(begins_with == mask_id, begins_with)
         short = int(batch.response.sum(1).max()) < SHORT
         plans = batch.new_schedule()
-        declared_so = loop or isinstance(word, Loop) or program.fills or isinstance(plans, Exact)
+        declared_so = branched or call.loop is not None or call.program.fills or isinstance(plans, Exact)
         evidence = Evidence(declared_so, begins, scores, self.options.shift, short, fills)
         batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
         if begins or evidence.declared:

@@ -13,15 +13,30 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dllm_compile.core.assignment import ACTIVE, KEYED
 from dllm_compile.core.errors import naming
-from dllm_compile.core.rows import pick_index
+from dllm_compile.core.layout import opened
+from dllm_compile.core.rows import (
+    ALL,
+    NONE,
+    RowSet,
+    gather_rows,
+    pick_index,
+    put_rows,
+    rows_first,
+    store_rows,
+    take_rows,
+)
+from dllm_compile.core.state import allocate
+from dllm_compile.core.units import Unit
 from dllm_compile.interface.plan import LayerRows, Plan
 from dllm_compile.kernels.confidence import confidence
 
 if TYPE_CHECKING:
     from dllm_compile.options import Options
 
-    from .batch import Step
+    from .graph_call import GraphCall
+    from .step import Step
 
 CONFIDENCE = "confidence"
 """The place of the confidences ``[B, S + 1]`` among the values that are kept of a sequence."""
@@ -137,3 +152,77 @@ def _listed(rows: torch.Tensor, width: int) -> torch.Tensor:
     order = (~rows).long().sort(dim=1, stable=True).indices
     listed = torch.where(rows.gather(1, order), order, count)[:, :width]
     return torch.nn.functional.pad(listed, (0, width - listed.shape[1]), value=count)
+
+
+def skip_rows(call: GraphCall, unit: Unit, number: int, which: int) -> None:
+    """Keep the hidden states that enter a layer; where they and confidences are known of every row that is present,
+    choose the rows that go on, and leave the step with these.
+
+    Args:
+        call: of a graph whose next unit is the layer; its values and positions are narrowed.
+        unit: the layer.
+        number: of the layer.
+        which: the number of the depth that applies from there on.
+    """
+    step, kept = call.step, call.batch.kept
+    stream, rows = unit.stream, call.values.rows(unit.stream)
+    if stream is None or not call.program.has_rows(stream):
+        return
+    layout = opened(call.program.axes.layout[stream])
+    value, place = call.values.env[stream], ("skipping", number)
+    begins = place not in kept and (rows == ALL or call.rest.alone)  # every row that the sequences have
+    if begins:
+        call.batch.recordings.clear()
+        (kept[place],) = allocate([stream], call.program.axes, step.shape, step.counts.device)
+    old = kept.get(place)
+    if old is None or (rows not in (ALL, ACTIVE)):
+        return
+    fresh = rows_first(value, layout, step.shape[0])
+    chooses = not begins and step.going is not None and call.rest != call.full and "active" in step.indices
+    at = step.indices["active"] if chooses or rows == ACTIVE else None
+    places = None
+    if chooses and CONFIDENCE in kept:
+        new = fresh if rows == ACTIVE else take_rows(value, step.indices["active"], layout)
+        places = _chosen(call, new.flatten(2), old.flatten(2), which)
+    if rows == ALL:
+        store_rows(old, value, layout)
+    else:
+        assert at is not None
+        put_rows(old, at, fresh.to(old.dtype))
+    if places is None:
+        if chooses:
+            call.batch.tell_unskipped()
+        return
+    for node in [n for n, have in call.values.have.items() if have == ACTIVE and n in call.values.env]:
+        if node is not stream or node in call.program.results:
+            call.values.whole(node)  # on the rows that were computed for it
+    if rows == ACTIVE:
+        call.values.env[stream] = gather_rows(value, places, layout)
+    spare = step.entries if call.rest.keys == KEYED else step.shape[1]
+    step.indices = narrowed(step, places, spare)
+    call.selected[number] = step.indices["active"]
+    call.costs.clear()  # of another number of rows
+
+
+def _chosen(call: GraphCall, new: torch.Tensor, old: torch.Tensor, which: int) -> torch.Tensor:
+    """Places ``[B, n]`` of the active rows that go on, by hidden states ``[B, Q, d]`` and ``[B, S + 1, d]``."""
+    step, options = call.step, call.batch.options
+    assert call.skips is not None
+    assert step.going is not None
+    given = told(step, new, old, call.batch.kept[CONFIDENCE], options)
+    width = min(step.sizes[f"going:{which}"], given.there.shape[1])
+    score = asked_score(call.skips.score, "a mechanism scores rows", given)
+    return going_on(score, given.there, step.going[:, which : which + 1], width)
+
+
+def keep_confidence(call: GraphCall, sure: torch.Tensor, leaves: RowSet) -> None:
+    """Keep the confidences ``sure`` ``[B, K]`` of the rows ``leaves`` that a head was computed for."""
+    step, kept = call.step, call.batch.kept
+    if CONFIDENCE not in kept:
+        call.batch.recordings.clear()
+        with torch.inference_mode(False):
+            kept[CONFIDENCE] = sure.new_zeros((step.shape[0], step.shape[1] + 1))
+    if leaves == ALL:
+        kept[CONFIDENCE][:, :-1].copy_(sure)
+    elif leaves != NONE:
+        kept[CONFIDENCE].scatter_(1, step.indices[leaves.name], sure)

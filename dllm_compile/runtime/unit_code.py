@@ -18,8 +18,8 @@ from dllm_compile.core.sizes import BATCH, TOKENS, Extent, Size, of_constant, of
 from dllm_compile.core.units import Unit
 from dllm_compile.debug import compiling, keep, labelled
 
-from .batch import Step
 from .lower import Code, SizesFixed, lower
+from .step import Step
 from .trial import rows_are_independent
 
 
@@ -33,13 +33,13 @@ class Variant:
         self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
         self.extras = emitted.extras
 
-    def __call__(self, values: Values) -> Any:
+    def __call__(self, values: Arguments) -> Any:
         """Run it; returns the unit's outputs, then ``extras``."""
         with labelled("{}", self.name):
             return self.code.run(*self.pick(values.flat))
 
 
-class Values:
+class Arguments:
     """All that one unit can be called with in one step, in a flat list."""
 
     SAME = {"written": "active", "stored": "active", "place": "active", "readable@active": "readable"}
@@ -121,7 +121,7 @@ class UnitCode:
         live = [node.op for node in unit.inputs if node in axes.live]
         self.by_token = live == ["placeholder"] and len(unit.outputs) == 1 and not (beside or self.mixing)
 
-    def variant(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+    def variant(self, assignment: Assignment, step: Step, values: Arguments) -> Variant:
         """Compiled on first use, for any sizes of two or more."""
         known = self.variants.get(assignment)
         if known and known[-1].code.serves(known[-1].pick(values.flat)):
@@ -132,14 +132,14 @@ class UnitCode:
                 found = self._found(assignment, values) or self._compile(assignment, step, values)
         return found
 
-    def _found(self, assignment: Assignment, values: Values) -> Variant | None:
+    def _found(self, assignment: Assignment, values: Arguments) -> Variant | None:
         known = self.variants.get(assignment)
         if not known:
             return None
         args = known[0].pick(values.flat)
         return next((each for each in reversed(known) if each.code.serves(args)), None)
 
-    def _compile(self, assignment: Assignment, step: Step, values: Values) -> Variant:
+    def _compile(self, assignment: Assignment, step: Step, values: Arguments) -> Variant:
         """Compile for any sizes but those that cannot be left open, which are found by trying."""
         fixed = self.fixed.setdefault(assignment, set())
         while True:
@@ -170,7 +170,7 @@ class UnitCode:
             listener(assignment.name)
         return variants[-1]
 
-    def narrow(self, values: Values) -> bool:
+    def narrow(self, values: Arguments) -> bool:
         """Whether the unit may run for fewer rows: known, or tried once on real values."""
         if self.narrows is None:
             with refusing("tried for fewer rows"):
@@ -209,7 +209,7 @@ class UnitCode:
             layout = self.axes.layout.get(node, self.axes.made.get(node))
             return of_layout(layout) if layout is not None else of_constant(value, *step.shape, name)
         if kind == "index":
-            return Size((BATCH,)), Size((Values.SAME.get(which, which),))
+            return Size((BATCH,)), Size((Arguments.SAME.get(which, which),))
         if name == "visible":
             return Size((BATCH,)), Size((TOKENS,))
         if kind != "state":

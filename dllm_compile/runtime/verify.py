@@ -10,9 +10,10 @@ import torch.fx
 
 from dllm_compile.compat import tree_leaves
 
-from .batch import Batch, Step
+from .batch import Batch
 from .program import Program
 from .session import Session
+from .step import Step
 
 
 def compare(

@@ -25,9 +25,9 @@ from dllm_compile.core.sizes import Size, form
 from dllm_compile.options import Options
 from dllm_compile.runtime import lower as lower_module
 from dllm_compile.runtime import unit_code
-from dllm_compile.runtime.batch import Step
 from dllm_compile.runtime.lower import Code, lower
 from dllm_compile.runtime.stats import Stats
+from dllm_compile.runtime.step import Step
 from dllm_compile.sampler import stepper
 from tests.test_properties import Layer, Model, Shape, turned
 

@@ -11,7 +11,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 import dllm_compile
-from dllm_compile.runtime import recordings, steps
+from dllm_compile.runtime import next_step, recordings
 from dllm_compile.sampler import stepper
 from tests.recorded_calls import Graph
 
@@ -88,7 +88,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
         return graph.made, graph
 
     monkeypatch.setattr(recordings, "capture", capture)
-    monkeypatch.setattr(steps, "MULTIPLE", 4)
+    monkeypatch.setattr(next_step, "MULTIPLE", 4)
     monkeypatch.setattr(Graph, "played", 0)
 
 

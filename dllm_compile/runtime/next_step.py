@@ -14,15 +14,17 @@ from dllm_compile.interface.plan import Call, Exact, Plan, copied, rows_before
 from dllm_compile.passes.flashblock import renewing
 
 from . import recordings
-from .batch import HISTORY, Batch, Past, Step
+from .batch import Batch
 from .evidence import Evidence
 from .positions import packed, positions_of_call, positions_returned
 from .program import Program
 from .skipping import widths
+from .step import Past, Step
 
 if TYPE_CHECKING:
     from .session import Session
 
+HISTORY = 8  # earlier ids that are remembered, to tell a second loop on the same prompt
 MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
 
 
