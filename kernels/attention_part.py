@@ -34,7 +34,7 @@ def attention_part(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> Part:
-    """Attention of each query over the entries that it sees, and the log-sum-exp of their scores. Has no gradient.
+    """Attention of each query over the entries at ``positions``, and the log-sum-exp of its scores. Has no gradient.
 
     Arguments and errors as for :func:`dllm_compile.kernels.sparse_attention.sparse_attention`.
 

@@ -1,4 +1,4 @@
-"""What each key gets of the attention of each query: plain PyTorch, to be compiled with the layer that asks for it.
+"""Attention weights, the mean over heads: plain PyTorch, compiled with the layer that asks for them.
 
 w = mean over heads of softmax(scale q k^T + mask)
 """

@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 class Arguments(NamedTuple):
-    """Of the op; see ``delta_attention``."""
+    """Arguments of the operation; see ``delta_attention``."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -88,7 +88,7 @@ def delta_attention(
 
 
 def _check_tensors(given: Arguments) -> None:
-    """Four dimensions each, whose sizes agree, and one floating dtype."""
+    """Check that tensors have four dimensions whose sizes agree, and one floating dtype."""
     query, key, value, change, _, _, context, *_ = given
     tensors = {"query": query, "key": key, "value": value, "change": change, "context": context}
     for name, x in tensors.items():
@@ -112,7 +112,7 @@ def _check_tensors(given: Arguments) -> None:
 
 
 def _check_rows(given: Arguments) -> None:
-    """Places ``[B, n]``, and a mask that broadcasts to the scores."""
+    """Check that places are ``[B, n]`` and that the mask broadcasts to the scores."""
     query, key, _, change, at_keys, at_queries, _, mask, _ = given
     for name, at in {"at_keys": at_keys, "at_queries": at_queries}.items():
         if at.dtype != torch.int64 or at.shape != change.shape[:2]:
@@ -136,12 +136,12 @@ def cosine(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _products(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """What a cosine is made of, over all heads side by side: ``[3, B, Q]``."""
+    """The three sums that :func:`cosine` is computed from, ``[3, B, Q]``, over all heads side by side."""
     return torch.stack([(a * b).sum((1, 3)) for a, b in ((new, old), (new, new), (old, old))])
 
 
 def salient_slots(at_queries: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[B, rows]`` int64: where in ``at_queries`` each query is named; ``n`` where it is not."""
+    """``[B, rows]`` int64: the place of each query in ``at_queries``; ``n`` for a query that is not in it."""
     batch, count = at_queries.shape
     number = torch.ones_like(at_queries).cumsum(1) - 1
     target = torch.where((at_queries >= 0) & (at_queries < rows), at_queries, rows)

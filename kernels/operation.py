@@ -1,4 +1,4 @@
-"""How a function becomes an operation of torch that compilers see into."""
+"""Register a function as an operation of torch whose body compilers see."""
 
 from __future__ import annotations
 

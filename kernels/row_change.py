@@ -15,7 +15,7 @@ from dllm_compile.core.ranks import summed
 
 
 def row_change(new: torch.Tensor, old: torch.Tensor, group: str | None = None) -> torch.Tensor:
-    """Cosine of each row with its former self.
+    """Cosine of each row of ``new`` with the same row of ``old``.
 
     Args:
         new, old: ``[B, K, ...]``, any floating dtype; the dimensions behind ``K`` are one vector.

@@ -12,7 +12,7 @@ import torch
 def salient_rows(
     drifted: torch.Tensor, bound: torch.Tensor, active: torch.Tensor, stored: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the salient ones among the active rows, and how many they are.
+    """Places of the salient rows among the active ones, and how many each sequence has.
 
     Args:
         drifted: ``[B, Q]`` bool, those that are salient by their contexts.

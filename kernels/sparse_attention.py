@@ -25,7 +25,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Arguments(NamedTuple):
-    """Of the op; see ``sparse_attention``."""
+    """Arguments of the operation; see ``sparse_attention``."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -45,7 +45,7 @@ def sparse_attention(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of each query over the entries that it sees. Has no gradient.
+    """Attention of each query over the entries at ``positions``. Has no gradient.
 
     Args:
         query: ``[B, H, Q, h]`` float64, float32, bfloat16 or float16, of any strides, like the next two.

@@ -17,7 +17,7 @@ _OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "input": "self", "x": "sel
 
 
 def called(node: torch.fx.Node) -> str:
-    """The name of what a node calls, without its module."""
+    """The name of the function or method that a node calls, without its module."""
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -78,7 +78,7 @@ def canonical(node: torch.fx.Node) -> bool:
 
 
 def _own_name(name: str, names: Sequence[str]) -> str | None:
-    """What a signature calls a keyword, ``None`` for one that it has not."""
+    """The name that a signature has for a keyword; ``None`` where it has none."""
     if name in names:
         return name
     other = _OTHER_NAMES.get(name)
@@ -87,7 +87,9 @@ def _own_name(name: str, names: Sequence[str]) -> str | None:
 
 @cache
 def _signatures(op: str, target: Any) -> list[tuple[tuple[str, ...], int]]:
-    """Names of the parameters of each form of a call, and how many of them must be given and may be by position."""
+    """For each form of a call, the names of its parameters, and how many of them come first, without default and by
+    position.
+    """
     if op == "call_function":
         try:
             parameters = list(inspect.signature(target).parameters.values())

@@ -1,4 +1,4 @@
-"""Which rows each role of a unit computes: what a method is."""
+"""Assignments: the rows that each role of a unit is computed for in one kind of step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ CONTEXTS = KEYS | {"context", "mlp"}
 
 @dataclass(frozen=True)
 class Outside:
-    """Attention over the keys that a step computes, joined to that over the others, the keys outside, which is kept.
+    """The operations of attention in two parts: over the keys that a step computes, and over the others (the keys
+    outside), which is kept between steps.
 
     Attributes:
         kept: the operation that reads it; see :func:`dllm_compile.kernels.attention_part.kept_part`.
@@ -106,12 +107,14 @@ class Assignment:
 
     @cached_property
     def _hash(self) -> int:
-        """Of all fields, which do not change: asked for at every layer of every step."""
+        """The hash of all fields, computed once: every layer of every step asks for it."""
         return hash(tuple(getattr(self, each.name) for each in fields(self)))
 
     @cached_property
     def salient(self) -> bool:
-        """Whether ``SALIENT`` rows come in, and others go out, chosen by how far the contexts drifted."""
+        """Whether the layer computes ``SALIENT`` rows, and chooses those of what follows by how far the contexts
+        drifted.
+        """
         return SALIENT in self.sets()
 
     @cached_property

@@ -32,7 +32,7 @@ linear = torch.nn.functional.linear
 
 @dataclass
 class Axes:
-    """What following the axes found.
+    """Where batch and tokens are in each value of a graph, and what else running it on fake tensors showed.
 
     Attributes:
         mode: the mode of the fake tensors.
@@ -102,8 +102,9 @@ class _Follow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.known.tag(output, layout if layout is not None else self.guess(leaves, output))
 
     def guess(self, leaves: Iterable[torch.Tensor], output: torch.Tensor) -> Layout:
-        """Sizes of an unknown call: those of an input of the same shape, or of the same but for the last dimension, or
-        an input's token dimension.
+        """Guess the layout of what a call without a rule returns: that of an input of the same shape, or of the same
+        but for the last dimension; else each dimension that is as large as a token dimension of an input is taken for
+        one.
         """
         known = [(leaf, self.known.layout[id(leaf)]) for leaf in leaves if id(leaf) in self.known.layout]
         token_dims = [dim for _, layout in known for dim in layout if holds(dim, "T")]
@@ -241,7 +242,7 @@ def _note(axes: Axes, node: torch.fx.Node, found: _Found) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """What came of running one node; operands are told by their places among ``all_input_nodes``."""
+    """The result of running one node; its operands are numbered as in ``all_input_nodes``."""
 
     value: Any
     live: bool

@@ -170,7 +170,7 @@ def _expand(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch
 
 
 def _repeat(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
-    """Fine where neither the batch nor the tokens are repeated."""
+    """``repeat``: row-wise where neither the batch nor the tokens are repeated."""
     layout, times = known.must(args[0]), args[1]
     new = len(times) - len(layout)
     if any(n != 1 and (holds(dim, "T") or holds(dim, "B")) for n, dim in zip(times[new:], layout, strict=True)):
@@ -209,7 +209,7 @@ def _squeeze(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torc
 
 
 def _slice(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> list[Layout | None] | None:
-    """``slice``, ``split`` and ``split_with_sizes``: fine along other dimensions, or when they cut nothing."""
+    """``slice``, ``split`` and ``split_with_sizes``: row-wise along other dimensions, or where they cut nothing."""
     layout = known.must(args[0])
     at = args[1] if func.overloadpacket is aten.slice else (args[2] if len(args) > 2 else kwargs.get("dim", 0))
     at %= len(layout)
@@ -290,7 +290,7 @@ def _gather(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch
 
 
 def _opaque(known: Known, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Sequence[Layout] | None:
-    """A module that was tried to be row-wise."""
+    """A module that is one call in the graph; a trial found its rows to be independent."""
     layout, weights = known.of(args[0]), any(known.of(weight) is not None for weight in args[1])
     if layout is None or weights or [[factor.kind for factor in dim] for dim in layout] != [["B"], ["T"], [""]]:
         return None

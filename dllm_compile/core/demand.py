@@ -102,7 +102,7 @@ def _demand(
 
 
 def at_hand(unit: Unit, assignment: Assignment, node: torch.fx.Node) -> RowSet:
-    """Rows of a kept value that the state and the computed rows hold together."""
+    """The rows of a kept value that can be read: those that are computed and those in the state."""
     keys = any(node in (att.key, att.value) for att in unit.attentions)
     return assignment.keys if keys else ALL
 

@@ -1,4 +1,4 @@
-"""What the compiler does not take. Mistakes in options are ``ValueError`` or ``TypeError``."""
+"""Exceptions of the compiler. Mistakes in options are ``ValueError`` or ``TypeError``."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ class GraphRefused(Exception):
 
 
 class TokensUnseen(GraphRefused):
-    """A part of a model that says nothing of its tokens; where a graph broke, that is why."""
+    """A graph in which tokens cannot be found or followed. Where a graph broke before it, the break is the reason."""
 
 
 class FunctionFailed(RuntimeError):
-    """A function that was brought from outside raised an exception: the cause of this one, which reaches the user."""
+    """A function that a user brought, such as a mechanism's, raised an exception: the cause of this one, which reaches
+    the user.
+    """
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Say whose function it is that raises an exception.
+    """Turn an exception in the block into :class:`FunctionFailed`, which says whose function raised it.
 
     Args:
         what: who does what, as in "the rule 'dual' says rows".
@@ -58,7 +60,9 @@ def naming(what: str) -> Iterator[None]:
 
 @cache
 def named(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` inside of :func:`naming`: the same one for the same arguments, since graphs are told by it."""
+    """``function`` called inside of :func:`naming`. Equal arguments give the same object, since graphs are told apart
+    by it.
+    """
 
     @wraps(function)
     def call(*args: Any) -> Any:
@@ -70,7 +74,8 @@ def named(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def refusing(doing: str) -> Iterator[None]:
-    """Make any exception of our own work on a graph a :class:`GraphRefused` that asks to be reported.
+    """Turn an exception in the block, which is a fault of this package, into a :class:`GraphRefused` that asks to
+    report it.
 
     The one place that catches everything: a graph we were not made for runs plainly and does not stop the user's
     program. What the graph's code raises when it *runs* is not for here. Where the environment variable ``DLLM_DEBUG``

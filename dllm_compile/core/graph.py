@@ -240,7 +240,7 @@ def refuse_unfollowed(
     seed: torch.fx.Node,
     sizes: Iterable[int],
 ) -> None:
-    """See that a graph that was analyzed at stand-ins for its sizes is so at any.
+    """Check that what was found of a graph at stand-ins for its sizes holds at any sizes.
 
     Where code is written by the layout of a value, the value must be as large as that says, in Dynamo's symbols too,
     and no number may have come from the stand-ins unnoticed, by arithmetic of ours.

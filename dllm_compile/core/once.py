@@ -16,11 +16,11 @@ _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class Unknown(Exception):
-    """A value whose kind nobody can tell."""
+    """A value that has no known kind, so that calls with it cannot be compared."""
 
 
 class Once:
-    """What came of a call, by what is called and by the kinds of the values it is given.
+    """Results of calls on fake tensors, by what is called and by the kinds of the arguments.
 
     Calls on values of the same kind get the same fake result, so nodes of repeated layers share one fake value. Do not
     use fake values to decide which nodes share memory.
@@ -37,7 +37,9 @@ class Once:
         self.alive: list[torch.Tensor] = []  # an identity is unique only while its tensor lives
 
     def get(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any], make: Callable[[], Any]) -> Any:
-        """What ``make`` makes of a node whose operands have ``values``, or made of one like it."""
+        """The result of ``make``; or that of an earlier call for a node which calls the same with ``values`` of the
+        same kinds.
+        """
         key = None if self.off else self._key(node, values)
         if key is None:
             return make()

@@ -34,7 +34,7 @@ _ATTRIBUTE = "one_call_in_graphs"
 
 @dataclass(frozen=True)
 class Form:
-    """What a module makes of ``[B, S, d]``.
+    """The tensors that a module returns for ``[B, S, d]``.
 
     Attributes:
         flat: of each tensor whether its rows lie in one dimension, ``[B S, ...]``, and not in two.
@@ -76,7 +76,7 @@ class Form:
 
 @dataclass(frozen=True)
 class OneCall:
-    """How a module is called.
+    """What an opaque module was tried with, and what it returned.
 
     Attributes:
         number: int64 ``[1]``, which module it is.
@@ -115,7 +115,7 @@ def calls_opaque(node: torch.fx.Node) -> bool:
 
 
 def is_opaque(module: torch.nn.Module) -> bool:
-    """Whether a module is one call already."""
+    """Whether a module was made opaque."""
     return _ATTRIBUTE in vars(module)
 
 
@@ -144,7 +144,7 @@ def _opaque_class(own: Any) -> Any:
 
 
 def _fits(call: OneCall, given: Sequence[Any]) -> bool:
-    """Whether a module is called as it was tried: with rows alone."""
+    """Whether an opaque module is called as in its trial: with ``[B, S, d]`` alone."""
     if len(given) != 1 or not isinstance(given[0], torch.Tensor):
         return False
     return given[0].dim() == 3 and given[0].shape[-1] == call.width and given[0].dtype == call.dtype
@@ -157,7 +157,9 @@ def _nest(nested: Any, outs: Sequence[torch.Tensor]) -> Any:
 
 
 def flat_outputs(value: Any) -> tuple[list[torch.Tensor], Any] | None:
-    """What a module returned as a list of tensors, and as nested tuples of their numbers; ``None`` where it is else."""
+    """The tensors that a module returned, as a list, and its nested tuples with the number of each tensor in its place;
+    ``None`` where it returned something else.
+    """
     outs: list[torch.Tensor] = []
 
     def numbered(each: Any) -> Any:

@@ -17,7 +17,7 @@ from .units import closure
 
 @dataclass(frozen=True)
 class Outline:
-    """What computes some values.
+    """A module that computes some values of a graph.
 
     Attributes:
         reads: placeholders of the graph, in the order in which ``run`` takes their values.

@@ -24,7 +24,7 @@ _linear = torch.nn.functional.linear
 
 
 def local(weight: Any) -> torch.Tensor:
-    """What this rank has of a ``DTensor``."""
+    """This rank's part of a ``DTensor``, as a plain tensor."""
     found: torch.Tensor = weight.to_local()
     return found
 
@@ -48,7 +48,7 @@ def joined(x: torch.Tensor, count: int, group: str) -> torch.Tensor:
 
 
 def shard(x: torch.Tensor, rank: int, count: int) -> torch.Tensor:
-    """The part of ``x`` ``[..., d]`` that is that of a rank, ``[..., d / count]``."""
+    """The part ``[..., d / count]`` of ``x`` ``[..., d]`` that rank number ``rank`` of ``count`` has."""
     width = x.shape[-1] // count
     return x.narrow(-1, rank * width, width)
 
@@ -77,7 +77,7 @@ def looks_up(node: torch.fx.Node) -> bool:
 
 
 def kinds(graph: torch.fx.Graph, fake: Mapping[torch.fx.Node, Any]) -> dict[torch.fx.Node, Kind]:
-    """What of a graph differs between ranks, and how: of the other nodes each rank has the same value.
+    """Which values of a graph differ between ranks, and how; every other value is the same on each rank.
 
     Args:
         graph: one whose ``DTensor`` values are weights alone, read by :func:`local`.
@@ -127,7 +127,9 @@ def _kind_of_weight(weight: Any) -> Kind | None:
 
 
 def _kind_of_linear(node: torch.fx.Node, found: dict[torch.fx.Node, Kind]) -> Kind | None:
-    """Of ``x W^T + b``: whole rows by columns are a shard, shards by rows are a partial sum."""
+    """The kind of ``x W^T + b``: equal ``x`` with a column-parallel ``W`` give a shard, a sharded ``x`` with a
+    row-parallel ``W`` a partial sum.
+    """
     x, weight, *more = (found.get(each) if isinstance(each, torch.fx.Node) else "none" for each in node.args)
     bias = more[0] if more else "none"
     if (x, weight) == (None, None) and bias in (None, "none"):

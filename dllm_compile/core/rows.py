@@ -207,7 +207,7 @@ def pick_index(index: torch.Tensor, picked: torch.Tensor, none: int) -> torch.Te
 
 
 def spare(state: torch.Tensor) -> int:
-    """The number of the row that takes what belongs to no row."""
+    """The number of the spare row of a state tensor, which takes what is written for "no row"."""
     return state.shape[1] - 1
 
 
@@ -232,7 +232,7 @@ def mask_keys(mask: torch.Tensor | None, index: torch.Tensor, tokens: int) -> to
 
 
 def _only(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """A mask, bool (may attend) or floating (added), that also hides the keys that are not ``there``, bool."""
+    """``mask``, bool (may attend) or floating (added), with the keys hidden that are not in ``there``, bool."""
     return mask & there if mask.dtype == torch.bool else mask.masked_fill(~there, -torch.inf)
 
 

@@ -1,4 +1,4 @@
-"""Sizes that may be any in compiled code: the number of sequences, of tokens, of rows in a set."""
+"""Open sizes in compiled code: the number of sequences, of tokens, of rows in a set."""
 
 from __future__ import annotations
 

@@ -46,22 +46,28 @@ def expr_of(size: int | torch.SymInt) -> sympy.Expr:
 
 
 def value_of(expr: sympy.Expr, values: Values) -> int:
-    """An expression at sizes."""
+    """The value of an expression at given sizes."""
     return int(expr.xreplace(values))
 
 
 def at_values(value: Any, values: Values) -> Any:
-    """``value``, such as arguments of a node, with each number computed from open sizes as it is at others."""
+    """``value``, such as the arguments of a node, with its numbers that depend on open sizes computed anew for the
+    sizes ``values``.
+    """
     return replaced(value, lambda number: value_of(number.expr, values))
 
 
 def replaced(value: Any, change: Callable[[Computed], Any]) -> Any:
-    """``value``, such as arguments of a node, with something else for each number computed from open sizes."""
+    """``value``, such as the arguments of a node, with ``change`` applied to each number that is computed from open
+    sizes.
+    """
     return map_aggregate(value, lambda leaf: change(leaf) if isinstance(leaf, Computed) else leaf)
 
 
 def expressions(*values: Any) -> list[sympy.Expr]:
-    """Those of the numbers computed from open sizes among ``values``, such as arguments of a node."""
+    """The expressions of the numbers among ``values``, such as the arguments of a node, that are computed from open
+    sizes.
+    """
     found: list[Computed] = []
     replaced(values, found.append)
     return [number.expr for number in found]
@@ -142,14 +148,16 @@ class StandIns:
 
 
 def whole_numbers(value: Any) -> set[int]:
-    """The whole numbers among the arguments of a node, but those computed from open sizes."""
+    """The whole numbers among the arguments of a node that are not computed from open sizes."""
     leaves: list[Any] = []
     map_aggregate(value, leaves.append)
     return {leaf for leaf in leaves if type(leaf) is int}
 
 
 def is_apart(prime: int, numbers: set[int]) -> bool:
-    """Whether none of some numbers can have come from a size, ``prime``: none is a multiple of it, plus or minus 1."""
+    """Whether no number of ``numbers`` can have been computed from a size ``prime``: none is a multiple of it, plus or
+    minus 1.
+    """
     return not any(n >= prime - 1 and n % prime in (0, 1, prime - 1) for n in map(abs, numbers))
 
 

@@ -26,7 +26,7 @@ def allocate(
     compact: Sequence[torch.fx.Node] = (),
     rows: int = 0,
 ) -> list[torch.Tensor]:
-    """Zeroed rows ``[B, S + 1, ...]`` of each of ``nodes``.
+    """Allocate zeros for the rows of each of ``nodes``, ``[B, S + 1, ...]``.
 
     Args:
         nodes: values of a unit.
@@ -50,7 +50,7 @@ def allocate(
 def allocate_outside(
     attentions: Iterable[Attention], axes: Axes, batch: int, rows: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """Zeroed rows of what attention over the keys outside comes to, two tensors an attention call.
+    """Allocate zeros for attention over the keys outside, two tensors an attention call.
 
     Returns:
         Contexts ``[B, rows + 1, H, h_v]`` and log-sum-exps ``[B, rows + 1, H]`` of each, float64 where attention is,

@@ -90,7 +90,7 @@ class Unit:
         return self
 
     def code(self, axes: Axes, forms: bool = True) -> str:
-        """A hash of all that a sealed unit computes, and without ``forms`` not of how its inputs lie in memory."""
+        """A hash of all that a sealed unit computes; with ``forms``, also of how its inputs lie in memory."""
         entering = [*([self.stream] if self.stream is not None else []), *self.inputs]
         return fingerprint(self.nodes, entering, [*self.outputs, *self.anchors()], axes, forms=forms)
 
@@ -103,7 +103,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """What a reader may call units of this kind."""
+        """The name of units of this kind in logs and in the names of files."""
         return f"{'layer' if self.is_layer else 'part'}-{self.key[:8]}"
 
     @cached_property
@@ -113,7 +113,7 @@ class Unit:
 
     @cached_property
     def beside(self) -> frozenset[torch.fx.Node]:
-        """What is computed here without the residual stream, of ids or masks: all rows of it are at hand."""
+        """The values that are computed here without the residual stream, from ids or masks: they have all rows."""
         streamed = {self.stream}
         for node in self.nodes:
             if any(operand in streamed for operand in node.all_input_nodes):
@@ -143,5 +143,5 @@ def closure(nodes: Iterable[torch.fx.Node], stop: set[torch.fx.Node]) -> set[tor
 
 
 def weights_key(unit: Unit, inputs: list[Any]) -> Any:
-    """What the rows kept of a layer belong to: its weights, since one graph may serve every layer."""
+    """The key of a layer's state, by its code and weights: one graph may serve every layer."""
     return unit.key, tuple([id(value) for value in inputs if isinstance(value, torch.nn.Parameter)])

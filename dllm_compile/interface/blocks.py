@@ -82,7 +82,7 @@ class Blocks:
         self.block = torch.cat([self.block, torch.where(response[:, old:], new, -1)], 1)
 
     def next(self, call: Call) -> None:
-        """Follow one call."""
+        """Take in one call: see which block each sequence is at."""
         self.warning = None
         self.calls = self.calls + 1
         if call.number and bool((call.filled & self.response & ~self.active & (self.at >= 0)).any()):
@@ -99,7 +99,7 @@ class Blocks:
         self.active = (self.block == at) & self.response  # a sequence without a response is at no block
 
     def _follow(self, call: Call, find: FindBlock) -> None:
-        """The one block that a sequence has, where a mechanism says its rows."""
+        """Take in one call where a mechanism says the rows of the one block that a sequence has."""
         masked = call.masked & self.response
         self.done = ~masked.any(1, keepdim=True)
         self.active = find(masked, self.response, self.length)

@@ -248,7 +248,7 @@ class Mechanism:
 
 
 def asked(what: str, rows: Callable[[Any], torch.Tensor], facts: Any, like: torch.Tensor) -> torch.Tensor:
-    """What somebody's function says of the rows of a step, which must be as large as ``like``.
+    """Call a function of a mechanism, and check that it returns a tensor like ``like``.
 
     Args:
         what: who says what, for the error: "the rule 'dual' says rows".
@@ -287,30 +287,30 @@ def is_number(value: Any) -> bool:
 
 
 def share_of(what: str, usual: float) -> dict[str, Any]:
-    """An option that is a share: its ``fits`` and ``wanted``."""
+    """``fits`` and ``wanted`` of an option that is a share from 0 to 1."""
     fits = lambda v: is_number(v) and 0.0 <= v <= 1.0  # noqa: E731
     return {"fits": fits, "wanted": f"a share of the {what} from 0 to 1, such as {usual}"}
 
 
 def count(example: str, least: int = 1) -> dict[str, Any]:
-    """An option that is a whole number of at least ``least``: its ``fits`` and ``wanted``."""
+    """``fits`` and ``wanted`` of an option that is a whole number of at least ``least``."""
     fits = lambda v: is_int(v) and v >= least  # noqa: E731
     return {"fits": fits, "wanted": f"a whole number of at least {least}, such as {example}"}
 
 
 def interval() -> dict[str, Any]:
-    """An option that is a number of steps, or -1 for every step: its ``fits``, ``wanted`` and ``neutral``."""
+    """``fits``, ``wanted`` and ``neutral`` of an option that is a number of steps, or -1 for every step."""
     fits = lambda v: is_int(v) and (v >= 1 or v == -1)  # noqa: E731
     return {"fits": fits, "wanted": "a number of steps, at least 1, or -1 to refresh at every step", "neutral": (1, -1)}
 
 
 def flag() -> dict[str, Any]:
-    """An option that is a truth value: its ``fits`` and ``wanted``."""
+    """``fits`` and ``wanted`` of an option that is a truth value."""
     return {"fits": lambda v: isinstance(v, bool), "wanted": "True or False"}
 
 
 def token_id() -> dict[str, Any]:
-    """An option that is an id of a token: its ``fits`` and ``wanted``."""
+    """``fits`` and ``wanted`` of an option that is a token id."""
     fits = lambda v: is_int(v) and v >= 0  # noqa: E731
     return {"fits": fits, "wanted": "a token id, such as 126336 for LLaDA"}
 

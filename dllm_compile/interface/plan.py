@@ -54,7 +54,7 @@ class Call:
 
     @cached_property
     def remasks(self) -> bool:
-        """Whether a mask was."""
+        """Whether a mask was written over a token that was there at the call before."""
         return self.rewrites and bool((self.changed & self.masked).any())
 
 
@@ -148,7 +148,7 @@ class Skipping:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows that a call computes.
+    """The rows that a call computes, and what else its step needs.
 
     Attributes:
         assignment: row sets of the layers.
@@ -199,7 +199,7 @@ def with_row_before(rows: torch.Tensor) -> torch.Tensor:
 
 
 def rows_before(rows: torch.Tensor) -> torch.Tensor:
-    """``[B, S]`` bool rows; those one before each."""
+    """The row before each of ``rows``, ``[B, S]`` bool."""
     return torch.cat([rows[:, 1:], rows[:, :1] & False], 1)
 
 
@@ -252,7 +252,7 @@ def copied(schedule: Any, change: Callable[[torch.Tensor], torch.Tensor] | None 
 
 
 class Exact:
-    """Every row at every call: nothing is kept."""
+    """The schedule that computes every row at every call and keeps nothing."""
 
     variants: tuple[Assignment, ...] = (EXACT,)
     first: Assignment | None = None
@@ -260,9 +260,9 @@ class Exact:
     skips: Skipping | None = None
 
     def next(self, call: Call) -> Plan:
-        """Always the same."""
+        """The same plan for every call."""
         return Plan(EXACT)
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
-        """Nothing is cached, so nothing has to be restarted: the other sequences continue."""
+        """The other sequences go on: nothing is kept that could be wrong."""
         return True

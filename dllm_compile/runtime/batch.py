@@ -1,4 +1,4 @@
-"""One run of a denoising loop: the ids it was at, and the rows kept of it."""
+"""The sequences of one batch that a denoising loop decodes, and all that is kept of them between calls."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class Batch:
         self.fixed = {"response": positions(self.answer), "prompt": positions(~self.answer)}
 
     def follow_masks(self, program: Program, args: Sequence[Any]) -> None:
-        """From the next call on know how far rows depend on tokens, where masks tell."""
+        """Find out how far rows depend on tokens, where attention masks show it; schedules are told from the next call
+        on.
+        """
         self.asked_masks = True
         found = program.depends(args, self.session.vocabulary)
         if found is not None and self.inputs.compare_whole(found[1]):
@@ -103,7 +105,7 @@ class Batch:
         return new
 
     def drop_rows(self) -> None:
-        """Free all that is kept of earlier calls but their ids."""
+        """Free everything that is kept of earlier calls but their ids."""
         self.layers: dict[Any, list[torch.Tensor]] = {}
         self.outputs: dict[Any, Any] = {}
         self.kept: dict[Any, torch.Tensor] = {}
@@ -199,7 +201,9 @@ class Batch:
         return (masked == behind).all(1)
 
     def replaces(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Which sequences, ``[B]`` bool, were replaced by new ones while others went on; ``None`` if it is not so."""
+        """Which sequences, ``[B]`` bool, a call with ``ids`` ``[B, S]`` replaces by new ones while others go on;
+        ``None`` where it does not.
+        """
         assert self.past is not None
         if not self.past.evidence.is_loop or torch.equal(ids, self.first):
             return None
@@ -327,7 +331,9 @@ class Batch:
         read: torch.Tensor | None = None,
         follow: bool = False,
     ) -> Call:
-        """What happened since the last call, for the schedule; ``follow``: say what rows depend on."""
+        """What happened since the last call, as a schedule is told; with ``follow``, also how far rows depend on
+        tokens.
+        """
         masked, past = ids == self.mask_id, self.past
         before = ids if past is None else past.ids
         changed = before != ids
@@ -344,8 +350,8 @@ class Batch:
         return replace(call, depends=self.depends) if self.session.reads_filled or not reads_more else call
 
     def expect(self, program: Program) -> None:
-        """While it is undecided whether these calls are a loop, keep the returned logits, to compare the tokens filled
-        next with them.
+        """While it is undecided whether these calls are a loop, keep the logits that are returned: tokens filled next
+        are compared with them.
         """
         made = program.logits(self.session.vocabulary)
         logits = self.outputs.get(program, {}).get(made) if made is not None else None
@@ -360,7 +366,7 @@ class Batch:
         return any(variant.enter == ACTIVE for variant in plans.variants)
 
     def tell_unskipped(self) -> None:
-        """Say once that no row is skipped: nobody knows how sure the rows are."""
+        """Warn once that no row is skipped, since no graph is known to make the logits whose confidence chooses rows."""
         if not self.told_unskipped:
             warnings.warn(
                 "dllm: deeper layers skip no rows, as no graph of this model is seen to make logits, whose confidence "
@@ -370,12 +376,12 @@ class Batch:
         self.told_unskipped = True
 
     def run_whole(self, reason: str) -> None:
-        """From the next call on compute every row: some part of the model cannot run for fewer."""
+        """Compute every row from the next call on, and warn: some part of the model cannot run for fewer."""
         self.tell_whole(reason)
         self.whole = True
 
     def tell_whole(self, reason: str, where: str = "") -> None:
-        """Say once why every row is computed ``where`` it is."""
+        """Warn once why every row is computed; ``where`` names the part, if it is not all of the model."""
         if reason not in self.session.told:
             method = self.options.method if self.options.method != "exact" else "this setting"
             warnings.warn(f"dllm: {method} computes every row{where} at every step: {reason}", stacklevel=2)
@@ -383,5 +389,5 @@ class Batch:
 
 
 def bytes_of(batches: Sequence[Batch]) -> int:
-    """Bytes of all that is kept of some sequences."""
+    """Bytes of all that is kept of some batches."""
     return sum(each.state_bytes() + each.logits_bytes() for each in batches)

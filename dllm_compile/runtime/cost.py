@@ -48,7 +48,7 @@ ROWS = {
 
 
 def going(which: int) -> sympy.Symbol:
-    """The active rows from one of the depths on."""
+    """The symbol for the number of active rows from depth number ``which`` on."""
     return sympy.Symbol(f"A{which + 1}", positive=True, integer=True)
 
 

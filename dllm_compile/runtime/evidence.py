@@ -35,7 +35,7 @@ _HIT, _LEADS = 0.9, 2.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a sequence; see the head of this file.
+    """How certain it is that calls are a denoising loop; see the head of this file.
 
     Attributes:
         declared: the caller said that it is a loop, or the graph that is called fills the masks itself.
@@ -67,7 +67,7 @@ class Evidence:
         return self.declared or (self.begins and (self.sure or goes_on))
 
     def after(self, before: torch.Tensor, masked: torch.Tensor, found: list[float] | None, vocabulary: int) -> Evidence:
-        """With one more call that filled masks.
+        """The evidence after one more call that filled masks.
 
         Args:
             before, masked: ``[B, S]`` bool, what was masked before the call, and is now.
@@ -93,7 +93,7 @@ class Evidence:
 
 
 class Expected:
-    """What logits that were handed out say of the tokens to come.
+    """Logits that the loop was given, to compare the tokens that it fills next with.
 
     Args:
         logits: ``[B, S, V]``, as they were returned; read again at the next call.

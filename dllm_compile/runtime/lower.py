@@ -27,7 +27,7 @@ SERVED = 1000
 
 
 class SizesFixed(RuntimeError):
-    """Sizes that may be any were compiled as numbers, or cannot be symbols.
+    """The compiler fixed open sizes to numbers, or they cannot be symbols.
 
     Attributes:
         names: of these.
@@ -63,7 +63,7 @@ class Code:
         self.served: dict[tuple[Any, ...], bool] = {}
 
     def serves(self, args: Sequence[Any]) -> bool:
-        """Whether the code is good for arguments: as their sizes and strides say, which are looked at once each."""
+        """Whether the code is valid for the sizes and strides of some arguments; asked once for each set of these."""
         key = (
             *[(args[i].shape, args[i].stride()) for i in self.tensors],
             *[args[i] for i in self.numbers],

@@ -84,7 +84,8 @@ _SPARE = torch.zeros(ALIGNED, dtype=torch.uint8)
 
 
 def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, Places]:
-    """Tensors ``[B, K]`` of the host in one piece of memory ``[N]`` uint8 on a device: one transfer, not waited for.
+    """Copy tensors ``[B, K]`` of the host into one piece of memory ``[N]`` uint8 on a device: one transfer, without
+    waiting.
 
     Returns:
         The memory, and what lies where in it, for :func:`unpacked`.
@@ -99,7 +100,7 @@ def packed(tensors: Mapping[str, torch.Tensor], device: torch.device) -> tuple[t
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device; nobody waits for the transfer."""
+    """Copy a tensor of the host to a device, without waiting for the transfer."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -122,7 +123,7 @@ def span(places: Places) -> int:
 
 
 def _room(size: int) -> int:
-    """Bytes with those that are left empty behind them."""
+    """``size`` bytes, rounded up so that the next tensor is aligned."""
     return size + -size % ALIGNED
 
 

@@ -54,7 +54,7 @@ class Signature:
 
 
 def memoized(method: Callable[[Program, Asked], Answer]) -> Callable[[Program, Asked], Answer]:
-    """A method of a program, which does not change, that is asked the same at every call: answered once."""
+    """Keep the results of a method of a program by its argument: a program does not change."""
     name = method.__name__
 
     def ask(self: Program, asked: Asked) -> Answer:
@@ -68,7 +68,7 @@ def memoized(method: Callable[[Program, Asked], Answer]) -> Callable[[Program, A
 
 
 class Program:
-    """One graph at one set of input shapes, known from the arguments of a call or from what Dynamo shows a backend.
+    """One graph at one set of input sizes: its units, their code, and which inputs and outputs are which.
 
     Args:
         module: the graph as Dynamo traced it.
@@ -179,7 +179,7 @@ class Program:
 
     @cached_property
     def computes(self) -> tuple[str, ...]:
-        """A hash of what each part computes, and of what they read beside tokens, however inputs lie in memory."""
+        """Hashes of what each part computes and of the constants it reads, whatever the strides of inputs."""
         constants = fingerprint(*self.made, self.axes, self.sizes, forms=False)
         return constants, *(unit.code(self.axes, forms=False) for unit in self.units)
 
@@ -221,7 +221,7 @@ class Program:
         return None if found is None else (found, [args[i] for i in sorted(tensors)])
 
     def beside_tokens(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """All that the graph makes of other inputs than the tokens, and of sizes, and reads beside tokens.
+        """The values that units read and that depend on sizes and other inputs alone, not on tokens.
 
         Args:
             args: of a call; the graph has to be one that was analyzed for any size.
@@ -236,7 +236,8 @@ class Program:
             return values(dict(zip(self.index, args, strict=True)))
 
     def check(self, args: Sequence[Any]) -> None:
-        """Look at the values that the first call of a size has, and the first of each sequence with other inputs.
+        """Check the attention masks of a call: at the first call of a size, and at the first of a sequence with other
+        inputs.
 
         Raises:
             GraphRefused: attention is causal by its mask.
@@ -245,7 +246,7 @@ class Program:
 
     @cached_property
     def opaque(self) -> bool:
-        """Whether a block of the model is one call, which runs in eager and may read values."""
+        """Whether the graph calls an opaque module, which runs in eager and may read values on the host."""
         return any(calls_opaque(node) for unit in self.units for node in unit.nodes)
 
     @memoized
@@ -285,7 +286,9 @@ class Program:
 
     @cached_property
     def hides_attention(self) -> torch.fx.Node | None:
-        """Where rows of ids that logits, or token ids, are made of first meet, if nothing is seen to be attention."""
+        """The first node that mixes rows, in a graph from ids to logits or token ids in which no attention call was
+        found; else ``None``.
+        """
         vocabulary = self.vocabulary if self.ids is not None and not self.layers else None
         if vocabulary is None or not any(
             self._width(node) >= vocabulary or self._is_ids(node) for node in self.results
@@ -295,7 +298,7 @@ class Program:
 
     @cached_property
     def in_one_layer(self) -> list[torch.fx.Node]:
-        """Several attention calls that are the only layer of a whole model; empty where there is none such."""
+        """The attention calls of a whole model, where it has several and they are one layer; else empty."""
         whole = self.ids is not None and len(self.layers) == 1 and self.head(self.vocabulary) is not None
         calls = [attention.node for attention in self.layers[0].attentions] if whole else []
         return calls if len(calls) > 1 else []
@@ -307,7 +310,9 @@ class Program:
 
     @memoized
     def logits(self, vocabulary: int | None) -> torch.fx.Node | None:
-        """What the head makes for each token of the vocabulary; another head may be wider, and may come first."""
+        """The output of the head that has a number for each token of the vocabulary; the narrowest, where several are
+        wide enough.
+        """
         head = self.head(vocabulary)
         if head is None or vocabulary is None:
             return None
@@ -339,7 +344,7 @@ class Program:
         return None not in (position(layout, "T"), position(layout, "B"))
 
     def _width(self, node: torch.fx.Node) -> int:
-        """Numbers that a value has for each row."""
+        """Numbers that a value has in each row."""
         return prod(factor.size for dim in self.axes.layout.get(node, ()) for factor in dim if factor.kind == "")
 
     @cached_property
@@ -361,21 +366,21 @@ class Program:
 
 
 def _keep_units(units: list[Unit], axes: Axes) -> None:
-    """Write the units of each kind, if somebody asked for graphs."""
+    """Write each kind of unit as a debug file, where that is asked for."""
     for unit in {unit.key: unit for unit in units}.values() if asked() else ():
         entering = [*([unit.stream] if unit.stream is not None else []), *unit.inputs]
         keep(unit.name, part(unit.nodes, axes.fake, entering, unit.outputs))
 
 
 def _dead(units: list[Unit], results: set[torch.fx.Node]) -> list[list[torch.fx.Node]]:
-    """Values of units that nothing reads behind each unit."""
+    """For each unit, the values that no later unit reads."""
     made = {node for unit in units for node in unit.outputs} - results
     last = {n: i for i, u in enumerate(units) for n in [*u.outputs, *([u.stream] if u.stream else []), *u.inputs]}
     return [[node for node in made if last[node] == i] for i in range(len(units))]
 
 
 def _vocabulary(seed: torch.fx.Node, axes: Axes) -> int | None:
-    """Rows of the table that token ids are looked up in."""
+    """The number of rows of the table that token ids are looked up in; ``None`` where there is no table."""
     if axes.fake[seed].is_floating_point():
         return None
     reading = [user for user in axes.live if looks_up(user)]

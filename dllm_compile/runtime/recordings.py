@@ -33,7 +33,7 @@ UNLIKE = "an argument overlaps itself in memory, or is on another device"
 
 @dataclass(frozen=True)
 class Unfit:
-    """In place of a recording, for calls of a kind that cannot be recorded."""
+    """Why calls of a kind cannot be recorded; takes the place of their recording."""
 
     why: str
 
@@ -71,7 +71,7 @@ def capture(body: Callable[[], Made], device: torch.device, pool: Any) -> tuple[
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings on a device: each new stream takes workspaces of its own."""
+    """The stream of all recordings on a device: each new stream takes workspaces of its own."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -92,7 +92,7 @@ class Recording:
         self.made, self.graph = capture(lambda: record(args, step.elsewhere(self.memory)), step.counts.device, pool)
 
     def replay(self, step: Step) -> Any:
-        """The same for another step; what it returns is good until the recording is played again."""
+        """Launch the recorded kernels for another step; the result is valid until the next replay."""
         assert step.memory is not None
         self.memory.copy_(step.memory)
         self.graph.replay()
@@ -114,7 +114,7 @@ class Recordings:
     def run(
         self, program: Any, kind: Any, record: Record[Made], args: Sequence[Any], step: Step, counts: Counter[str]
     ) -> Made:
-        """Make a call, or play it.
+        """Make a call, record it, or replay the recording of an earlier one of its kind.
 
         Args:
             program: the graph that is called.

@@ -115,15 +115,15 @@ class Session:
         return len(weights) == len(self.owners) and all(map(is_, map(weakref.ref.__call__, self.owners), weights))
 
     def lives(self) -> bool:
-        """Whether all weights that it was made for are alive."""
+        """Whether all of its weights are alive."""
         return all(ref() is not None for ref in self.owners)
 
     def is_of(self, weights: Container[torch.Tensor]) -> bool:
-        """Whether any of its weights is among these."""
+        """Whether one of its weights is in ``weights``."""
         return any(weight in weights for weight in map(weakref.ref.__call__, self.owners) if weight is not None)
 
     def shares(self, weights: set[int]) -> bool:
-        """Whether it belongs to a model that has some of these weights, told by the ``id`` of each."""
+        """Whether the ``id`` of one of its weights is in ``weights``."""
         return any(ref() is not None and id(ref()) in weights for ref in self.owners)
 
     def salient_capacity(self, step: Step) -> int | None:
@@ -223,7 +223,7 @@ class Session:
         )
 
     def commit(self, batch: Batch, step: Step) -> None:
-        """A step has run, or the first of its graphs has: it is now the last one of its sequences."""
+        """Make a step, whose first graph has run, the last one of its sequences."""
         if batch.drafts_of is not None:
             batch.last = step
             self.stats.count(step)
@@ -321,7 +321,7 @@ class Session:
         return torch.cat([parts[0][:0], *found])
 
     def _weights_changed(self) -> None:
-        """Sequences that are under way compute every row at their next call: nothing old is of use."""
+        """Drop the rows of all sequences: weights changed, so their next calls compute every row."""
         for each in self.batches:
             each.begin_anew()
         self.weights.look()
@@ -440,7 +440,7 @@ def _any(flags: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
 
 
 def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> bool:
-    """Whether ids are those of another call outside of its response."""
+    """Whether ``ids`` equal ``first`` everywhere but in ``response``."""
     return ids.shape == first.shape and bool(((ids == first) | response).all())
 
 
@@ -453,7 +453,7 @@ def sessions() -> list[Session]:
 
 
 def _forget(session: weakref.ref[Session]) -> None:
-    """A weight died: free the rows kept for it. Where Python itself ends, everything is freed anyway."""
+    """Free the rows of a session, one of whose weights died; not at the end of Python, when everything is freed anyway."""
     alive = session()
     if alive is not None and not sys.is_finalizing():
         alive.drop()

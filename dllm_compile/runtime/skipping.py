@@ -44,12 +44,12 @@ CLOSE = 1e-9  # depths that differ by rounding alone are one
 
 
 def judged(logits: torch.Tensor) -> torch.Tensor:
-    """Probability ``[B, K]`` of the likeliest token of logits ``[B, K, V]``."""
+    """Confidence of rows: the probability ``[B, K]`` of the likeliest token of logits ``[B, K, V]``."""
     return confidence(logits).probability
 
 
 def layers_at(depths: Sequence[float], layers: int) -> dict[int, int]:
-    """By the number of a layer, which of the depths applies from it on; of several the deepest.
+    """By the number of a layer, the depth that applies from there on; where several would, the deepest.
 
     Args:
         depths: rising shares of the number of layers.
@@ -60,7 +60,9 @@ def layers_at(depths: Sequence[float], layers: int) -> dict[int, int]:
 
 
 def widths(plan: Plan, multiple: int) -> dict[str, int]:
-    """Rows that a step computes at each depth, by a name: the most of any sequence, a multiple, and two at least."""
+    """The number of rows that a step computes at each depth, by name: the most of any sequence, rounded up to
+    ``multiple``, at least 2.
+    """
     if plan.going is None:
         return {}
     most = plan.going.amax(0).tolist()
@@ -87,7 +89,7 @@ def going_on(score: torch.Tensor, there: torch.Tensor, counts: torch.Tensor, wid
 
 
 def asked_score(score: object, what: str, rows: LayerRows) -> torch.Tensor:
-    """What a mechanism's function says of the rows.
+    """Call a mechanism's ``score`` of rows, and check what it returns.
 
     Raises:
         FunctionFailed: it raises an exception, which is the cause of this one.
@@ -102,7 +104,7 @@ def asked_score(score: object, what: str, rows: LayerRows) -> torch.Tensor:
 
 
 def told(step: Step, new: torch.Tensor, old: torch.Tensor, sure: torch.Tensor, options: Options) -> LayerRows:
-    """What the choice is made of, for the active rows of a step.
+    """What a mechanism is told to score the active rows of a step.
 
     Args:
         step: in which not all rows go on.
@@ -121,7 +123,7 @@ def told(step: Step, new: torch.Tensor, old: torch.Tensor, sure: torch.Tensor, o
 
 
 def narrowed(step: Step, places: torch.Tensor, spare: int) -> dict[str, torch.Tensor]:
-    """Positions of the row sets of a step for the active rows at some places.
+    """The positions of a step's row sets, for some of its active rows.
 
     Args:
         step: its positions are those of more rows.

@@ -82,7 +82,9 @@ def rows_are_independent(unit: Unit, axes: Axes, stream: Any, inputs: list[Any])
 
 
 def _told_apart(stream: torch.Tensor) -> torch.Tensor:
-    """A hidden state ``[B, S, d]`` with noise: rows of masks alone are all alike, and each is their mean."""
+    """The hidden state ``[B, S, d]`` plus noise: rows of masks are all alike, so a layer that mixes them would go
+    unseen.
+    """
     noise = torch.randn(stream.shape[1:], generator=torch.Generator().manual_seed(0))
     return stream + (noise.to(stream.device) * (stream.float().std() / 10)).to(stream.dtype)
 

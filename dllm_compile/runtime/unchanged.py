@@ -51,7 +51,7 @@ def leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class Weights:
-    """The weights of a model, as one object that cannot be taken for another's.
+    """The weights of a model, watched for changes.
 
     Args:
         tensors: the weights.
@@ -65,7 +65,7 @@ class Weights:
         self._add(tensors)
 
     def include(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Watch these too; whether all of them were watched already."""
+        """Watch more tensors; returns whether all of them were watched already."""
         if self.known.issuperset(map(id, tensors)):  # one that dies takes its number along
             return True
         self._add([tensor for tensor in tensors if id(tensor) not in self.known])
@@ -83,7 +83,7 @@ class Weights:
         return found if len(found) == len(self.refs) else None
 
     def look(self) -> None:
-        """From now on compare with what the weights that are alive hold now."""
+        """Compare with what the living weights hold now, from the next question on."""
         self.refs = [ref for ref in self.refs if ref() is not None]
         self.known = {id(ref()) for ref in self.refs}
         parts = leaves(self.alive() or [])
@@ -102,7 +102,7 @@ class Weights:
         return len(parts) != len(self.counted) or _marks(parts, self.counted) != self.marks
 
     def written(self) -> list[torch.Tensor]:
-        """Truth values on the devices of the weights: whether a sample of them differs."""
+        """Compare a sample of the weights: truth values on their devices, true where it differs."""
         return [_differ(a, b) for a, b in zip(_joined(self.views), self.sample, strict=True)]
 
     def sum(self) -> None:
@@ -110,7 +110,7 @@ class Weights:
         self.whole = [checksum(part) for part in leaves(self.alive() or [])]
 
     def written_anywhere(self) -> bool:
-        """Whether anything differs from what was summed; reads all weights once."""
+        """Whether the checksum of all weights differs from that of :meth:`sum`; reads all weights once."""
         if self.whole is None:
             return True
         now = [checksum(part) for part in leaves(self.alive() or [])]
@@ -138,7 +138,9 @@ class Inputs:
         self.whole: frozenset[int] = frozenset()
 
     def compare_whole(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """From now on compare all numbers of these inputs, however large they are; whether they are among them."""
+        """Compare all numbers of these inputs from now on, however large they are; returns whether they are among the
+        watched ones.
+        """
         wanted = set(map(id, tensors))
         self.whole = frozenset(i for i, ref in enumerate(self.refs) if id(ref()) in wanted)
         return len(self.whole) >= len(wanted)
@@ -152,7 +154,7 @@ class Inputs:
         return [_kind(part) for part in leaves(tensors)] == self.kinds
 
     def differ(self, tensors: Sequence[torch.Tensor], counted: bool = False) -> list[torch.Tensor]:
-        """Truth values on their devices: whether others hold other values. They must :meth:`fit`.
+        """Truth values on the devices of ``tensors``, true where they hold other values. They must :meth:`fit`.
 
         The same large tensor, not written to where PyTorch counts it, is compared by its sample, another one whole.
         There may be hundreds, such as scales of quantized weights: those of a dtype and device are compared at once.
@@ -184,7 +186,7 @@ class Inputs:
         return torch.tensor([int(each) for each in sums if each is not None], dtype=torch.int64)
 
     def of_sequences(self, index: torch.Tensor, batch: int) -> Inputs | None:
-        """Those of some sequences of a batch.
+        """The inputs of some sequences of a batch.
 
         Args:
             index: ``[b]`` int64, which ones.

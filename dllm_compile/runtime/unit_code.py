@@ -40,7 +40,7 @@ class Variant:
 
 
 class Arguments:
-    """All that one unit can be called with in one step, in a flat list."""
+    """Everything that a unit may be called with in one step, in a flat list."""
 
     SAME = {"written": "active", "stored": "active", "place": "active", "readable@active": "readable"}
     SETS = (
@@ -69,12 +69,12 @@ class Arguments:
         self.flat = [stream, step.counts, step.bound, step.visible, step.renew, *numbers, *sets, *inputs]
 
     def pick(self, names: Sequence[str]) -> Pick:
-        """Takes the arguments of these names out of a call's values."""
+        """A function that takes the arguments of these names out of ``flat``."""
         take = itemgetter(*map(self.slot, names))
         return take if len(names) > 1 else lambda flat: (take(flat),)
 
     def slot(self, name: str) -> int:
-        """Where an argument of an emitted unit lies."""
+        """The place in ``flat`` of an argument of an emitted unit."""
         if name in self.FIXED:
             return self.FIXED.index(name)
         kind, _, which = name.partition(":")
@@ -122,7 +122,7 @@ class UnitCode:
         self.by_token = live == ["placeholder"] and len(unit.outputs) == 1 and not (beside or self.mixing)
 
     def variant(self, assignment: Assignment, step: Step, values: Arguments) -> Variant:
-        """Compiled on first use, for any sizes of two or more."""
+        """The code for an assignment; compiled on first use, for any sizes of two or more."""
         known = self.variants.get(assignment)
         if known and known[-1].code.serves(known[-1].pick(values.flat)):
             return known[-1]
@@ -140,7 +140,7 @@ class UnitCode:
         return next((each for each in reversed(known) if each.code.serves(args)), None)
 
     def _compile(self, assignment: Assignment, step: Step, values: Arguments) -> Variant:
-        """Compile for any sizes but those that cannot be left open, which are found by trying."""
+        """Compile for any sizes; those that the compiler cannot leave open, as found by trying, are fixed."""
         fixed = self.fixed.setdefault(assignment, set())
         while True:
             emitted = emit(self.unit, self.axes, assignment)
@@ -196,7 +196,7 @@ class UnitCode:
         return None
 
     def _extents(self, name: str, value: Any, assignment: Assignment, step: Step) -> tuple[Extent, ...] | None:
-        """Which sizes of an argument may be others at another call."""
+        """The sizes of an argument: names for those that may be others at another call, numbers for the rest."""
         kind, _, which = name.partition(":")
         if not isinstance(value, torch.Tensor):
             return (Size((name,)),)

@@ -65,6 +65,6 @@ class KeptOutside:
         return replace(plan, assignment=made(plan.assignment), held=held, renew=renew, same=same_result)
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
-        """As of the schedule."""
+        """As the schedule whose steps these are."""
         self.rows = self.rows & ~rows.unsqueeze(1)
         return self.steps.begin_anew(rows, response)

@@ -48,7 +48,7 @@ class PromptEviction:
         return replace(plan, assignment=evicted(plan.assignment, self.gaps))
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
-        """The kept entries are of one step for all sequences."""
+        """All sequences begin anew: the kept entries were chosen in one step for the whole batch."""
         return False
 
 

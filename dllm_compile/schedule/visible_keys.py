@@ -78,7 +78,7 @@ class VisibleKeys:
         )
 
     def begin_anew(self, rows: torch.Tensor, response: torch.Tensor) -> bool:
-        """As of the schedule."""
+        """As the schedule whose steps these are."""
         self.response, self.before = response, None
         self.blocks.begin_anew(rows, response)
         self.since = self.since & ~rows.unsqueeze(1)
