@@ -84,7 +84,7 @@ def dllm(
 def of_generate(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | Options
 ) -> Compiled:
-    """The backend where :func:`dllm_compile.generate` compiles: its step asks mechanisms for tokens."""
+    """The backend as :func:`dllm_compile.generate` uses it: mechanisms may decide which tokens are written."""
     compat.cached_backends.setdefault(id(dllm), dllm)  # a reset of Dynamo forgets whom to tell of the next one
     chosen = Options.of(options)
     warn_of_last(module.graph, example_inputs)
@@ -95,7 +95,8 @@ def of_generate(
 
 
 def _tell_of_tokens(options: Options) -> None:
-    """Say which options decide what :func:`dllm_compile.generate` writes: a loop of one's own asks no mechanism.
+    """Warn of options that only decide what :func:`dllm_compile.generate` writes, as a loop of one's own does not read
+    them.
 
     Raises:
         ValueError: they decide nothing else.
@@ -126,7 +127,7 @@ def _raising(error: Exception) -> Compiled:
 
 
 class Backend:
-    """One compiled graph: a program per set of input shapes, or plain Inductor with the reason why.
+    """One compiled graph: a program per set of input sizes, or plain Inductor with the reason why.
 
     Models of one class share their graphs, since weights are inputs; each model has a session of its own.
     """
@@ -183,9 +184,7 @@ class Backend:
         return chain.deliver() or result  # type: ignore[func-returns-value]  # no interrupt comes inside of a line
 
     def _run(self, program: Program, args: Sequence[Any], chain: Chain, begin: float, looked: bool) -> Any:
-        """Run the graph, called at ``begin`` by the host's clock, as part of the step that its chain is; ``looked``:
-        at its masks, in this call.
-        """
+        """Run the graph as part of the step that ``chain`` is, or plainly where it is none."""
         result = None
         if chain.found is not None and chain.found[1].shape == program.size:
             try:
@@ -227,7 +226,7 @@ class Backend:
         return result
 
     def _program(self, key: Key, args: Sequence[Any]) -> Program | None:
-        """The program for sizes that were never called before."""
+        """The program for sizes that were not called before; ``None`` where the graph is refused at these."""
         try:
             with compat.compile_lock:
                 program = self.ready.pop(key, None) or self._at(args) or self._analyzed(args)
@@ -241,7 +240,7 @@ class Backend:
         return program
 
     def _at(self, args: Sequence[Any]) -> Program | None:
-        """The program for sizes of a graph that can be analyzed for any."""
+        """The program for the sizes of a call, where the graph is analyzed for any sizes; else ``None``."""
         found = self._for_any_size(args)
         with refusing("analyzed"):
             return None if found is None else found.at(args)
@@ -267,7 +266,9 @@ class Backend:
             return Program(self.module, args, self.options, stand_ins)
 
     def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> Key:
-        """What a program is made for: sizes and numbers of a call's inputs. Dynamo guards the shapes of weights."""
+        """What a program is made for: sizes, dtypes and numbers of a call's inputs. Dynamo guards the shapes of
+        weights.
+        """
         scalars = scalars or args
         if self.weights is None:
             self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
@@ -279,7 +280,7 @@ class Backend:
         )
 
     def _read(self, args: Sequence[Any]) -> Key:
-        """The numbers that the graph reads of its inputs."""
+        """The numbers that the graph reads from scalar tensors among its inputs."""
         return tuple([_literal(args[i].item()) for i in self.numbers if args[i].device.type == "cpu"])
 
     def refuses(self, shown: Sequence[Any]) -> bool:
@@ -311,7 +312,7 @@ class Backend:
         return False
 
     def _tell_of_break(self, program: Program | None, args: Sequence[Any]) -> None:
-        """Say which line cut this graph from the one before it in the step, if a line did."""
+        """Warn of the line that cut this graph from the one before it in the step, if a line did."""
         chain = current()
         given = [a for a in args if isinstance(a, torch.Tensor)]
         handed = [a for a in given if chain is not None and chain.hands_on(a)]
@@ -322,7 +323,7 @@ class Backend:
             tell_of(self.broke, args, cut=any(heads))
 
     def _refuse(self, refusal: GraphRefused, args: Sequence[Any]) -> None:
-        """Say once why a graph runs on plain Inductor; graphs that never could be cached are only noted.
+        """Note why the graph runs on plain Inductor, and warn once if it is one that a cache would have helped.
 
         Args:
             refusal: the reason; that no tokens are seen has one of its own, where a graph broke.
@@ -355,8 +356,8 @@ class Backend:
         if program.ids is not None:
             check_vocabulary(self.options.mask_id, program.vocabulary)
             session.vocabulary = program.vocabulary
-            late = [args[i] for i in program.head_inputs]
-            found = session.begin(NewCall(stream, program, side_inputs, late, args, loop))
+            head_inputs = [args[i] for i in program.head_inputs]
+            found = session.begin(NewCall(stream, program, side_inputs, head_inputs, args, loop))
         else:
             found = session.begin(NewCall(labels(stream), program, side_inputs, loop=loop))
             if found is None and session.mask_id is None:

@@ -34,7 +34,7 @@ class Break(NamedTuple):
 
 
 def prepared(model: torch.nn.Module) -> None:
-    """From now on do not tell of ``prepare`` where this model's graph breaks."""
+    """Leave out :func:`prepare` in warnings of breaks in this model from now on."""
     _PREPARED.update(dict.fromkeys(model.parameters()))
 
 
@@ -64,7 +64,7 @@ def last_break() -> Break | None:
 
 
 def tell_of(where: Break, given: Sequence[Any], cut: bool = False) -> None:
-    """Warn, once a place.
+    """Warn of a break, once a place.
 
     Args:
         where: of :func:`last_break`.
@@ -81,7 +81,7 @@ def tell_of(where: Break, given: Sequence[Any], cut: bool = False) -> None:
 
 
 def forget() -> None:
-    """Warn of every place again."""
+    """Let every place be warned of again."""
     _TOLD.clear()
 
 

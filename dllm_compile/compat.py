@@ -125,7 +125,7 @@ def storage_owners(storage: torch.UntypedStorage) -> int:
 
 
 def shared_until_written(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor over the same memory; who first writes into either, by whatever way, gets memory of his own.
+    """A tensor over the same memory; whichever is written to first, in any way, gets memory of its own.
 
     numpy, compiled code and DLPack count as writing, as they ask for an address. PyTorch cannot enlarge its storage.
     """
@@ -143,7 +143,7 @@ def schema(func: Any) -> Any:
 
 
 def traced() -> bool:
-    """Whether somebody may read what :func:`trace_structured` records: torch takes its handler away where nobody does.
+    """Whether :func:`trace_structured` has a reader: torch removes its handler where there is none.
 
     Others, such as pytest's, sit there too.
     """
@@ -156,7 +156,7 @@ def profiled() -> bool:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a value is a ``DTensor``; nobody has one who has not imported its module, which takes a while."""
+    """Whether a value is a ``DTensor``. Its module, which takes a while to import, is not imported for the answer."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
@@ -180,13 +180,13 @@ def group_size(group: str) -> int:
 
 
 def wait_tensor(begun: torch.Tensor) -> torch.Tensor:
-    """The result of what was begun."""
+    """Wait for :func:`all_reduce` or :func:`all_gather`, and return its result."""
     done: torch.Tensor = torch.ops._c10d_functional.wait_tensor(begun)
     return done
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that ``torch.compile`` was given, of what it returned; anything else is itself."""
+    """The module that ``torch.compile`` was given, where ``model`` is what it returned; else ``model``."""
     return getattr(model, "_orig_mod", model)
 
 

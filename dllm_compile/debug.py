@@ -1,4 +1,4 @@
-"""What the compiler did: times of its passes and graphs it wrote, for whoever asks in the environment.
+"""What the compiler did: times of its passes and graphs it wrote, as environment variables ask for.
 
 ``DLLM_DEBUG=<folder>`` keeps both there, graphs in files that are numbered in the order they were written, and times in
 ``log.txt``; ``TORCH_LOGS="+dllm_compile"`` logs the times, and ``TORCH_TRACE=<folder>`` keeps the graphs for tlparse.
@@ -107,12 +107,12 @@ _NOTHING = nullcontext()
 
 
 def asked() -> bool:
-    """Whether somebody wants graphs."""
+    """Whether graphs are to be written, or traced."""
     return _folder() is not None or traced()
 
 
 def keep(name: str, module: torch.fx.GraphModule) -> None:
-    """Write a graph as Python, if somebody asked for graphs.
+    """Write a graph as Python, where graphs are asked for.
 
     Args:
         name: of the file behind its number, and of the artifact in a trace.
@@ -202,7 +202,7 @@ def note_step(
     selected: Mapping[int, torch.Tensor],
     computed: Mapping[int, int],
 ) -> None:
-    """Record a step, if somebody wants that."""
+    """Record a step for every :func:`steps` that is active."""
     for found in _RECORDS:
         copies = {layer: index.clone() for layer, index in selected.items()}  # a recorded call writes to them again
         found.append(

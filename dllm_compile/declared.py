@@ -1,5 +1,5 @@
-"""What a caller says of the calls it makes: that they are one denoising loop, that they are none, what they fill, what
-is read of them, and what their ids are.
+"""Statements of a caller about the calls it makes: whether they are a denoising loop, which positions they fill and
+read, and what their ids are.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def filling(rows: torch.Tensor) -> AbstractContextManager[None]:
 
 
 def to_be_filled(shape: torch.Size) -> torch.Tensor | None:
-    """The positions ``[B, S]`` bool that are filled from a call made now; ``None`` where nobody says."""
+    """The positions ``[B, S]`` bool that are filled from a call made now; ``None`` where the caller does not say."""
     return _said("filled", shape)
 
 
@@ -126,7 +126,7 @@ def wanting(rows: torch.Tensor) -> AbstractContextManager[None]:
 
 
 def wanted(shape: torch.Size) -> torch.Tensor | None:
-    """The positions ``[B, S]`` bool that are still of use; ``None`` where nobody says."""
+    """The positions ``[B, S]`` bool that are still of use; ``None`` where the caller does not say."""
     return _said("wanted", shape)
 
 
@@ -138,7 +138,9 @@ def reading(rows: torch.Tensor | None) -> AbstractContextManager[None]:
 
 
 def to_be_read(shape: torch.Size) -> torch.Tensor | None:
-    """The positions ``[B, S]`` bool whose logits are read of a call made now; ``None`` where nobody says."""
+    """The positions ``[B, S]`` bool whose logits are read of a call made now; ``None`` where the caller does not
+    say.
+    """
     return _said("read", shape)
 
 
@@ -155,6 +157,6 @@ def known_ids(ids: torch.Tensor, host: torch.Tensor | None) -> AbstractContextMa
 
 
 def ids_on_host(ids: torch.Tensor) -> torch.Tensor | None:
-    """What :func:`known_ids` said of this very tensor; ``None`` where nobody did."""
+    """The host's copy of ``ids`` that :func:`known_ids` was given with this very tensor; ``None`` without one."""
     said: tuple[torch.Tensor, torch.Tensor] | None = getattr(_NOW, "ids", None)
     return said[1] if said is not None and said[0] is ids else None

@@ -152,7 +152,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # its package is not always instal
         return prompt, self._ids(kept + context[len(kept) :] + continuation)[len(prompt) :]
 
     def _start(self) -> list[int]:
-        """What is before a text that nothing is before."""
+        """The ids in front of a text without a context: none, or the first special token of a shifted model."""
         if not family(self.model, **self.kind).shift:
             return []
         for name in ("bos_token_id", "eos_token_id"):

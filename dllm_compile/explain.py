@@ -279,7 +279,7 @@ def _going(plans: list[Plan], depths: int, active: int) -> dict[str, int]:
 
 
 def _also(method: Schedule, options: Options, skipped: dict[int, int], lengths: dict[str, int]) -> list[str]:
-    """A sentence for each thing that happens in a step beside what its variant says."""
+    """Sentences about what happens in a step beside what the rows of its variant tell."""
     said = []
     if method.after_layer is not None:
         measure, decide = (

@@ -150,7 +150,7 @@ METHODS, PRESETS = _TABLES.methods, _TABLES.presets
 
 
 def tables() -> Tables:
-    """What is valid now."""
+    """The names that are valid now."""
     return _TABLES
 
 
@@ -174,14 +174,16 @@ def turned_on(options: Any) -> list[Mechanism]:
 
 
 def find_block(options: Any) -> FindBlock | None:
-    """Where the active block is, as a mechanism says that an option switched on; ``None`` for fixed blocks."""
+    """The function that finds the active block, if a mechanism that is on has one; ``None`` for fixed blocks."""
     says = next((each for each in turned_on(options) if each.block is not None), None)
     return None if says is None else _found_by(says, options)
 
 
 @cache
 def _found_by(mechanism: Mechanism, options: Any) -> FindBlock:
-    """The same function for the same options."""
+    """:func:`find_block` for one mechanism; equal arguments give the same function, since graphs are told apart
+    by it.
+    """
 
     def find(masked: torch.Tensor, response: torch.Tensor, length: int | None) -> torch.Tensor:
         assert mechanism.block is not None
@@ -241,7 +243,7 @@ def _use(new: Tables) -> None:
 
 
 def _check(mechanism: Mechanism) -> None:
-    """Refuse names that are taken or that nobody could write, before anything is made of them."""
+    """Refuse a mechanism whose names are taken or cannot be written, or whose parts do not fit each other."""
     from .options import Options, reserved
 
     for kind, values in ((Option, mechanism.options), (RowRule, mechanism.rules)):

@@ -30,7 +30,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Refused(Exception):
-    """A module cannot be one call, and why."""
+    """A module cannot be made one call; says why."""
 
 
 class Told(NamedTuple):
@@ -183,7 +183,7 @@ def _make_opaque(module: torch.nn.Module, x: torch.Tensor) -> None:
 
 
 def _try_state(module: torch.nn.Module, x: torch.Tensor) -> None:
-    """See that a module keeps nothing from call to call, and draws nothing.
+    """Check that a module keeps nothing from call to call, and draws nothing.
 
     Raises:
         Refused: it does.
@@ -233,7 +233,7 @@ def _outs(module: torch.nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor],
 
 
 def _form_of(module: torch.nn.Module, x: torch.Tensor) -> tuple[Form, Any]:
-    """What a module returns, and how it is nested."""
+    """The :class:`Form` of what a module returns for ``x``, and how it is nested."""
     counter = Counter()  # type: ignore[no-untyped-call]
     with counter:
         found = flat_outputs(module.forward(x))
@@ -244,7 +244,7 @@ def _form_of(module: torch.nn.Module, x: torch.Tensor) -> tuple[Form, Any]:
 
 
 def _try_rows(module: torch.nn.Module, x: torch.Tensor) -> None:
-    """See that each row of what a module returns depends on the same row of its input alone, on rows ``[B, S, d]`` of
+    """Check that each row of what a module returns depends on the same row of its input alone, on rows ``[B, S, d]`` of
     the model and on random ones: in another order, fewer, more, all alike, and beside others.
 
     Raises:
@@ -276,7 +276,7 @@ def _try_rows(module: torch.nn.Module, x: torch.Tensor) -> None:
 
 
 def _compare(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    """See that tensors are the same up to rounding.
+    """Check that tensors are the same up to rounding.
 
     Raises:
         Refused: they are not.

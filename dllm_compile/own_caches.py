@@ -19,7 +19,7 @@ _WEIGHTS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of all such models
 
 
 def leave_alone(args: Sequence[Any]) -> bool:
-    """From now on all calls of a model run exactly, those that fill its cache among them.
+    """Run all calls of a model exactly from now on, those that fill its cache among them.
 
     Args:
         args: what a graph of it is called with.
@@ -51,10 +51,10 @@ def tell(joins: HandedOver) -> str:
 
 
 def is_left_alone(session: Session) -> bool:
-    """Whether a session is of such a model."""
+    """Whether a session's model was given to :func:`leave_alone`."""
     return bool(len(_WEIGHTS)) and session.is_of(_WEIGHTS)
 
 
 def forget() -> None:
-    """Serve all models again."""
+    """Leave no model alone any more."""
     _WEIGHTS.clear()

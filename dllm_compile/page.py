@@ -93,7 +93,7 @@ def _colours(found: Explanation) -> dict[str, str]:
 
 
 def _key(values: Sequence[Value], colours: dict[str, str]) -> str:
-    """What the colours of a layer mean."""
+    """A legend of the colours of a layer."""
     names = dict.fromkeys(name for value in values for name in value.rows.values())
     marks = [f'<span style="background:{colours[name]}"></span>{escape(name)}' for name in names]
     return f'<p class="key">{"".join(marks)}</p>'

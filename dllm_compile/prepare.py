@@ -76,7 +76,7 @@ def prepare(model: Anything, ids: torch.Tensor | None = None, **more: Any) -> An
 
 
 def _prepare_without_ids(model: torch.nn.Module, more: dict[str, Any]) -> None:
-    """Make up ids for a model that takes some; say so where it cannot be called with them."""
+    """:func:`prepare` with random ids, for a model that takes ids; warns where it cannot be called with them."""
     ids = some_ids(model)
     if ids is None:
         return

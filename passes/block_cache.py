@@ -1,4 +1,4 @@
-"""Which rows a step recomputes between two refreshes: block caches as row sets.
+"""Block caches as row sets: which rows a step between two refreshes computes.
 
     cache       active rows               keys and values                      source
     dual        the block                 fresh for the block, else kept       Fast-dLLM, arXiv 2505.22618
@@ -28,7 +28,7 @@ BLOCK = Assignment("block", ACTIVE, ACTIVE, ACTIVE, enter=ACTIVE, leave=ACTIVE, 
 
 @cache
 def of_drafts(partial: Assignment) -> Assignment:
-    """A partial step of several possible next ids of one sequence, whose keys and values they share.
+    """The step ``partial`` for several possible next ids of one sequence, whose keys and values they share.
 
     Between two refreshes of a block these depend on its tokens alone, and so do the keys and values of all rows that
     are computed: nothing has to be kept.
@@ -37,7 +37,9 @@ def of_drafts(partial: Assignment) -> Assignment:
 
 
 def of_present(full: Assignment) -> Assignment:
-    """A full step of a sequence of which some rows are left out: as of one that has the active rows alone."""
+    """The full step ``full`` for a sequence of which some rows are left out: its active rows attend to one another
+    alone.
+    """
     name = "present" if full.name == "full" else f"{full.name} present"
     rows = replace(full, name=name, query=ACTIVE, key=ACTIVE, value=ACTIVE, enter=ACTIVE, leave=ACTIVE)
     return replace(rows, keys=ACTIVE)

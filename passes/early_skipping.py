@@ -34,7 +34,7 @@ from dllm_compile.interface.plan import LayerRows, Skipping
 
 
 def importance(rows: LayerRows) -> torch.Tensor:
-    """``[B, Q]`` floating, see above."""
+    """The score ``[B, Q]`` of the formula above."""
     wide = torch.promote_types(rows.new.dtype, torch.float32)
     new, old = rows.new.to(wide), rows.old.to(wide)
     drift = (new - old).abs().mean(-1) / (old.square().mean(-1).sqrt() + 1e-6)

@@ -22,7 +22,7 @@ Term = tuple[str, ...]
 
 
 class _Product(NamedTuple):
-    """A product of rows on the left and columns on the right.
+    """A product of two values: rows on the left, columns on the right.
 
     Attributes:
         left, right: the operands.

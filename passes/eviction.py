@@ -33,24 +33,26 @@ def entries(fresh: torch.Tensor, keep_ratio: float) -> int:
 
 
 def has_gaps(fresh: torch.Tensor, keep_ratio: float) -> bool:
-    """Whether some of the kept entries or ``fresh`` rows ``[B, S]`` bool of some sequence are no rows."""
+    """Whether an index of kept entries or ``fresh`` rows ``[B, S]`` bool is padded: sequences have different numbers of
+    them, or fewer than two.
+    """
     counts = fresh.sum(1)
     uneven = bool((counts != counts[0]).any()) or int(counts[0]) < 2
     return uneven or int(int((~fresh[0]).sum()) * keep_ratio) < 2
 
 
 def unkept(full: Assignment) -> Assignment:
-    """A full step before the one that chooses."""
+    """A full step before the one that chooses the entries."""
     return replace(full, keep=NOTHING)
 
 
 def evicting(full: Assignment, keep_ratio: float, kernel_size: int | None) -> Assignment:
-    """The full step that chooses; see :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`."""
+    """The full step that chooses the entries to keep; see :func:`dllm_compile.kernels.kept_entries.kept_and_fresh`."""
     return replace(full, name="evict", evict=(kept_and_fresh, keep_ratio, kernel_size))
 
 
 def evicted(partial: Assignment, gaps: bool) -> Assignment:
-    """A step behind it; ``gaps`` says that some entries of some sequence are no rows."""
+    """A step after the choice, which reads the kept entries; ``gaps``: their index is padded."""
     name = "sparse" if partial.name == "block" else partial.name
     return replace(partial, name=name, keys=KEYED, gaps=gaps, attend=partial.attend or sparse_attention)
 

@@ -27,7 +27,9 @@ _METHODS = {"view", "reshape", "expand", "repeat", "permute", "to", "contiguous"
 
 
 def as_written(graph: torch.fx.Graph) -> torch.fx.Graph:
-    """A copy of a graph whose ATen calls have the names that Python code has for them; itself, where it has none."""
+    """A copy of a graph whose ATen calls are written as Python code writes them; the graph itself, where it has
+    none.
+    """
     if not any(aten_name(node) for node in graph.nodes):
         return graph
     copy = torch.fx.Graph()

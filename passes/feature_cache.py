@@ -121,7 +121,7 @@ class FeatureCache:
 
 
 def share(options: Any) -> float:
-    """``transfer_ratio``, or what it is by default."""
+    """The option ``transfer_ratio``, or 0.25 where it is not given."""
     return 0.25 if options.transfer_ratio is None else float(options.transfer_ratio)
 
 

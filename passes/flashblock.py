@@ -30,13 +30,13 @@ RENEWS = Outside(kept_part, joined, renewed_part)
 
 @cache
 def renewing(partial: Assignment) -> Assignment:
-    """A partial step that computes attention over the keys outside, in sequences that keep it anew."""
+    """The step ``partial``, computing attention over the keys outside in sequences that renew it, and keeping it."""
     return replace(partial, name="outside", keys=ALL, attend=attention_part, outside=RENEWS)
 
 
 @cache
 def inside(partial: Assignment) -> Assignment:
-    """A partial step that reads none of the keys outside."""
+    """The step ``partial``, reading what is kept of attention over the keys outside, and none of these keys."""
     return replace(partial, name="inside", keys=ACTIVE, attend=attention_part, outside=READS)
 
 

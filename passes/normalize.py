@@ -132,7 +132,7 @@ def _drop(graph: torch.fx.Graph, node: torch.fx.Node) -> int:
 
 
 def _follows_a_tensor(node: torch.fx.Node) -> bool:
-    """``table.type_as(x)`` reads the dtype of ``x``, not its rows."""
+    """Whether a node is ``table.type_as(x)``, which reads the dtype of ``x`` and not its rows."""
     return len(node.args) > 1 and isinstance(node.args[1], torch.fx.Node)
 
 

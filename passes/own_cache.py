@@ -73,7 +73,7 @@ def keys_handed_over(graph: torch.fx.Graph, args: Sequence[Any]) -> HandedOver |
 
 
 def _as_large(kept: torch.fx.Node, node: torch.fx.Node) -> bool:
-    """Whether what may be kept keys is no smaller than the sum that a node is; of any other call, always."""
+    """Whether ``kept`` is as large as the result of ``node``, where that is a sum; true for any other call."""
     if _name(node).removesuffix("_") not in _SUMS:
         return True
     shown = [each.meta.get("example_value") for each in (kept, node)]

@@ -300,7 +300,7 @@ def _branches(
 
 
 def _several(node: torch.fx.Node, axes: Axes, scored: Scored, inside: set[torch.fx.Node]) -> Attention | None:
-    """An attention of several calls; ``None`` where its keys and values cannot be kept: its rows are unproven then.
+    """An attention of several calls; ``None`` where its keys and values cannot be kept, and its rows may mix.
 
     Calls that belong to another one, too, such as the scores of two products with values, stay part of that.
     """

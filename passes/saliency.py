@@ -68,15 +68,15 @@ def _of_all_ranks(contexts: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def turned(contexts: Contexts) -> torch.Tensor:
-    """Rows whose context turned; NaN is below nothing."""
+    """Rows whose cosine is below the bound; a NaN is not."""
     return contexts.cosine < contexts.bound
 
 
 def turned_rows(
     new: torch.Tensor, old: torch.Tensor, cosine: torch.Tensor, bound: torch.Tensor, *places: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`choosing` makes of :func:`turned`. It has a name of its own, so that PyTorch can tell by its name
-    what a graph calls, and finds its code on disk again. The cosine is of all ranks' heads already.
+    """:func:`choosing` for :func:`turned`. It has a name of its own: PyTorch finds code on disk by the names of what a
+    graph calls.
     """
     return salient_rows(turned(Contexts(new, old, cosine, bound)), bound, *places[:3])
 

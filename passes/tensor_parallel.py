@@ -75,7 +75,7 @@ def find_shards(graph: torch.fx.Graph, axes: Axes) -> None:
 
 
 def refuse_shards_between(units: Iterable[Unit], axes: Axes) -> None:
-    """See that what goes from a unit to another is the same on every rank.
+    """Check that what goes from a unit to another is the same on every rank.
 
     Raises:
         GraphRefused: a hidden state is a shard.
@@ -123,7 +123,7 @@ class _Localizer:
         return self.graph
 
     def _look_at(self, value: Any, node: torch.fx.Node) -> None:
-        """See that a value is laid out over one dimension of ranks, in equal parts."""
+        """Check that a value is laid out over one dimension of ranks, in equal parts."""
         mesh = value.device_mesh
         if mesh.ndim != 1:
             raise GraphRefused(f"a value is laid out over {mesh.ndim} dimensions of ranks", node)
@@ -137,7 +137,7 @@ class _Localizer:
                 raise GraphRefused(f"{whole} features are laid out over {count} ranks in unequal parts", node)
 
     def _check(self) -> None:
-        """See that each value is what the graph says of it."""
+        """Check that what each rank has of a value is of the kind that the graph says."""
         examples = {node: node.meta.get("example_value") for node in self.graph.nodes}
         found = kinds(self.graph, examples)
         for node, said, where in self.said:
@@ -169,7 +169,7 @@ class _Localizer:
         return made
 
     def wait_tensor(self, node: torch.fx.Node) -> torch.fx.Node:
-        """What is waited for is there already."""
+        """The sum itself: ``all_reduce`` is written as a call that waits."""
         (begun,) = node.all_input_nodes
         if called(begun) != "all_reduce":
             raise GraphRefused(UNTOLD, node)

@@ -169,7 +169,9 @@ Reading = tuple[str, "Node | None"]
 
 
 def _readings(user: Node, soft: Node, tokens: list[Node], axes: Axes) -> dict[Node, Reading] | None:
-    """What a user of the probabilities asks for: by node, the measure, and the chosen token if it is not the best."""
+    """What ``user`` reads of the probabilities: by node, the measure, and the chosen token where it is not the
+    likeliest.
+    """
     if user in tokens:
         return {}
     if _is_last(user, "amax"):

@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are one sentence, exit status 2, with the nearest flag for one that there is not."""
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As of the base."""
+        """As ``argparse``, but an unknown flag is answered with the nearest."""
         given, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             wrong = unknown[0].partition("=")[0]

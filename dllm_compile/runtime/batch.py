@@ -37,17 +37,17 @@ class Batch:
         mask_id: the mask token.
         inputs: the inputs beside the ids.
         model: what tells the graphs of this model from others.
-        word: what the caller declared of its calls.
+        loop: the loop that the caller declared, if it did.
     """
 
     def __init__(
-        self, session: Session, ids: torch.Tensor, mask_id: int, inputs: Inputs, model: Signature, word: Loop | None
+        self, session: Session, ids: torch.Tensor, mask_id: int, inputs: Inputs, model: Signature, loop: Loop | None
     ) -> None:
         self.session, self.options, self.mask_id = session, session.options, mask_id
-        self.inputs, self.model, self.word = inputs, model, word
+        self.inputs, self.model, self.loop = inputs, model, loop
         self.thread: int | None = None  # that a step in several graphs is under way on
         self.past: Past | None = None
-        self.late: Inputs | None = None  # what only the head read at the last call
+        self.head_inputs: Inputs | None = None  # what only the head read at the last call
         self.part_inputs: dict[Any, Inputs] = {}  # of graphs that are called behind the one with the ids
         self.finished = False  # a call behind the last step filled all masks
         self.whole = False  # some part of the model cannot run for fewer rows
@@ -309,18 +309,18 @@ class Batch:
         here = torch.cat([past.on_device, on_device[:, tokens:]], 1)
         before = torch.cat([past.ids, masks], 1)
         new.past = replace(past, ids=before, on_device=here, schedule=plans, history=(), caller=None, read=None)
-        new.last, new.late = None, None  # what was noted behind its layers is of fewer rows
+        new.last, new.head_inputs = None, None  # what was noted behind its layers is of fewer rows
         new.depends = None
         new.follow_masks(program, args)
         return new
 
-    def late_inputs(self, ids: torch.Tensor | None, late: Sequence[torch.Tensor]) -> Inputs | None:
-        """What only the head read at the last call, to be compared with ``late``; ``None`` where ``ids`` ``[B, S]``
-        are given and are others than in that call: then it does not matter.
+    def known_head_inputs(self, ids: torch.Tensor | None, new: Sequence[torch.Tensor]) -> Inputs | None:
+        """The inputs that only the head read at the last call, to compare ``new`` ones with; ``None`` where they do not
+        fit, or where ``ids`` ``[B, S]``, if given, differ from those of that call: then nothing depends on it.
         """
-        known = self.late
+        known = self.head_inputs
         again = ids is None or (self.past is not None and torch.equal(ids, self.past.ids))
-        return known if known is not None and again and known.fit(late) else None
+        return known if known is not None and again and known.fit(new) else None
 
     def call(
         self,
@@ -366,7 +366,9 @@ class Batch:
         return any(variant.enter == ACTIVE for variant in plans.variants)
 
     def tell_unskipped(self) -> None:
-        """Warn once that no row is skipped, since no graph is known to make the logits whose confidence chooses rows."""
+        """Warn once that no row is skipped, since no graph is known to make the logits whose confidence chooses
+        rows.
+        """
         if not self.told_unskipped:
             warnings.warn(
                 "dllm: deeper layers skip no rows, as no graph of this model is seen to make logits, whose confidence "

@@ -369,7 +369,7 @@ class GraphCall:
         return wanted if wanted.enter == ALL else _entering(wanted, self.values.rows(unit.stream))
 
     def _check(self, code: UnitCode, values: Arguments) -> None:
-        """See that the layer can run for fewer rows, and else compute all from the next call on."""
+        """Check that the layer can run for fewer rows, and else compute all from the next call on."""
         reason = code.why_not_written(self.step.past.schedule.variants)
         if not code.narrow(values):
             self.batch.run_whole(_rows_meet(code))

@@ -34,8 +34,8 @@ class Read:
 
     Attributes:
         ids, on_device: ``[B, S]`` int64 token ids, on the host and where they came from.
-        same_late, same_inputs: by the sequences that may go on, whether the tensors that only the head reads, and those
-            that the layers read, equal those of their last call.
+        same_inputs, same_head_inputs: by the batch that may go on, whether the tensors that the layers read, and those
+            that only the head reads, equal those of its last call.
         found: of sequences in doubt, what the call's tokens say against the logits that they expected; see
             :mod:`dllm_compile.runtime.evidence`.
         weights_written: whether a weight was written to since the last call.
@@ -43,7 +43,7 @@ class Read:
 
     ids: torch.Tensor
     on_device: torch.Tensor
-    same_late: dict[Batch, bool]
+    same_head_inputs: dict[Batch, bool]
     same_inputs: dict[Batch, bool]
     found: dict[Batch, list[float]]
     weights_written: bool
@@ -63,7 +63,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     device = read.on_device.device
     asked = to_be_read(read.ids.shape)
     known = past.read is None or (asked is not None and not bool((asked & ~past.read).any()))
-    caller = program if known and read.same_late.get(batch, False) else None
+    caller = program if known and read.same_head_inputs.get(batch, False) else None
     said = to_be_filled(read.ids.shape), wanted(read.ids.shape), asked
     follow = not (_reads_any(session, program, batch.mask_id) or session.remasks)
     call = batch.call(read.ids, caller, *said, follow=follow)

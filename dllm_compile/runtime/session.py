@@ -48,7 +48,7 @@ class NewCall:
             enters its first layer, the same for the same row; see :func:`.ids.labels`.
         program: the graph.
         side_inputs: the other tensors that its stem and layers read, but parameters.
-        late: those that only its head reads; with others the same ids are no repetition.
+        head_inputs: those that only its head reads; with others the same ids are no repetition.
         args: all its arguments; empty where ``ids`` are none of them.
         loop: what the caller says of it, see :func:`dllm_compile.loop`.
     """
@@ -56,7 +56,7 @@ class NewCall:
     ids: torch.Tensor
     program: Program
     side_inputs: Sequence[torch.Tensor]
-    late: Sequence[torch.Tensor] = ()
+    head_inputs: Sequence[torch.Tensor] = ()
     args: Sequence[Any] = ()
     loop: Loop | None = None
 
@@ -191,7 +191,7 @@ class Session:
         if not batch.layers:
             self._free_state_for(batch)
         step = next_step(self, batch, read, call.program)
-        step.late = batch.late if read.same_late.get(batch, False) else Inputs(call.late)
+        step.head_inputs = batch.head_inputs if read.same_head_inputs.get(batch, False) else Inputs(call.head_inputs)
         return batch, step
 
     def _drafts(self, call: NewCall) -> tuple[Batch, Step]:
@@ -203,7 +203,7 @@ class Session:
         ids, program, count = call.ids, call.program, len(call.ids)
         for each in reversed(self.batches):
             past, index = each.past, torch.zeros(count, dtype=torch.int64)
-            alike = past is not None and past.ids.shape == (1, ids.shape[1]) and each.word is call.loop
+            alike = past is not None and past.ids.shape == (1, ids.shape[1]) and each.loop is call.loop
             inputs = each.inputs.of_sequences(index, 1) if alike and not each.interrupted else None
             if inputs is None or each.model.family != program.signature.family or not inputs.fit(call.side_inputs):
                 continue
@@ -215,7 +215,7 @@ class Session:
             step = next_step(self, batch, read, program)
             if step.assignment != BLOCK or step.refresh or program.head(self.vocabulary) is None:
                 break
-            step.assignment, step.late = of_drafts(step.assignment), Inputs(())
+            step.assignment, step.head_inputs = of_drafts(step.assignment), Inputs(())
             return batch, step
         raise NoDrafts(
             "drafts are of a sequence whose next step computes its block alone, in a model that is one graph, and "
@@ -228,7 +228,7 @@ class Session:
             batch.last = step
             self.stats.count(step)
             return
-        batch.past, batch.late, batch.last, batch.finished = step.past, step.late, step, False
+        batch.past, batch.head_inputs, batch.last, batch.finished = step.past, step.head_inputs, step, False
         if batch not in self.batches and batch.shorter is None:
             self.stats.sequences += 1
         self.batches = [*(each for each in self.batches if each not in (batch, batch.shorter)), batch]
@@ -256,7 +256,7 @@ class Session:
         """Whether a call may go on with a batch, as far as sizes, graph, loop and thread tell."""
         alike = each.past is not None and each.past.ids.shape == call.ids.shape and each.model == call.program.signature
         free = each.thread in (None, threading.get_ident())
-        return alike and each.word is call.loop and free and each.inputs.fit(call.side_inputs)
+        return alike and each.loop is call.loop and free and each.inputs.fit(call.side_inputs)
 
     def _read(self, call: NewCall, candidates: list[Batch], moved: bool) -> Read:
         """The ids, and what was computed on the device about them, in one transfer; in none where the caller says what
@@ -265,7 +265,7 @@ class Session:
         Raises:
             RuntimeError: ranks that share layers have different ids.
         """
-        ids, late = call.ids, call.late
+        ids = call.ids
         parts = [ids.detach().reshape(-1).long()]
         device, said = ids.device, ids_on_host(ids)
 
@@ -278,12 +278,12 @@ class Session:
         if not alone:
             written.append(torch.tensor(moved, device=device))
         differ = [each.inputs.differ(call.side_inputs, counted=said is not None) for each in candidates]
-        lately = [each.late_inputs(said, late) for each in candidates]
-        later = [known.differ(late) if known is not None else [] for known in lately]
+        of_heads = [each.known_head_inputs(said, call.head_inputs) for each in candidates]
+        differ_at_head = [known.differ(call.head_inputs) if known is not None else [] for known in of_heads]
         if not alone:  # ranks may have looked at another number of things
-            differ, later = ([[_any(flags, device)] for flags in of] for of in (differ, later))
+            differ, differ_at_head = ([[_any(flags, device)] for flags in of] for of in (differ, differ_at_head))
             written = [_any(written, device)]
-        for flag in (flag for mine in (written, *differ, *later) for flag in mine):
+        for flag in (flag for mine in (written, *differ, *differ_at_head) for flag in mine):
             put(flag)
         doubted = [each for each in candidates if each.expected is not None]
         for each in doubted:
@@ -294,15 +294,17 @@ class Session:
             parts[1:] = [self._of_all_ranks(parts, self.group)]
         packed, at = torch.cat(parts) if len(parts) > 1 else parts[0], ids.numel()
         host = said.reshape(-1).long() if said is not None and len(parts) == 1 else packed.cpu()
-        flags = torch.split(host[at:].bool(), [len(written), *map(len, differ), *map(len, later), 7 * len(doubted)])
+        flags = torch.split(
+            host[at:].bool(), [len(written), *map(len, differ), *map(len, differ_at_head), 7 * len(doubted)]
+        )
         count = 1 + len(candidates)
         numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
         return Read(
             host[:at].view(ids.shape),
             packed[:at].view(ids.shape),
-            same_late={
+            same_head_inputs={
                 each: known is not None and not bool(mine.any())
-                for each, known, mine in zip(candidates, lately, flags[count:-1], strict=True)
+                for each, known, mine in zip(candidates, of_heads, flags[count:-1], strict=True)
             },
             same_inputs={each: not bool(mine.any()) for each, mine in zip(candidates, flags[1:count], strict=True)},
             weights_written=bool(flags[0].any()),
@@ -357,7 +359,7 @@ class Session:
             past, program = each.past, call.program
             if past is None or past.ids.shape[1] != ids.shape[1] or each.model.family != program.signature.family:
                 continue
-            if each.word is not call.loop or each.thread is not None:
+            if each.loop is not call.loop or each.thread is not None:
                 continue
             index = each.rows_of(ids)
             inputs = each.inputs.of_sequences(index, len(past.ids)) if index is not None else None
@@ -371,7 +373,7 @@ class Session:
     def _longer(self, read: Read, call: NewCall) -> Batch | None:
         """A sequence that goes on with masks behind its last tokens; see :mod:`.growing`."""
         for each in reversed(self.batches if call.args and self.group is None else []):
-            if each.word is not call.loop or each.thread is not None:
+            if each.loop is not call.loop or each.thread is not None:
                 continue
             if not each.interrupted and may_grow(each, read.ids):
                 inputs = grows(each, call.side_inputs, call.program, call.args)
@@ -453,7 +455,9 @@ def sessions() -> list[Session]:
 
 
 def _forget(session: weakref.ref[Session]) -> None:
-    """Free the rows of a session, one of whose weights died; not at the end of Python, when everything is freed anyway."""
+    """Free the rows of a session, one of whose weights died; not at the end of Python, when everything is freed
+    anyway.
+    """
     alive = session()
     if alive is not None and not sys.is_finalizing():
         alive.drop()

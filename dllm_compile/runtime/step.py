@@ -73,7 +73,7 @@ class Step:
         seen: the layers that have run.
         counted: the name that ``stats`` has counted the step by.
         delivered: whether the caller has its result; an interrupt may come between the two.
-        late: inputs that only the head reads.
+        head_inputs: inputs that only the head reads.
         own: whether at least one layer ran the variant that was planned, rather than falling back to computing every
             row.
         anew: the cached rows are invalid for this step: the remaining layers compute every row.
@@ -107,7 +107,7 @@ class Step:
     seen: set[Any] = field(default_factory=set)
     counted: str | None = None
     delivered: bool = False
-    late: Inputs | None = None
+    head_inputs: Inputs | None = None
     own: bool = False
     anew: bool = False
     inputs: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What users hand to the sampler, held against what it takes: each mistake in one sentence.
+"""Check what a user hands to the sampler: each mistake is an error of one sentence.
 
 What is known without reading a tensor (kinds, shapes, dtypes) can be asked while Dynamo traces, and leaves nothing in
 the graph; values are read from the device once.
@@ -25,7 +25,7 @@ STEP_RULES = tuple(rule for rule in RULES if rule != "origin")
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, as a sentence says it."""
+    """The type of a value in words, for an error."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     plain = value is None or isinstance(value, (bool, int, float, str))

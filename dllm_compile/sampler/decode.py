@@ -32,7 +32,7 @@ class Generated:
     history: torch.Tensor | None = None
 
     def keys(self) -> list[str]:
-        """Names of what there is."""
+        """Names of the fields that are set."""
         return [each.name for each in fields(self) if getattr(self, each.name) is not None]
 
     def __getitem__(self, key: str | int) -> Any:
@@ -171,6 +171,6 @@ class _Stream:
             self.sent = settled
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """End the stream."""
         if self.streamer is not None:
             self.streamer.end()

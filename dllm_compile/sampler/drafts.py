@@ -74,7 +74,9 @@ class Drafts:
         return self._write(x, writable, *self.last), None
 
     def _looked_at(self, x: torch.Tensor, writable: Writable) -> tuple[torch.Tensor, Proposals]:
-        """``x`` and its drafts, and their proposals; ``x`` alone where nothing is kept that serves drafts."""
+        """Call the model on ``x`` and its drafts, or on ``x`` alone where no kept rows serve drafts; returns the states
+        and their proposals.
+        """
         states = self._drafts(x, writable)
         if not self.shared:
             with exact_calls():
@@ -89,7 +91,7 @@ class Drafts:
         return x, self.propose(x)
 
     def _place(self, x: torch.Tensor) -> int | None:
-        """Where ``x`` is among the states whose proposals are known."""
+        """The number of ``x`` among the states whose proposals are known; ``None`` where it is none of them."""
         if self.states.shape[1:] != x.shape[1:] or self._moves(self.progress):
             return None
         found = (self.states == x).all(1)

@@ -13,7 +13,7 @@ from .step import Model
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a kind of models.
+    """What a sampler needs to know of a kind of model.
 
     Attributes:
         mask_id: token id of the mask.

@@ -1,4 +1,5 @@
-"""What ``GenerationMixin.generate`` of transformers hands its custom loop: taken, or refused.
+"""Translate the arguments that transformers' ``generate`` hands to a custom loop into those of
+:func:`dllm_compile.generate`, or refuse them.
 
 transformers (from 4.56 on) prepares a call for autoregressive decoding. What it adds for that is left out; whatever the
 user asked for is done or refused.
@@ -151,11 +152,11 @@ class _Begun:
         self.streamer, self.prompt = streamer, True
 
     def put(self, value: torch.Tensor) -> None:
-        """All but the first."""
+        """Hand on every value but the first, which is the prompt."""
         if not self.prompt:
             self.streamer.put(value)
         self.prompt = False
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """End the stream."""
         self.streamer.end()

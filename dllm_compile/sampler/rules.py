@@ -1,4 +1,4 @@
-"""Rules of the samplers, row by row: which token is proposed, how sure of it one is, which rows are believed.
+"""Rules of the samplers, row by row: the proposed token, its confidence, and which rows are written.
 
 Sources: LLaDA (arXiv 2502.09992), Dream (arXiv 2508.15487), threshold and factor of Fast-dLLM (arXiv 2505.22618).
 Shapes: ``B`` sequences, ``S`` tokens, ``V`` vocabulary; ``...`` is ``B, S`` or any number of rows.
@@ -49,7 +49,7 @@ def filtered(logits: torch.Tensor, temperature: float, top_p: float | None, top_
 
 
 def confidence(probability: torch.Tensor, token: torch.Tensor, remasking: str) -> torch.Tensor:
-    """How sure one is of each row: the larger the surer.
+    """Confidence of each row, larger where it is surer.
 
     Args:
         probability: ``[..., V]``.
@@ -77,7 +77,7 @@ Bound = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "torch
 
 @dataclass(frozen=True)
 class Allowed:
-    """What mechanisms say together, such as the candidates that they leave, and the names of the mechanisms."""
+    """A function that joins the positions that several mechanisms say, and the names of these."""
 
     names: tuple[str, ...]
     rule: Rule
@@ -85,7 +85,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Moved:
-    """The threshold as mechanisms change it, and the options that turn them on."""
+    """A function that lets several mechanisms change the threshold, and the options that turn these on."""
 
     options: tuple[str, ...]
     bound: Bound

@@ -121,5 +121,5 @@ class Stops:
 
 
 def _any(criteria: Iterable[Criterion], ids: torch.Tensor) -> bool:
-    """Whether one is true of ids ``[1, N]``."""
+    """Whether one of ``criteria`` is true of ids ``[1, N]``."""
     return any(bool(torch.as_tensor(each(ids, None)).all()) for each in criteria)
