@@ -15,11 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import compat, own_caches
 from .breaks import forget as forget_breaks
 from .breaks import last_break, tell_of
-from .compat import FakeTensor, is_traceable_wrapper_subclass, tree_leaves
+from .compat import tree_leaves
 from .core.errors import GraphRefused, TokensUnseen, describe, refusing
-from .core.graph import numbers
-from .core.stand_ins import StandIns
-from .debug import labelled, log
+from .debug import labelled
 from .declared import ExactCalls, Loop, declared
 from .graph_limit import warn_of_last, worth_saying
 from .interface.plan import Exact
@@ -32,6 +30,7 @@ from .runtime.ids import labels
 from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
 from .runtime.program import Program
+from .runtime.programs import Key, Programs
 from .runtime.run import run
 from .runtime.session import NewCall, Session, sessions
 from .runtime.stats import Stats
@@ -40,9 +39,6 @@ from .runtime.unchanged import Inputs
 from .runtime.unit_code import forget
 from .runtime.verify import compare
 
-Key = tuple[Any, ...]
-PROGRAMS = 64
-"""Input shapes of a graph whose analysis is kept."""
 _REFUSED: list[str] = []
 _MAKING = threading.Lock()  # held where a session is looked up or made
 _PLAIN: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a weight of each model that a graph refused was called with
@@ -134,31 +130,26 @@ class Backend:
 
     def __init__(self, module: torch.fx.GraphModule, options: Options) -> None:
         self.module = module
-        self.options, self.inferring = options, Options.of(options, mask_id=None)
-        self.mine: list[Session] = []
-        self.refused: list[str] = []
-        self.programs: dict[Key, Program | None] = {}  # of the last sizes; their code is shared, and stays
-        self.ready: dict[Key, Program] = {}
-        self.any_size: dict[Key, Program | None] = {}  # by the numbers that the graph reads
-        self.numbers = numbers(module.graph)
+        self.options, self.inferring = options, Options.of(options, mask_id=None)  # of a graph that sees no ids
+        self.programs = Programs(module, options)
         self.plain: Compiled | None = module if options.lowering == "eager" else None
-        self.inputs: list[int] = []
-        self.weights: list[int] | None = None
+        self.sessions: list[Session] = []  # of the models that were called
+        self.refused: list[str] = []  # reasons
         self.broke = last_break()
-        self.joins: HandedOver | None = None  # keys that are an input
-        self.told = False  # of that
+        self.own_cache: HandedOver | None = None  # keys or values that are an input
+        self.told_own_cache = False
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph as part of the step it belongs to."""
-        if self.joins is not None:
-            if own_caches.leave_alone(args) and not self.told:
-                self.told = True
-                _REFUSED.append(own_caches.tell(self.joins))
+        if self.own_cache is not None:
+            if own_caches.leave_alone(args) and not self.told_own_cache:
+                self.told_own_cache = True
+                _REFUSED.append(own_caches.tell(self.own_cache))
             return self._run_plain(args)
-        begin, key = perf_counter(), self._key(args)
-        programs = self.programs  # replaced as a whole by other threads
-        new = key not in programs
-        program = self._program(key, args) if new else programs[key]
+        begin, key = perf_counter(), self.programs.key(args)
+        known = self.programs.known
+        new = key not in known
+        program = self._program(key, args) if new else known[key]
         if program is None or isinstance(declared(), ExactCalls):
             return self._run_plain(args)
         stream = args[program.index[program.seed]]
@@ -191,7 +182,7 @@ class Backend:
                 result = self._run_step(program, args, *chain.found, looked)
             except GraphRefused as refusal:  # a layer could not be written or compiled, perhaps in mid-sequence
                 self._refuse(refusal, args)
-                self.programs = {key: None if known is program else known for key, known in self.programs.items()}
+                self.programs.refuse(program)
                 chain.found[0].session.drop()
                 chain.found = None  # the graphs behind this one belong to no step
         if chain.found is None or chain.found[1].shape != program.size:
@@ -227,61 +218,14 @@ class Backend:
 
     def _program(self, key: Key, args: Sequence[Any]) -> Program | None:
         """The program for sizes that were not called before; ``None`` where the graph is refused at these."""
+        program = None
         try:
-            with compat.compile_lock:
-                program = self.ready.pop(key, None) or self._at(args) or self._analyzed(args)
-            with refusing("analyzed"):
-                program.check(args)
+            program = self.programs.make(key, args)
         except GraphRefused as refusal:
             self._refuse(refusal, args)
-            program = None
-        self.programs = dict([*self.programs.items()][1 - PROGRAMS :]) | {key: program}
+        self.programs.keep(key, program)
         self._tell_of_break(program, args)
         return program
-
-    def _at(self, args: Sequence[Any]) -> Program | None:
-        """The program for the sizes of a call, where the graph is analyzed for any sizes; else ``None``."""
-        found = self._for_any_size(args)
-        with refusing("analyzed"):
-            return None if found is None else found.at(args)
-
-    def _for_any_size(self, args: Sequence[Any]) -> Program | None:
-        """The graph analyzed once for all sizes that Dynamo left open; ``None`` where that cannot be."""
-        read = self._read(args)
-        if read not in self.any_size:
-            found = None
-            try:
-                with refusing("analyzed"):
-                    stand_ins = StandIns.of(self.module.graph)
-                found = self._analyzed(args, stand_ins) if stand_ins is not None else None
-            except GraphRefused as refusal:  # each size is analyzed for itself, and refused if need be
-                log.info("not analyzed for all sizes at once: %s", refusal)
-            self.any_size = dict([*self.any_size.items()][1 - PROGRAMS :]) | {read: found}
-        return self.any_size[read]
-
-    def _analyzed(self, args: Sequence[Any], stand_ins: StandIns | None = None) -> Program:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            raise GraphRefused("gradients are on; call the model under torch.no_grad()")
-        with refusing("analyzed"):
-            return Program(self.module, args, self.options, stand_ins)
-
-    def _key(self, args: Sequence[Any], scalars: Sequence[Any] = ()) -> Key:
-        """What a program is made for: sizes, dtypes and numbers of a call's inputs. Dynamo guards the shapes of
-        weights.
-        """
-        scalars = scalars or args
-        if self.weights is None:
-            self.weights = [i for i, a in enumerate(args) if isinstance(a, torch.nn.Parameter)]
-            self.inputs = [i for i in range(len(args)) if i not in self.weights]
-        given = [args[i] for i in self.inputs]
-        return (
-            *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else _literal(a) for a in given],
-            *self._read(scalars),
-        )
-
-    def _read(self, args: Sequence[Any]) -> Key:
-        """The numbers that the graph reads from scalar tensors among its inputs."""
-        return tuple([_literal(args[i].item()) for i in self.numbers if args[i].device.type == "cpu"])
 
     def refuses(self, shown: Sequence[Any]) -> bool:
         """Analyze the graph while Dynamo waits for it: for all sizes, or at those that ``shown`` has now.
@@ -294,21 +238,14 @@ class Backend:
         Returns:
             Whether no cache can serve the graph. What only a call can tell is left to the first one.
         """
-        self.joins = keys_handed_over(self.module.graph, shown)
-        if self.joins is not None:
+        self.own_cache = keys_handed_over(self.module.graph, shown)
+        if self.own_cache is not None:
             return False  # each call says which model it is of
-        if any(is_traceable_wrapper_subclass(a) for a in shown) or any(
-            isinstance(shown[i], FakeTensor) for i in self.numbers
-        ):
-            return False
-        if self._for_any_size(shown) is not None:
-            return False
         try:
-            program = self._analyzed(shown)
+            self.programs.analyze(shown)
         except GraphRefused as refusal:
             self._refuse(refusal, shown)
             return True
-        self.ready[self._key([program.axes.fake[node] for node in program.index], shown)] = program
         return False
 
     def _tell_of_break(self, program: Program | None, args: Sequence[Any]) -> None:
@@ -345,7 +282,7 @@ class Backend:
     def _session_of(self, program: Program, args: Sequence[Any]) -> Session:
         """The session of a model: of all its weights, or of those of the first layer where layers are traced alone."""
         if program.ids is not None:
-            return self._session([args[i] for i in self.weights or ()], self.options)
+            return self._session([args[i] for i in self.programs.weights or ()], self.options)
         return self._session(program.first_weights(args), self.inferring)
 
     def _begin(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Batch, Step] | None:
@@ -380,14 +317,14 @@ class Backend:
         if program.ids is None or not program.layers or program.head(session.vocabulary) is None:
             batch.thread = threading.get_ident()  # further graphs of the step follow
         step.inputs = {id(tensor): tensor for tensor in side_inputs}
-        session.weights.include([args[i] for i in self.weights or ()])
+        session.weights.include([args[i] for i in self.programs.weights or ()])
         return found
 
     def _join(self, program: Program, args: Sequence[Any], batch: Batch, step: Step) -> None:
         """For a graph after the first of a step: check that its weights and inputs equal those of the previous step,
         and recompute every row if not.
         """
-        known = batch.session.weights.include([args[i] for i in self.weights or ()])
+        known = batch.session.weights.include([args[i] for i in self.programs.weights or ()])
         new = [args[i] for i in program.side_inputs if id(args[i]) not in step.inputs]
         step.inputs.update({id(tensor): tensor for tensor in new})
         if new:
@@ -410,26 +347,21 @@ class Backend:
         Weights that are no parameters are inputs of the sequences; the graph has a session of its own then.
         """
         with _MAKING:
-            known: list[Session] = [*self.mine, *(sessions() if weights else ())]
+            known = [*self.sessions, *(sessions() if weights else ())]
             for session in known:
                 if session.owns(weights) and session.options == options:
-                    if session not in self.mine:
-                        self.mine.append(session)
+                    if session not in self.sessions:
+                        self.sessions.append(session)
                     return session
-            self.mine = [*(session for session in self.mine if session.lives()), Session(options, weights)]
-            return self.mine[-1]
+            self.sessions = [*(session for session in self.sessions if session.lives()), Session(options, weights)]
+            return self.sessions[-1]
 
     def _run_plain(self, args: Sequence[Any]) -> Any:
         """Run the graph as Inductor alone would: its own Dynamo sees to gradients, and to sizes that change."""
-        _PLAIN.update({args[i]: None for i in (self.weights or ())[:1]})
+        _PLAIN.update({args[i]: None for i in (self.programs.weights or ())[:1]})
         if self.plain is None:
             self.plain = torch.compile(self.module, backend="inductor")
         return self.plain(*args)
-
-
-def _literal(value: Any) -> Any:
-    """A number as part of a key: 0.0 is not -0.0, and NaN is itself."""
-    return value.hex() if isinstance(value, float) else value
 
 
 def _verifies(options: Options, step: Step) -> bool:

@@ -71,7 +71,7 @@ def counted(name: str, options: dict[str, Any]) -> dict[str, tuple[int, dict[str
         def run(*args: Any) -> Any:
             with FlopCounterMode(display=False) as counter:  # around the graph: outside, Dynamo would not compile
                 result = backend(*args)
-            (session,) = backend.mine
+            (session,) = backend.sessions
             step = session.batches[-1].last
             assert step is not None
             if step.number:
