@@ -294,10 +294,10 @@ def _also(method: Schedule, options: Options, skipped: dict[int, int], lengths: 
             f"in partial steps, layers from number {layer + 1} on compute A{which + 1} = "
             f"{lengths[f'A{which + 1}']} of the A = {lengths['A']} rows"
         )
-    leaving = [each.name for each in turned_on(options) if each.present is not None]
+    leaving = [each.name for each in turned_on(options, "present")]
     if leaving:
         said.append(f"no step computes or reads the rows that {' or '.join(leaving)} leaves out")
-    hiding = [mechanism.name for mechanism in turned_on(options) if mechanism.visible is not None]
+    hiding = [each.name for each in turned_on(options, "visible")]
     if hiding:
         said.append(f"attention reads only the keys that {' and '.join(hiding)} leave visible")
     return said

@@ -157,19 +157,17 @@ def for_backend(settings: Settings, options: dict[str, Any], kind: Family) -> tu
     find = find_block(backend)
     if find is not None:
         settings = replace(settings, block=find)
-    chooser = next((each for each in turned_on(backend) if each.unmask is not None), None)
-    restricting = tuple(each for each in turned_on(backend) if each.candidates is not None)
-    moving = tuple(each for each in turned_on(backend) if each.threshold is not None)
-    ending = tuple(each for each in turned_on(backend) if each.ends is not None)
-    if chooser is not None or restricting or moving or ending:
-        rule = None if chooser is None else _rule(chooser.unmask, f"{chooser.name!r} says tokens to write", backend)
-        names, on = tuple(each.name for each in restricting), _switches(ending)
-        allowed = Allowed(names, _joined(restricting, backend, "candidates", every=True)) if restricting else None
-        moved = _moved(moving, backend) if moving else None
-        ends = Allowed(on, _joined(ending, backend, "ends", every=False)) if ending else None
-        settings = replace(settings, rule=rule, allowed=allowed, moved=moved, ends=ends)
-    skipping = tuple(each.name for each in turned_on(backend) if each.skips is not None)
-    settings = replace(settings, skips=skipping) if skipping else settings
+    for each in turned_on(backend, "unmask"):
+        settings = replace(settings, rule=_rule(each.unmask, f"{each.name!r} says tokens to write", backend))
+    if restricting := turned_on(backend, "candidates"):
+        rule = _joined(restricting, backend, "candidates", every=True)
+        settings = replace(settings, allowed=Allowed(tuple(each.name for each in restricting), rule))
+    if moving := turned_on(backend, "threshold"):
+        settings = replace(settings, moved=_moved(moving, backend))
+    if ending := turned_on(backend, "ends"):
+        settings = replace(settings, ends=Allowed(_switches(ending), _joined(ending, backend, "ends", every=False)))
+    if skipping := turned_on(backend, "skips"):
+        settings = replace(settings, skips=tuple(each.name for each in skipping))
     return settings, options, rule_of(backend.cache).in_blocks and backend.keep_ratio is None
 
 

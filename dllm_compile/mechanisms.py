@@ -166,17 +166,23 @@ def rule_of(cache: str) -> RowRule:
     return rule
 
 
-def turned_on(options: Any) -> list[Mechanism]:
-    """The mechanisms that an option switches on: those of the package, then others in the order of registration."""
+def turned_on(options: Any, part: str | None = None) -> tuple[Mechanism, ...]:
+    """The mechanisms that an option switches on: those of the package, then others in the order of registration.
+
+    Args:
+        options: what the user chose.
+        part: the name of an attribute, such as ``"skips"``: only mechanisms that have it.
+    """
     known = _TABLES
     on = {name for name in known.switches if getattr(options, name) != known.options[name].default}
-    return [each for each in (*OWN, *known.registered.values()) if on.intersection(each.switches)]
+    found = (each for each in (*OWN, *known.registered.values()) if on.intersection(each.switches))
+    return tuple(each for each in found if part is None or getattr(each, part) is not None)
 
 
 def find_block(options: Any) -> FindBlock | None:
     """The function that finds the active block, if a mechanism that is on has one; ``None`` for fixed blocks."""
-    says = next((each for each in turned_on(options) if each.block is not None), None)
-    return None if says is None else _found_by(says, options)
+    says = turned_on(options, "block")
+    return _found_by(says[0], options) if says else None
 
 
 @cache

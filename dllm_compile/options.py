@@ -171,9 +171,7 @@ class Options:
 
     def _check_axes(self) -> None:
         """Refuse what has no place in the steps of the other mechanisms."""
-        salient = [
-            name for mechanism in turned_on(self) if mechanism.salient is not None for name in mechanism.switches
-        ]
+        salient = [name for mechanism in turned_on(self, "salient") for name in mechanism.switches]
         if len(salient) > 1:
             raise ValueError(f"{' and '.join(salient)} each decide which rows are salient; leave out all but one")
         kept = "keep_ratio" if self.keep_ratio is not None else "".join(salient)
@@ -187,13 +185,11 @@ class Options:
                 f"cache {self.cache!r} measures attention over all keys, and keep_outside reads none outside of a "
                 "block; leave out one of them"
             )
+        for name, what in _OF_ONE.items():
+            deciding = [each.name for each in turned_on(self, name)]
+            if len(deciding) > 1:
+                raise ValueError(f"{' and '.join(deciding)} each decide {what}; leave out all but one")
         self._check_skipping(bool(salient))
-        choosing = [mechanism.name for mechanism in turned_on(self) if mechanism.unmask is not None]
-        if len(choosing) > 1:
-            raise ValueError(f"{' and '.join(choosing)} each decide which tokens are written; leave out all but one")
-        finding = [mechanism.name for mechanism in turned_on(self) if mechanism.block is not None]
-        if len(finding) > 1:
-            raise ValueError(f"{' and '.join(finding)} each decide where the block is; leave out all but one")
 
     def _check_needs_cache(self) -> None:
         """Refuse what changes the steps of a cache of blocks where there is none, and does nothing else."""
@@ -205,20 +201,20 @@ class Options:
                     )
 
     def _check_skipping(self, salient: bool) -> None:
-        """Refuse rows that deeper layers skip where nothing keeps them, or two that say which."""
-        skipping = [mechanism.name for mechanism in turned_on(self) if mechanism.skips is not None]
-        if len(skipping) > 1:
-            raise ValueError(f"{' and '.join(skipping)} each decide which rows go on; leave out all but one")
-        if skipping and self.cache == "none" and not salient:
+        """Refuse rows that deeper layers skip where nothing keeps them."""
+        skipping = next((each.name for each in turned_on(self, "skips")), None)
+        if skipping is None:
+            return
+        if self.cache == "none" and not salient:
             raise ValueError(
-                f"the mechanism {skipping[0]!r} skips rows of a cache of blocks in deeper layers; give cache='dual' too"
+                f"the mechanism {skipping!r} skips rows of a cache of blocks in deeper layers; give cache='dual' too"
             )
-        if skipping and tables().rules[self.cache].after_layer is not None:
+        if tables().rules[self.cache].after_layer is not None:
             raise ValueError(
-                f"cache {self.cache!r} recomputes the layers behind one, and the mechanism {skipping[0]!r} skips rows "
+                f"cache {self.cache!r} recomputes the layers behind one, and the mechanism {skipping!r} skips rows "
                 "of them; leave out one of them"
             )
-        if skipping and self.keep_outside:
+        if self.keep_outside:
             raise ValueError(
                 f"keep_outside keeps attention of every row of the block, and the mechanism {skipping[0]!r} skips "
                 "rows; leave out one of them"
@@ -232,7 +228,7 @@ class Options:
     @property
     def saliency(self) -> Mechanism | None:
         """The mechanism that says which rows are salient, if one is on."""
-        return next((each for each in turned_on(self) if each.salient is not None), None)
+        return next(iter(turned_on(self, "salient")), None)
 
     @classmethod
     def of(cls, given: Options | Mapping[str, Any] | None = None, /, **more: Any) -> Options:
@@ -335,6 +331,8 @@ def check_vocabulary(mask_id: int | None, vocabulary: int | None) -> None:
         )
 
 
+_OF_ONE = {"skips": "which rows go on", "unmask": "which tokens are written", "block": "where the block is"}
+"""Functions that one mechanism at most may have among those that are on, and what they decide."""
 _OF_A_CACHE = {
     **{"narrows": "narrows the rows of", "widens": "widens the rows of", "refresh": "refreshes"},
     "present": "leaves out rows of",

@@ -92,7 +92,7 @@ def decode(
         host = known = x.cpu()
         before, masked = masked, host == mask_id
         calls, idle = calls + 1, idle + 1 if torch.equal(masked, before) else 0
-        _see_that_it_goes_on(idle, progress.settings)
+        _check_progress(idle, progress.settings)
         if stops is not None:
             cut = stops.behind(x, masked)
             host = host.masked_fill(cut, stops.fill)
@@ -109,20 +109,17 @@ def decode(
     return Generated(x, calls, rate, torch.stack(history) if output_history else None)
 
 
-def _see_that_it_goes_on(idle: int, settings: Settings) -> None:
-    """Raise the error of :func:`decode` behind so many calls that wrote nothing."""
-    if idle == IDLE and (settings.holds_back or settings.block is not None):
-        raise _stuck(settings.holds_back)
-
-
-def _stuck(mechanisms: tuple[str, ...]) -> RuntimeError:
-    names = " and ".join(map(repr, mechanisms))
-    if not mechanisms:
-        return RuntimeError(
+def _check_progress(idle: int, settings: Settings) -> None:
+    """Raise the error of :func:`decode` where the last ``idle`` calls wrote nothing."""
+    if idle < IDLE or not (settings.holds_back or settings.block is not None):
+        return
+    if not settings.holds_back:
+        raise RuntimeError(
             f"nothing was written in {IDLE} calls in a row: the model proposes the mask for every candidate of the "
             "block, which therefore does not move on; leave out the option that moves it, such as sliding"
         )
-    return RuntimeError(
+    names = " and ".join(map(repr, settings.holds_back))
+    raise RuntimeError(
         f"nothing was written in {IDLE} calls in a row: the candidates of the mechanism {names} hold none of "
         "the masked tokens, or the model proposes the mask for them; leave at least one in time"
     )

@@ -64,7 +64,7 @@ class ActiveRows:
         if options.keep_ratio is not None:
             self.evict = evicting(full, options.keep_ratio, options.kernel_size)
             full = unkept(full)
-        self.skipping = next((mechanism for mechanism in turned_on(options) if mechanism.skips is not None), None)
+        self.skipping = next(iter(turned_on(options, "skips")), None)
         self.skips = None if self.skipping is None else self.skipping.skips
         self.after_layer = self.rule.after_layer
         if self.after_layer is not None:
