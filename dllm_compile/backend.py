@@ -107,7 +107,9 @@ def _tell_of_tokens(options: Options) -> None:
             f"{each.name!r} decides which tokens dllm_compile.generate writes; a loop of your own does not ask it: "
         )
         rows = (each.widens, each.narrows, each.visible, each.refresh, *each.rules)
-        present = each.present and not each.ends  # what is behind an end that nobody looks for
+        present = (
+            each.present and not each.ends
+        )  # a loop of one's own looks for no end, behind which rows would be absent
         if found or not (any(rows) or present):
             raise ValueError(f"{said}call dllm_compile.generate, or leave out {' and '.join(on)}")
         warnings.warn(f"dllm: {said}only its other parts apply here", stacklevel=3)

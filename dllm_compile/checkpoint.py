@@ -18,7 +18,7 @@ def load(name: str, drawn: bool = False, is_causal: bool | None = None, dtype: A
     Args:
         name: a folder with a ``config.json``, or ``OWNER/NAME`` on the hub.
         drawn: draw random weights; of the checkpoint only its configuration and its code are read.
-        is_causal: what its configuration is to say, if not what it says.
+        is_causal: in place of what its configuration says; ``None`` leaves that.
         dtype: of the weights; what the checkpoint says by default.
         code: ``trust_remote_code`` and ``revision``, of the configuration, the code and the weights.
 

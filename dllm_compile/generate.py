@@ -71,7 +71,7 @@ def generate(
 
     Raises:
         TypeError: an argument is of another kind, or the model returns no logits.
-        ValueError: an unknown name, a value out of range, something that no loop does, a mask token that nobody knows,
+        ValueError: an unknown name, a value out of range, something that no loop does, an unknown mask token,
             or ids that the model does not embed.
     """
     if generation_config is not None:

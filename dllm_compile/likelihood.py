@@ -61,7 +61,7 @@ def log_likelihood(
 
     Raises:
         TypeError: the ids are no tensors.
-        ValueError: a shape or number out of range, or a mask token that nobody knows.
+        ValueError: a shape or number out of range, or an unknown mask token.
     """
     kind = family(model, mask_id, shift)
     _check(prompt, answer, kind)

@@ -65,12 +65,12 @@ class Tables:
         registered: the mechanisms of others, by name.
         options: by name: ``method``, those of the package, then those of others.
         others: the options of others alone.
-        synonyms: names of options by what else they are called.
+        synonyms: names of options, by synonym.
         switches: options that turn a mechanism on, in the order of ``options``.
         methods, presets: values of ``method`` and ``preset``, and the options that each stands for.
         rules: values of ``cache``.
         checks: what refuses options beside one another.
-        rules_of: values of ``cache`` that a method may have, where it is one of rules of its own.
+        rules_of: by method, the values of ``cache`` that it may have, where its own is a rule of its mechanism.
     """
 
     registered: dict[str, Mechanism]

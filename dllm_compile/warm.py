@@ -88,7 +88,7 @@ def warm(model: torch.nn.Module, prompt_length: int, gen_length: int = 128, batc
 
 @contextmanager
 def _counted() -> Iterator[Counter[str]]:
-    """Count what is compiled, and show it where somebody looks."""
+    """Count what is compiled, and show it on a terminal."""
     compiled, shown = Counter[str](), sys.stderr.isatty()
 
     def note(name: str) -> None:

@@ -30,7 +30,7 @@ def decoded(facts: Facts) -> torch.Tensor:
 
 
 def greedy(facts: Facts) -> torch.Tensor:
-    """Rows just filled, and masked ones around each that is filled next; all masked ones where nobody says which."""
+    """Rows just filled, and masked ones around each that is filled next; all masked ones where that is not known."""
     call, told = facts.call, facts.call.filling
     return call.filled | (call.masked if told is None else told | around(told, call.masked, facts.options.window_size))
 

@@ -103,7 +103,7 @@ class FeatureCache:
         return True
 
     def next(self, call: Call) -> Plan:
-        """Rows of the call; a repeated one counts."""
+        """The plan of a call; one that repeats the ids before it counts, too."""
         if self.anew:
             self.anew = False
             return Plan(FULL, self.selected, refresh=("block",))

@@ -8,9 +8,9 @@ log-sum-exp; those behind it attend to the keys that they compute themselves, an
     first behind a refresh   all, in two parts        exact but for rounding; that over those outside is kept
     behind it                computed in this step    joined to what is kept
 
-The rows before those of the block, which are computed for samplers alone, attend likewise. Their own new keys are read
-by nobody, their cached ones are outside. Where a sequence of a batch refreshes, the others go on with what is kept, and
-that one keeps nothing.
+The rows before those of the block, which are computed for samplers alone, attend likewise. No row reads their new keys;
+their cached ones are outside. Where a sequence of a batch refreshes, the others go on with what is kept, and that one
+keeps nothing.
 """
 
 from __future__ import annotations

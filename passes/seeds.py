@@ -47,7 +47,7 @@ def find_seed(graph: torch.fx.Graph, args: Sequence[Any]) -> tuple[torch.fx.Node
 
 
 def refuse_without_tokens(args: Sequence[Any]) -> None:
-    """Refuse a graph that :func:`find_seed` would find nothing in, before anybody reads what it calls.
+    """Refuse a graph that has no tokens among its inputs, before any pass reads its calls.
 
     Raises:
         TokensUnseen: none of its inputs has the shape of token ids or of a hidden state.

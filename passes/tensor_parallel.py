@@ -39,7 +39,7 @@ def localized(graph: torch.fx.Graph) -> torch.fx.Graph:
     """A copy of a graph as Dynamo traced it, without ``DTensor`` values but for weights; itself, where it has none.
 
     Raises:
-        GraphRefused: ranks exchange values in a way that nobody can follow, or a value is laid out in another way than
+        GraphRefused: ranks exchange values in a way that is not known here, or a value is laid out in another way than
             by its features over one dimension of ranks.
     """
     shared = any(is_dtensor(node.meta.get("example_value")) for node in graph.nodes)

@@ -25,10 +25,10 @@ class Run:
     Attributes:
         ids: what the job ended with.
         seconds: by the clock.
-        forwards: calls of the model; 0 where nobody counted them.
+        forwards: calls of the model; 0 where they were not counted.
         calls: seconds of each forward by the variant that ran.
         cpu: seconds of this process' threads on a processor, which other work on the machine changes little.
-        every_kind: forwards behind which each variant had run once; 0 where nobody looked.
+        every_kind: forwards behind which each variant had run once; 0 where that was not looked for.
         before, after: what ``stats`` said of the model.
     """
 
@@ -48,7 +48,7 @@ class Timed:
     """
 
     def __init__(self) -> None:
-        self.before: dict[Any, list[Run]] = {}  # by key, runs that do not count, of which nobody was told yet
+        self.before: dict[Any, list[Run]] = {}  # by key, runs that do not count, which are not reported yet
 
     def beforehand(self, key: Any, run: Callable[[], Run]) -> Run:
         """Run what has a new key, so that the next of this key counts at once if it compiles nothing."""

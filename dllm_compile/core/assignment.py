@@ -56,9 +56,9 @@ class Assignment:
         keys: rows that attention reads: all; ``KEYED``, the entries kept by eviction and the rows computed since; or
             ``ACTIVE``, those computed now: where attention over the others is kept (``outside``), or as of a sequence
             that has no others.
-        gaps: whether some of those may be no rows.
-        hides: whether attention reads only those of them that the step says are visible.
-        masked: whether attention reads the model's own masks. Not where these hide nothing: no mask is cheaper.
+        gaps: whether the index of the kept entries may be padded.
+        hides: whether attention reads only the keys that the step says are visible.
+        masked: whether attention reads the model's own masks; ``False`` where these hide nothing, which is cheaper.
         pick: the operation that chooses ``SELECTED`` from the values, now and before; ``None`` where none are chosen.
             See :func:`dllm_compile.kernels.row_change.pick_rows`.
         attend: the operation that attends in place of the model's own call: over ``KEYED``, see

@@ -2,7 +2,7 @@
 
 The graph is run node by node on fake tensors; a dispatch mode sees the ATen calls under each node and carries a layout
 (``layout.py``) along. Element-wise calls are known by their tag, calls with a ``dim`` argument by their schema, and the
-few that move axes by the rules below, so the spelling of a model does not matter. A call nobody knows keeps sizes where
+few that move axes by the rules below, so the spelling of a model does not matter. An unknown call keeps sizes where
 they can be told and makes its result *unproven*: the rows of such a value are not known to be independent, and a pass
 that wants fewer of them has to prove it by running both.
 """
@@ -49,7 +49,7 @@ class Axes:
             values of attention that is written by several calls.
         random: nodes that draw random numbers, live or not.
         shards: live nodes whose value differs between the ranks of tensor parallelism: whether it is a shard, see
-            :mod:`dllm_compile.core.ranks`, or something that nobody can name.
+            :mod:`dllm_compile.core.ranks`, or something unknown.
         group: the process group of these ranks.
         shares: the operand in whose memory a node's value lies; nodes that are alike may have one fake value.
     """
@@ -319,7 +319,7 @@ def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode, sizes: Values | 
         sizes: of the symbols in what Dynamo shows; without it, its sizes are as they are now.
 
     Raises:
-        GraphRefused: nobody knows such a size yet.
+        GraphRefused: the value of such a size is not known yet.
     """
 
     def shown(value: Any) -> Any:

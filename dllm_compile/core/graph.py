@@ -121,8 +121,8 @@ def fix_sizes(
             :class:`dllm_compile.core.stand_ins.Computed` then.
 
     Raises:
-        GraphRefused: a size or a number depends on the values of a tensor, or, with ``stand_ins``, nobody knows how a
-            number is computed of sizes.
+        GraphRefused: a size or a number depends on the values of a tensor, or, with ``stand_ins``, it is unknown how
+            a number is computed from sizes.
     """
     found = _fixed(graph, inputs, fake_mode, given, stand_ins, Once())
     if found.written:  # who else sees a write is told by shared memory

@@ -185,7 +185,7 @@ def by_row(x: torch.Tensor, weights: list[torch.Tensor], number: torch.Tensor, f
     Args:
         x: ``[B, S, d]``.
         weights: its parameters and buffers, which it holds itself.
-        number: which module; on the CPU, so that reading it waits for nobody.
+        number: which module; on the CPU, so that reading it waits for no device.
         form: of what it returns.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attention that a model writes by calls of its own: scores, whatever is done to them, and their product with values.
+"""Attention that a model writes as several calls: scores, whatever is done to them, and their product with values.
 
     s = matmul(q, k.transpose(-1, -2)) ; p = softmax(tanh(s / 50) * 50 + mask, -1) ; o = matmul(p, v)
 

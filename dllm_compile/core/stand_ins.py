@@ -88,7 +88,7 @@ class StandIns:
     @staticmethod
     def of(graph: torch.fx.Graph) -> StandIns | None:
         """Stand-ins for the sizes that are open in a graph as Dynamo traced it; ``None`` where no size is open, or
-        nobody can choose them: a size is never that of an input, or Dynamo's guards leave too few sizes.
+        none can be chosen: a size is that of no input, or Dynamo's guards leave too few sizes.
         """
         inputs = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
         sizes = [(i, dim, size) for i, value in enumerate(inputs) for dim, size in _sizes(value)]
@@ -129,7 +129,7 @@ class StandIns:
         """The value of a node that is a number, or several, with the expressions of those computed from open sizes.
 
         Raises:
-            GraphRefused: nobody knows how a number is computed, or it is not a whole one.
+            GraphRefused: it is unknown how a number is computed, or it is not a whole one.
         """
         return self._computed(node, value, node.meta.get("example_value"))
 

@@ -172,7 +172,7 @@ class RowRule:
 
 @dataclass(frozen=True, eq=False)
 class Mechanism:
-    """One way to compute less, of its own source, on every model.
+    """One way to compute less, or to call the model fewer times, on every model.
 
     Attributes:
         name: what it is called.

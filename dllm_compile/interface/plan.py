@@ -112,7 +112,7 @@ class LayerRows:
             row that predicts no mask.
         masked: ``[B, Q]`` bool, rows that predict a mask: those that hold it, or with ``shift=True`` the ones before.
         filled: ``[B, Q]`` bool, rows whose own mask was filled since the call before, or whose token is another one.
-        there: ``[B, Q]`` bool, ``False`` for an entry that is no row: it pads a sequence with fewer rows.
+        there: ``[B, Q]`` bool, ``False`` for the padding of a sequence with fewer rows.
         options: what the user chose, by name.
     """
 

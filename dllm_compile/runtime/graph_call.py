@@ -160,7 +160,7 @@ class GraphCall:
         return len(keys) == len(self.keys) and not keys & (self.step.seen | self.batch.session.tied)
 
     def _known(self) -> bool:
-        """Whether each layer has rows kept and runs once, so that the others need not be computed."""
+        """Whether each layer has rows kept and runs once in a step, so that rows that are not computed can be read."""
         return self._once() and set(self.keys.values()) <= self.batch.layers.keys()
 
     def _read(self) -> list[torch.fx.Node]:
@@ -290,7 +290,7 @@ class GraphCall:
         return outs, variant.rows
 
     def _other(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
-        """A stem, a tail that is no head, or a unit whose rows mix."""
+        """Run a stem, a tail that is no head, or a unit whose rows mix."""
         assignment = EXACT
         if unit.stream is None and self.first.enter == ACTIVE and not code.mixing:
             if code.by_token:
@@ -307,7 +307,7 @@ class GraphCall:
         return variant(values), variant.rows
 
     def _embedded(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
-        """Run a stem that reads tokens alone as for a sequence of the active ones: it needs no code of its own."""
+        """Run a stem that reads tokens alone on the active tokens, by the code for whole sequences."""
         active, tokens = self.step.indices["active"], self.step.shape[1]
         given = self._arguments(unit).inputs
         ids = [n in self.program.axes.live for n in unit.inputs]
@@ -348,7 +348,9 @@ class GraphCall:
         return outs, variant.rows
 
     def _assigned(self, unit: Unit, code: UnitCode, wanted: Assignment, values: Arguments) -> Assignment:
-        """What a layer runs: what the schedule says, where rows are kept that allow it."""
+        """The assignment that a layer runs: ``wanted``, where the rows that it reads are kept; else one that computes
+        every row.
+        """
         key = self.keys[id(unit)]
         if key in self.step.seen:
             self.batch.session.tied.add(key)  # what ran in this step already has no rows of its own
@@ -369,7 +371,7 @@ class GraphCall:
         return wanted if wanted.enter == ALL else _entering(wanted, self.values.rows(unit.stream))
 
     def _check(self, code: UnitCode, values: Arguments) -> None:
-        """Check that the layer can run for fewer rows, and else compute all from the next call on."""
+        """Check that a layer can run for fewer rows; else compute all rows from the next call on."""
         reason = code.why_not_written(self.step.past.schedule.variants)
         if not code.narrow(values):
             self.batch.run_whole(_rows_meet(code))
@@ -377,7 +379,9 @@ class GraphCall:
             self.batch.run_whole(f"a layer cannot be written for fewer rows: {reason}")
 
     def _state(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
-        """The state tensors of this layer; allocated if there are none, or if they have another number of entries."""
+        """The state tensors of a layer; allocated where there are none, or where they have another number of
+        entries.
+        """
         if not assignment.keep:
             return []
         key, step, layers = self.keys[id(unit)], self.step, self.batch.layers
@@ -392,7 +396,7 @@ class GraphCall:
         return self._with_outside(unit, assignment)
 
     def _with_outside(self, unit: Unit, assignment: Assignment) -> list[torch.Tensor]:
-        """The state tensors of this layer, those of attention over the keys outside with as many rows as the step has
+        """The state tensors of a layer. Those of attention over the keys outside get as many rows as the step has
         places for.
         """
         state = self.batch.layers[self.keys[id(unit)]]
@@ -412,7 +416,9 @@ class GraphCall:
         return state
 
     def _take_salient(self, places: torch.Tensor, counts: torch.Tensor) -> None:
-        """Rows whose contexts drifted: those that the MLP and the next layer's keys and values are computed for."""
+        """Take over the rows that a layer found salient: its MLP, and the next layer's keys and values, are computed
+        for these.
+        """
         capacity = self.capacity
         if capacity is None:
             capacity = int(counts.max())
@@ -425,7 +431,7 @@ class GraphCall:
         self.costs.clear()  # of another number of rows
 
     def _measured(self, unit: Unit, number: int, assignment: Assignment, values: Any) -> None:
-        """Hand over what a layer measured, and compute every row from here on if that is decided."""
+        """Let the rule decide by what a layer measured whether the layers behind it compute every row."""
         assert self.after_layer is not None
         step, key, (stream,) = self.step, self.keys[id(unit)], unit.outputs[:1]
         partial = assignment.query != ALL
@@ -446,7 +452,7 @@ class GraphCall:
     # -- what it costs -------------------------------------------------------------------------------------------------
 
     def _count(self, code: UnitCode, variant: Variant, assignment: Assignment) -> None:
-        """Note what a unit costs for the rows it is called for now."""
+        """Add the FLOPs of a unit, for the rows that it is called for."""
         known = self.costs.get(variant)
         if known is None:
             if variant.work is None:
@@ -457,7 +463,9 @@ class GraphCall:
         self.tally.flops += known
 
     def _number(self, name: str) -> int:
-        """Rows a sequence in a set, with those that pad its index; all where nobody says."""
+        """The number of rows a sequence in the row set ``name``, with those that pad its index; all rows for any other
+        name.
+        """
         sizes = self.step.sizes
         if name in self.step.indices:
             return self.step.indices[name].shape[1]

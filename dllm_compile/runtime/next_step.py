@@ -90,7 +90,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
     served = call.repeat and plan.same and batch.thread is None and program in batch.outputs
     known = evidence.is_loop or not lossy or served
     if not known and (plan.warning is not None or not plan.assignment.computes_all):
-        missed, plan, plans, call = True, Plan(EXACT), past.schedule, _again(call, past.number)
+        missed, plan, plans, call = True, Plan(EXACT), past.schedule, replace(call, number=past.number, repeat=False)
     elif plan.warning is not None:
         warnings.warn(plan.warning, stacklevel=2)
     history = past.history if past.history and torch.equal(past.history[-1], read.ids) else (*past.history, read.ids)
@@ -139,8 +139,8 @@ def _planned(
         batch.held = max(batch.held, int(plan.held.sum(1).max()), 2)
         plan = _with_all_renewed(batch, plan)
     every = _reads_any(session, program, batch.mask_id) or session.reads_filled
-    every |= (call.number == 0 or past.missed) and not program.chooses  # whoever gets logits gets all of them once
-    every |= not bool(call.masked.any())  # what else would it be called for
+    every |= (call.number == 0 or past.missed) and not program.chooses  # the first logits are returned in full
+    every |= not bool(call.masked.any())  # a call without masks is made for its logits
     multiple = MULTIPLE if session.records else 1
     skips = past.schedule.skips is not None  # by how sure all masked rows are
     rows = positions_of_call(
@@ -189,7 +189,7 @@ def _with_all_renewed(batch: Batch, plan: Plan) -> Plan:
 
 
 def _told_of_rows(call: Call, going: torch.Tensor, shift: bool | None) -> dict[str, torch.Tensor]:
-    """What the choice of the rows that go on reads beside their hidden states; see :func:`.skipping.told`."""
+    """What the choice of the rows that go on reads beside hidden states and confidences."""
     predicts = rows_before(call.masked) if shift else call.masked
     return {"going": going, "predicts": predicts, "filled": call.written & (call.number > 0)}
 
@@ -205,8 +205,3 @@ def _note_rewriting(session: Session, program: Program, masks: bool) -> None:
             "readable='all' to have them from the first call on",
             stacklevel=2,
         )
-
-
-def _again(call: Call, number: int) -> Call:
-    """The same call with another number, for a call that the schedule does not get to see."""
-    return replace(call, number=number, repeat=False)

@@ -196,7 +196,8 @@ class Program:
         return not (self.knows_masks and watched) or hide(self.masks, args)
 
     def depends(self, args: Sequence[Any], vocabulary: int | None) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-        """How far each row depends on tokens; ``None`` where nobody can tell: on all, for all one knows.
+        """How far each row depends on tokens; ``None`` where attention masks do not prove it, so that any row may
+        depend on all.
 
         Nothing but attention mixes rows then, all of the model is in the graph, and masks are made of inputs that are
         compared at every call. What a layer treats as one otherwise is tried when it first runs.

@@ -1,7 +1,7 @@
 """The sequences that are under way in one model, and which of them a call goes on with.
 
-The loop is the user's; nobody tells the backend where a sequence begins, which tokens are the prompt or what the mask
-is. A :class:`Session` works it out from the ids of the calls. All that it reads of the device is one tensor a step: the
+The loop is the user's, and does not say where a sequence begins, which tokens are the prompt or what the mask is. A
+:class:`Session` works it out from the ids of the calls. All that it reads of the device is one tensor a step: the
 ids, and behind them a few truth values and sums that were computed there.
 """
 
@@ -159,7 +159,7 @@ class Session:
 
     def begin(self, call: NewCall) -> tuple[Batch, Step] | None:
         """The sequences that a call belongs to and the step that it is, to be committed once it has run; ``None`` where
-        its ids are no denoising step: nothing is masked, or nobody knows the mask.
+        its ids are no denoising step: nothing is masked, or the mask is not known.
         """
         self.group = call.program.group or self.group
         moved = self.weights.moved()

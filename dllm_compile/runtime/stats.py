@@ -38,7 +38,7 @@ class Stats:
         sequences: generations seen.
         steps: forward calls by the name of the variant that ran; ``"repeat"`` served the previous logits. A step in
             which no layer had rows kept ran every row, and is called ``"full"``.
-        rows: residual-stream rows of those calls, a sequence, all told; logits rows likewise in ``logits``.
+        rows: residual-stream rows of those calls, a sequence, in total; logits rows likewise in ``logits``.
         refreshes: steps in which sequences refreshed (all their rows that are present, or those of the response), by
             the first reason of each: ``"block"``, a block or a sequence begins, also anew where weights or inputs
             changed; ``"edit"``, a token changed that no partial step computes; ``"present"``, a row came back that no
@@ -54,7 +54,7 @@ class Stats:
         flops_whole, flops: of those calls, had they computed every row (where they are of several drafts, of one), and
             as they ran; see :class:`Tally`. Graphs that run on plain Inductor, what precedes the first layer and what a
             sampler computes are in neither.
-        salient: rows that layers of saliency steps found salient, the most of a batch, all told.
+        salient: rows that layers of saliency steps found salient, the most of a batch, in total.
         salient_layers: how many layers that were.
         cuda_graphs: calls of graphs in partial steps, where they may be recorded, by how they were launched:
             ``"replayed"``, or kernel by kernel, and why. The first of a kind is never recorded.

@@ -194,7 +194,7 @@ class Progress:
         """End each response whose block has just begun with the block of the first of its ``ends``.
 
         Args:
-            ends: ``[B, S]`` bool, as of the step behind the last :meth:`writable`; ``None`` where nobody looks.
+            ends: ``[B, S]`` bool, as of the step behind the last :meth:`writable`; ``None`` where none are looked for.
         """
         if ends is None:
             return

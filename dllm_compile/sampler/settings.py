@@ -72,7 +72,7 @@ class Settings:
         drafts: states that a call of the model looks at together, at least 1: the next ones of the loop, as the logits
             of the state before have it. The ids are those without, from fewer calls (FreeDave). One sequence, at
             temperature 0, with ``cache="dual"``, ``"prefix"`` or none. ``None`` for one.
-        as_published: keep the habits of Fast-dLLM's code that nobody would want, to repeat its traces; see
+        as_published: repeat peculiarities of Fast-dLLM's code, so that its traces can be compared with; see
             :class:`dllm_compile.sampler.progress.Progress`. Temperature 0 only.
         rule: which tokens to write, as a mechanism has it that an option switched on; no argument of ``generate``.
         allowed: which candidates mechanisms leave, likewise.

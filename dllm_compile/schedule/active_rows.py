@@ -111,7 +111,7 @@ class ActiveRows:
         self.blocks.grow(response)
 
     def next(self, call: Call) -> Plan:
-        """Rows of the call; a repeated one counts."""
+        """The plan of a call; one that repeats the ids before it counts, too."""
         self.blocks.next(call)
         self.since = self.since | (call.filled & (call.number > 0))
         self._note_changes(call)
@@ -158,14 +158,14 @@ class ActiveRows:
         return rows if self.options.shift is False else with_row_before(rows)
 
     def _note_changes(self, call: Call) -> None:
-        """Rows that depend on a changed token are stale."""
+        """Mark the rows as stale that depend on a changed token."""
         tokens = call.changed.shape[1]
         first = torch.where(call.changed, torch.arange(tokens), tokens).amin(1, keepdim=True)
         ends = torch.full_like(first, tokens) if call.depends is None else call.depends
         self.stale = self.stale | (ends > first)
 
     def _note_computed(self, call: Call, plan: Plan) -> None:
-        """A step has computed rows: those that depend on no row that is still stale are as any step would have them."""
+        """Mark the rows as no longer stale that a step computed and that depend on no row which is still stale."""
         if plan.written is None:
             self.stale = torch.zeros_like(self.stale)
             return
@@ -175,7 +175,7 @@ class ActiveRows:
         self.stale = self.stale & ~(plan.written & (ends <= left))
 
     def _partial(self, call: Call) -> torch.Tensor:
-        """Rows of a partial step."""
+        """The rows ``[B, S]`` bool of a partial step."""
         options = self.options
         if options.cache == "none" and self.evict is None and self.salient is not None:
             due = call.number < FIRST_WHOLE or (call.number + 1) % options.whole_interval == 0
@@ -198,7 +198,9 @@ class ActiveRows:
         return rows
 
     def _each(self, what: str, name: str, call: Call, like: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the mechanisms that are on say of the call, each by its function ``name``, if it has one."""
+        """For each mechanism that is on and has a function ``name``, its name and what the function says of the
+        call.
+        """
         for mechanism in self.mechanisms:
             function = getattr(mechanism, name)
             if function is not None:
@@ -224,8 +226,8 @@ class ActiveRows:
         return asked(f"the rule {self.rule.name!r} says {what}", rows, self._facts(call), like)
 
     def _begins(self, call: Call, part: torch.Tensor, present: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """By the reason, which sequences, ``[B, 1]`` bool, begin a block, were edited where no partial step sees it,
-        have rows that no step has computed, or refresh as the rule says.
+        """By reason, the sequences ``[B, 1]`` bool that have to refresh: they begin a block, were edited where no
+        partial step sees it, have rows that no step has computed, or the rule says so.
         """
         missed = call.changed & ~part
         new = torch.zeros_like(part)

@@ -1,4 +1,4 @@
-"""Steps that keep what attention over the keys outside comes to: those that no partial step computes."""
+"""A schedule whose steps keep attention over the keys outside: those that partial steps do not compute."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class PromptEviction:
         self.variants: tuple[Assignment, ...] = (unkept(FULL), self.evict, *partial)
 
     def next(self, call: Call) -> Plan:
-        """Rows of the call; a repeated one counts."""
+        """The plan of a call; one that repeats the ids before it counts, too."""
         plan = replace(self.features.next(call), fresh=self.response, kept=self.kept)
         if _reads_prompt(plan.assignment):
             return replace(plan, assignment=self.evict, block=self.response, same=False)
