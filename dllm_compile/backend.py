@@ -214,7 +214,7 @@ class Backend:
         batch.layers_seen = max(batch.layers_seen, step.layer)
         batch.session.depth = max(batch.session.depth, step.depth)
         batch.expect(program)
-        if _verifies(self.options, step):
+        if self.options.verify and step.number % self.options.verify == 0:
             compare(self.module, program, args, result, batch, step)
         return result
 
@@ -364,10 +364,6 @@ class Backend:
         if self.plain is None:
             self.plain = torch.compile(self.module, backend="inductor")
         return self.plain(*args)
-
-
-def _verifies(options: Options, step: Step) -> bool:
-    return bool(options.verify > 0 and step.number % options.verify == 0)
 
 
 def stats(model: torch.nn.Module | None = None) -> dict[str, Any]:

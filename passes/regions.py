@@ -30,7 +30,7 @@ from dllm_compile.kernels.confidence import confidence
 _ADDS = (operator.add, torch.add)
 
 
-def regions(graph: torch.fx.Graph, axes: Axes, halves: bool = False) -> list[Unit]:
+def regions(graph: torch.fx.Graph, axes: Axes, halves: bool) -> list[Unit]:
     """Units of ``graph`` in the order they run. A graph without attention is one unit.
 
     Args:

@@ -310,7 +310,7 @@ def run_node(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
     raise GraphRefused(f"a {node.op} node is not something the compiler reads", node)
 
 
-def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode, sizes: Values | None = None) -> list[Any]:
+def fake_like(values: Sequence[Any], fake_mode: FakeTensorMode, sizes: Values | None) -> list[Any]:
     """Fake arguments of a call, with fixed sizes.
 
     Args:

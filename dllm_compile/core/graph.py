@@ -104,8 +104,8 @@ def fix_sizes(
     graph: torch.fx.Graph,
     inputs: Sequence[Any],
     fake_mode: FakeTensorMode,
-    given: Sequence[Any] = (),
-    stand_ins: StandIns | None = None,
+    given: Sequence[Any],
+    stand_ins: StandIns | None,
 ) -> Fixed:
     """Copy ``graph`` with every number that is computed from sizes or scalars replaced by its value for ``inputs``.
 
@@ -325,12 +325,12 @@ def _parts(value: Any) -> str:
     return f"{own} {context} { {name: _parts(getattr(value, name)) for name in names} }"
 
 
-def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> None:
+def replace_call(node: torch.fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Turn a node into another call in place, so that its name, users and source line stay."""
     node.op = "call_function"
     node.target = target
     node.args = args
-    node.kwargs = kwargs or {}
+    node.kwargs = {}
 
 
 _SIZED_METHODS = {"view", "reshape", "expand", "broadcast_to", "unflatten"}
