@@ -172,29 +172,22 @@ class GraphCall:
         return [n for n in dict.fromkeys(read) if n in made]
 
     def _rows_are_kept(self) -> bool:
-        """Whether all rows are kept of each value that is read and may be computed for fewer; nobody reads those of
-        drafts.
-        """
-        values = self.values
-        return self.batch.drafts_of is not None or all(
-            values.kept(n) is not None or not values.may_narrow(n) for n in self._read()
-        )
+        """Whether all rows are kept of what is read and may be computed for fewer; of drafts nothing is read so."""
+        narrowed = [n for n in self._read() if self.values.may_narrow(n)]
+        return self.batch.drafts_of is not None or all(self.values.kept(n) is not None for n in narrowed)
 
     def kept_results(self) -> dict[torch.fx.Node, Any] | None:
         """Results of layers traced alone whose inputs are those of the step before, where all of them are kept."""
-        if (
-            not self.keys
-            or self.values.head is not None
-            or not self._known()
-            or self._read() != list(self.program.results)
-        ):
+        layers_alone = bool(self.keys) and self.values.head is None
+        if not layers_alone or not self._known() or self._read() != list(self.program.results):
             return None
         kept = {n: self.values.kept(n) for n in self.program.results}
-        if None in kept.values():
+        found = {n: read_all(rows, self.program.axes.layout[n]) for n, rows in kept.items() if rows is not None}
+        if len(found) < len(kept):
             return None
         self.step.seen |= set(self.keys.values())
         self.step.layer += len(self.keys)
-        return {n: read_all(rows, self.program.axes.layout[n]) for n, rows in kept.items() if rows is not None}
+        return found
 
     def is_partial(self) -> bool:
         """Whether the layers compute fewer rows than all."""
@@ -271,7 +264,7 @@ class GraphCall:
         rows come from the cache.
         """
         rows, readable = self.values.rows(unit.stream), self.step.indices["readable"]
-        values = self._arguments(unit)
+        given = self._arguments(unit)
         wanted = _entering(HEAD, rows)
         new = self.values.kept(unit.outputs[0]) is None and not self.program.chooses
         every = self.program.reads_all(self.batch.session.vocabulary)
@@ -282,9 +275,9 @@ class GraphCall:
         elif not readable.shape[1]:
             return [None] * unit.leaving, [NONE] * unit.leaving
         wanted = wanted if self.skips is None or unit.logits is None else _judging(wanted)
-        variant = code.variant(wanted, self.step, values)
+        variant = code.variant(wanted, self.step, given)
         self._count(code, variant, wanted)
-        outs = variant(values)
+        outs = variant(given)
         if "judged" in variant.extras:
             keep_confidence(self, outs[variant.extras["judged"]], variant.rows[0] if unit.leaving else ALL)
         return outs, variant.rows
@@ -300,21 +293,21 @@ class GraphCall:
             assignment = _entering(TAIL, ACTIVE)
         elif unit.stream is not None:
             self.values.env[unit.stream] = self.values.whole(unit.stream)
-        values = self._arguments(unit)
-        variant = code.variant(assignment, self.step, values)
+        given = self._arguments(unit)
+        variant = code.variant(assignment, self.step, given)
         if unit.stream is not None:
             self._count(code, variant, assignment)
-        return variant(values), variant.rows
+        return variant(given), variant.rows
 
     def _embedded(self, unit: Unit, code: UnitCode) -> tuple[Sequence[Any], list[RowSet]]:
         """Run a stem that reads tokens alone on the active tokens, by the code for whole sequences."""
         active, tokens = self.step.indices["active"], self.step.shape[1]
-        given = self._arguments(unit).inputs
+        inputs = self._arguments(unit).inputs
         ids = [n in self.program.axes.live for n in unit.inputs]
         at = active.clamp(max=tokens - 1)
-        inputs = [value.gather(1, at) if is_ids else value for value, is_ids in zip(given, ids, strict=True)]
-        values = Arguments(None, inputs, self.step, active.shape[1])
-        return code.variant(EXACT, self.step, values)(values), [ACTIVE]
+        inputs = [value.gather(1, at) if is_ids else value for value, is_ids in zip(inputs, ids, strict=True)]
+        given = Arguments(None, inputs, self.step, active.shape[1])
+        return code.variant(EXACT, self.step, given)(given), [ACTIVE]
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -325,18 +318,18 @@ class GraphCall:
             which, step.depth = self.skipping.get(step.depth), step.depth + 1
             if which is not None:
                 skip_rows(self, unit, number, which)
-        values = self._arguments(unit)
-        assignment = self._assigned(unit, code, self.rest if number else self.first, values)
-        values.flat += self._state(unit, assignment)
+        given = self._arguments(unit)
+        assignment = self._assigned(unit, code, self.rest if number else self.first, given)
+        given.flat += self._state(unit, assignment)
         if unit.attentions and assignment.keep and assignment.outside is None:  # the keys outside may be others now
             self.batch.without_outside.add(self.keys[id(unit)])
-        variant = code.variant(assignment if self.masked else _unmasked(assignment), step, values)
+        variant = code.variant(assignment if self.masked else _unmasked(assignment), step, given)
         if unit.attentions:
             self.tally.layer(assignment, step.assignment)
         self._count(code, variant, assignment)
         rows = assignment.query if unit.attentions or assignment.mlp is None else assignment.mlp
         self.computed[number] = 0 if rows == NONE else self._number(rows.name)
-        outs, extras = variant(values), variant.extras
+        outs, extras = variant(given), variant.extras
         if "picked" in extras:
             self.selected[number] = outs[extras["picked"]]
         if "salient" in extras:
@@ -344,10 +337,10 @@ class GraphCall:
         if "measured" in extras:
             self.measured = number, assignment, outs[extras["measured"]]
         if self.narrows and (step.number == 0 or code.narrows is None):
-            self._check(code, values)
+            self._check(code, given)
         return outs, variant.rows
 
-    def _assigned(self, unit: Unit, code: UnitCode, wanted: Assignment, values: Arguments) -> Assignment:
+    def _assigned(self, unit: Unit, code: UnitCode, wanted: Assignment, given: Arguments) -> Assignment:
         """The assignment that a layer runs: ``wanted``, where the rows that it reads are kept; else one that computes
         every row.
         """
@@ -363,17 +356,17 @@ class GraphCall:
             wanted = self.full
         elif self.step.repeat and wanted != self.full and wanted.keep >= FEATURES:
             wanted = replace(KEEP, keys=wanted.keys)  # every row as it was: the same input gives the same output
-        elif wanted.enter == ALL and wanted.evict is None and wanted != self.full and not code.narrow(values):
+        elif wanted.enter == ALL and wanted.evict is None and wanted != self.full and not code.narrow(given):
             wanted = self.full
             self.batch.tell_whole(_rows_meet(code), " of some layers")
         if not wanted.keep:
             return _exact(wanted)
         return wanted if wanted.enter == ALL else _entering(wanted, self.values.rows(unit.stream))
 
-    def _check(self, code: UnitCode, values: Arguments) -> None:
+    def _check(self, code: UnitCode, given: Arguments) -> None:
         """Check that a layer can run for fewer rows; else compute all rows from the next call on."""
         reason = code.why_not_written(self.step.past.schedule.variants)
-        if not code.narrow(values):
+        if not code.narrow(given):
             self.batch.run_whole(_rows_meet(code))
         elif reason is not None:
             self.batch.run_whole(f"a layer cannot be written for fewer rows: {reason}")

@@ -24,7 +24,7 @@ from .trial import rows_are_independent
 
 
 class Variant:
-    """Compiled code of a unit for one assignment, and where its arguments lie in a call's values."""
+    """Compiled code of a unit for one assignment, and where its arguments lie among :class:`Arguments`."""
 
     def __init__(self, name: str, code: Code, emitted: Emitted, pick: Pick) -> None:
         self.code, self.pick, self.name = code, pick, name
@@ -33,10 +33,10 @@ class Variant:
         self.work: list[tuple[tuple[str, ...], float]] | None = None  # what it costs, once someone asked
         self.extras = emitted.extras
 
-    def __call__(self, values: Arguments) -> Any:
+    def __call__(self, given: Arguments) -> Any:
         """Run it; returns the unit's outputs, then ``extras``."""
         with labelled("{}", self.name):
-            return self.code.run(*self.pick(values.flat))
+            return self.code.run(*self.pick(given.flat))
 
 
 class Arguments:
@@ -121,31 +121,31 @@ class UnitCode:
         live = [node.op for node in unit.inputs if node in axes.live]
         self.by_token = live == ["placeholder"] and len(unit.outputs) == 1 and not (beside or self.mixing)
 
-    def variant(self, assignment: Assignment, step: Step, values: Arguments) -> Variant:
+    def variant(self, assignment: Assignment, step: Step, given: Arguments) -> Variant:
         """The code for an assignment; compiled on first use, for any sizes of two or more."""
         known = self.variants.get(assignment)
-        if known and known[-1].code.serves(known[-1].pick(values.flat)):
+        if known and known[-1].code.serves(known[-1].pick(given.flat)):
             return known[-1]
-        found = self._found(assignment, values)
+        found = self._found(assignment, given)
         if found is None:
             with compat.compile_lock, refusing(f"compiled for the step {assignment.name!r}"):  # as Dynamo
-                found = self._found(assignment, values) or self._compile(assignment, step, values)
+                found = self._found(assignment, given) or self._compile(assignment, step, given)
         return found
 
-    def _found(self, assignment: Assignment, values: Arguments) -> Variant | None:
+    def _found(self, assignment: Assignment, given: Arguments) -> Variant | None:
         known = self.variants.get(assignment)
         if not known:
             return None
-        args = known[0].pick(values.flat)
+        args = known[0].pick(given.flat)
         return next((each for each in reversed(known) if each.code.serves(args)), None)
 
-    def _compile(self, assignment: Assignment, step: Step, values: Arguments) -> Variant:
+    def _compile(self, assignment: Assignment, step: Step, given: Arguments) -> Variant:
         """Compile for any sizes; those that the compiler cannot leave open, as found by trying, are fixed."""
         fixed = self.fixed.setdefault(assignment, set())
         while True:
             emitted = emit(self.unit, self.axes, assignment)
-            pick = values.pick(emitted.takes)
-            args = pick(values.flat)
+            pick = given.pick(emitted.takes)
+            args = pick(given.flat)
             writes = any(name.startswith("state:") for name in emitted.takes)
             extents = [self._extents(n, value, assignment, step) for n, value in zip(emitted.takes, args, strict=True)]
             keep(f"{self.unit.name}-{assignment.name}", emitted.module)
@@ -157,7 +157,7 @@ class UnitCode:
                 fixed |= found.names
             except Exception:
                 names = {
-                    name for given in extents for each in given or () if isinstance(each, Size) for name in each.names
+                    name for sizes in extents for each in sizes or () if isinstance(each, Size) for name in each.names
                 }
                 if fixed >= names:
                     raise
@@ -170,11 +170,11 @@ class UnitCode:
             listener(assignment.name)
         return variants[-1]
 
-    def narrow(self, values: Arguments) -> bool:
+    def narrow(self, given: Arguments) -> bool:
         """Whether the unit may run for fewer rows: known, or tried once on real values."""
         if self.narrows is None:
             with refusing("tried for fewer rows"):
-                self.narrows = rows_are_independent(self.unit, self.axes, values.stream, list(values.inputs))
+                self.narrows = rows_are_independent(self.unit, self.axes, given.stream, list(given.inputs))
         return self.narrows
 
     def writable(self, variants: tuple[Assignment, ...]) -> bool:
