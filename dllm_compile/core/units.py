@@ -16,7 +16,7 @@ import torch.fx
 
 from .assignment import FEATURES
 from .axes import Axes
-from .graph import fingerprint
+from .fingerprint import fingerprint
 
 MOVES = {
     *("view", "reshape", "expand", "transpose", "permute", "contiguous", "unsqueeze", "flatten", "unflatten"),

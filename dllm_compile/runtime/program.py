@@ -18,7 +18,8 @@ import torch.fx
 from dllm_compile.compat import group_size
 from dllm_compile.core.axes import Axes
 from dllm_compile.core.errors import GraphRefused
-from dllm_compile.core.graph import fingerprint, output_node, placeholders, refuse_unfollowed, target_name
+from dllm_compile.core.fingerprint import fingerprint, target_name
+from dllm_compile.core.graph import output_node, placeholders, refuse_unfollowed
 from dllm_compile.core.layout import position, size
 from dllm_compile.core.opaque import calls_opaque
 from dllm_compile.core.outline import outline
