@@ -148,7 +148,7 @@ def _where_it_breaks(module: torch.nn.Module, x: torch.Tensor) -> str | None:
 
 
 def _place(at: FrameSummary | None, module: torch.nn.Module, reason: str) -> str:
-    """A line, by default that of a module's forward, and what is the matter there."""
+    """A line, by default that of a module's forward, with the reason."""
     code = type(module).forward.__code__
     place = (at.filename, at.lineno) if at is not None else (code.co_filename, code.co_firstlineno)
     return f"{place[0]}:{place[1]} ({reason})"

@@ -108,7 +108,9 @@ def trace_dir() -> None:
 
 
 def names_of(value: object = None, /) -> list[str]:
-    """``dir`` of a module, spelled out for Dynamo, which guards what is read here; of others it breaks the graph."""
+    """``dir`` of a module, spelled out so that Dynamo traces it and guards the names; of other objects it breaks the
+    graph.
+    """
     if not isinstance(value, torch.nn.Module) or type(value).__dir__ is not torch.nn.Module.__dir__:
         compat.graph_break()
     found: dict[str, None] = {}

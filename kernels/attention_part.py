@@ -148,7 +148,7 @@ def joined(
 
 
 def kept_part(contexts: torch.Tensor, totals: torch.Tensor, places: torch.Tensor) -> Part:
-    """What is kept of the rows at ``places``.
+    """Read the kept contexts and log-sum-exps of the rows at ``places``.
 
     Args:
         contexts: ``[B, K + 1, H, h_v]``, the last row for what belongs to no row.
@@ -172,7 +172,7 @@ def renewed_part(
     total: torch.Tensor,
     renew: torch.Tensor,
 ) -> Part:
-    """Put what was computed now into the place of what is kept, in the sequences that renew it.
+    """Replace what is kept by what was computed now, in the sequences that renew it.
 
     Args:
         contexts, totals, places: see :func:`kept_part`; the first two are changed in place.

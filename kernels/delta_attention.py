@@ -183,7 +183,7 @@ def reference(given: Arguments) -> Parts:
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype, size: Shape) -> Parts:
-    """The mask as it is added, 0 and -inf for a bool one: four dimensions as small as they came, and expanded."""
+    """The mask as a bias, 0 and -inf for a bool one: with four dimensions as small as they came, and expanded."""
     mask = mask[(None,) * (4 - mask.dim())]
     if mask.dtype != torch.bool:
         return mask.to(dtype), mask.to(dtype).expand(size)

@@ -1,4 +1,4 @@
-"""A buffer that is filled piece by piece becomes what is joined of the pieces.
+"""A new buffer that is filled piece by piece becomes a concatenation of the pieces.
 
     before:  k = x.new_empty(B, H, S, 12) ; k[..., :8].copy_(a) ; k[..., 8:].copy_(b)
     after:   k = cat([a, b], 3)

@@ -91,7 +91,9 @@ def _may_be_keys(value: Any) -> bool:
 
 
 def _writes(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
-    """What is written to each value in place; to a view, to what it is a view of, too."""
+    """For each value, what is written to it in place; writes to a view count for the value that it is a view of,
+    too.
+    """
     found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in graph.nodes:
         named = _name(node).endswith("_")

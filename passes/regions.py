@@ -139,7 +139,7 @@ Segment = tuple[list[torch.fx.Node], "torch.fx.Node | None", "torch.fx.Node | No
 
 
 def _segments(live: list[torch.fx.Node], cuts: list[Cut]) -> list[Segment]:
-    """Nodes between neighboring cuts, with the stream that enters and leaves."""
+    """Cut the nodes at ``cuts``: the nodes between two neighboring cuts, with the stream that enters and leaves."""
     out: list[Segment] = []
     start, entering = 0, None
     for at, node in cuts:
@@ -259,8 +259,8 @@ def _logits_first(unit: Unit) -> None:
 
 
 def _logits(unit: Unit, axes: Axes) -> torch.fx.Node | None:
-    """What a softmax is, or would be, taken of: what ``confidence`` reads; else the widest output; else what the best
-    token is found in, without noise.
+    """The value that the probabilities are computed from: what ``confidence`` reads; else the widest output; else what
+    the best token is found in, without noise.
     """
     wide = [n for n in unit.nodes if n in axes.live and _is_stream(n, axes)]
     read = [n.all_input_nodes[0] for n in unit.nodes if n.target is confidence]

@@ -44,7 +44,7 @@ def sliding_block(told: Masks) -> torch.Tensor:
 
 
 def moved_over(facts: Facts) -> torch.Tensor:
-    """Rows before the block that were of it at the call before: from what was its first mask on."""
+    """Rows before the block that were in it at the call before: those from its former first mask on."""
     behind = from_first(facts.blocks.active)
     before = from_first((facts.masked | facts.call.filled) & facts.response)
     return before & ~behind & facts.response

@@ -88,7 +88,7 @@ def _row_slice(index: object) -> int | None:
 
 
 def _shift_late(graph: torch.fx.Graph, whole: Node, axes: Axes) -> None:
-    """Shift what is made of the rows of ``whole``, where other rows come in."""
+    """Shift what is computed from the rows of ``whole`` where that meets other rows, in place of ``whole`` itself."""
     chain = {whole}
     for user in graph.nodes:
         live = [n for n in user.all_input_nodes if n in axes.live]

@@ -45,7 +45,8 @@ def argument(node: torch.fx.Node, place: int, name: str, default: Any = None) ->
 
 
 def canonical(node: torch.fx.Node) -> bool:
-    """Rewrite a call in place: what has no default by position, what has one as it was or by the name in its signature.
+    """Rewrite the arguments of a call in place: those without a default by position; the others as they were, or by the
+    name that they have in the signature.
 
     Of attention all but query, key and value are keywords, and only those that are not their default.
 

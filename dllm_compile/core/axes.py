@@ -172,7 +172,9 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
 
 
 def _product(mode: _Follow, node: torch.fx.Node, left: Any, right: Any) -> torch.Tensor | None:
-    """A product of queries and keys, or of what is made of their scores and values: its rows are those on the left."""
+    """Run a product of queries and keys, or of scores and values; its rows are those on the left. ``None`` for any
+    other product.
+    """
     rows, read = mode.known.of(left), mode.known.of(right)
     if rows is None or read is None or left is right or len(rows) != len(read) or len(rows) < 3:
         return None

@@ -40,7 +40,7 @@ class Known:
         self.layout[id(tensor)] = layout
 
     def of(self, value: Any) -> Layout | None:
-        """Layout of a value, ``None`` for constants and what is no tensor."""
+        """Layout of a value; ``None`` for constants and for anything that is no tensor."""
         return self.layout.get(id(value)) if isinstance(value, torch.Tensor) else None
 
     def must(self, value: Any) -> Layout:

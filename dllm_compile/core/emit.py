@@ -382,8 +382,8 @@ class Writer:
     # -- parts of the written graph ------------------------------------------------------------------------------------
 
     def ranks(self, *nodes: torch.fx.Node) -> tuple[str, ...]:
-        """The process group that an operation has to sum what it finds in ``nodes`` over; empty where each rank has all
-        of them.
+        """The process group over which an operation has to sum what it computes from ``nodes``; empty where each rank
+        has all of them.
 
         Raises:
             GraphRefused: one of them differs between ranks, and is no shard.
@@ -413,7 +413,7 @@ class Writer:
         return self.call(operator.getitem, (value, 0)), self.call(operator.getitem, (value, 1))
 
     def plain(self, node: torch.fx.Node) -> torch.fx.Node:
-        """``node``, which depends on no token, and what it is made of, as they are."""
+        """Copy ``node``, which depends on no token, and what it is computed from."""
         if node not in self.env:
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), self.plain)
             self.env[node] = self.graph.create_node(node.op, node.target, args, kwargs, node.name)

@@ -55,7 +55,9 @@ def check_attention(unit: Unit, axes: Axes, assignment: Assignment) -> None:
 
 
 def write_attention(w: Writer, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.fx.Node:
-    """An attention call: as it was, over the kept entries, or from the change of the salient values."""
+    """Write an attention call: as it was, over the kept entries, in two parts, or from the change of the salient
+    values.
+    """
     own = attention_arguments(node.args, node.kwargs).attn_mask
     if own in w.axes.live and w.axes.fake[own].shape[-2:-1] != (1,) and w.computed[node] != ALL:
         raise GraphRefused("an attention mask that is made of the tokens has a row for each query", node)
@@ -90,7 +92,7 @@ def write_attention(w: Writer, node: torch.fx.Node, args: tuple[Any, ...], kwarg
 
 
 def _seen(w: Writer, positions: torch.fx.Node) -> torch.fx.Node:
-    """Positions of keys; no row for those that are hidden."""
+    """``positions`` of keys with those that are hidden replaced by "no row"."""
     if not w.assignment.hides:
         return positions
     return w.call(row_ops.visible_entries, (positions, w.slot["visible"], w.tokens))
@@ -113,7 +115,9 @@ def _among_active(w: Writer, own: Any, mask: Any) -> Any:
 
 
 def _in_two_parts(w: Writer, node: torch.fx.Node, given: Attended, outside: Outside) -> torch.fx.Node:
-    """Attention over the keys computed now that enter the state, joined to what is kept of that over the others."""
+    """Attention over the keys that are computed now and enter the state, joined to the kept attention over the
+    others.
+    """
     unit, attend = w.unit, w.assignment.attend
     assert attend is not None
     outside_shape(next(each for each in unit.attentions if each.node is node), w.axes)
@@ -138,7 +142,9 @@ def _in_two_parts(w: Writer, node: torch.fx.Node, given: Attended, outside: Outs
 def _beside_shared(
     w: Writer, node: torch.fx.Node, given: Attended, attend_outside: Callable[..., Any], join: Callable[..., Any]
 ) -> torch.fx.Node:
-    """Attention over the keys computed now, joined to that over the state of one sequence, which stays as it is."""
+    """Attention over the keys that are computed now, joined to that over the state of one sequence, which is not
+    written to.
+    """
     attend, layer = w.assignment.attend, next(each for each in w.unit.attentions if each.node is node)
     assert attend is not None
     outside_shape(layer, w.axes)
@@ -155,7 +161,7 @@ def _beside_shared(
 
 
 def _delta(w: Writer, node: torch.fx.Node, args: tuple[Any, ...], mask: Any, scale: Any) -> torch.fx.Node:
-    """Contexts of the active rows: exact for the salient ones, their former ones and the change for the others."""
+    """Contexts of the active rows: exact for the salient ones; for the others their former ones, plus the change."""
     assert w.assignment.attend is not None
     att = w.unit.attentions[0]
     value = attention_arguments(node.args, node.kwargs).value
@@ -177,12 +183,18 @@ def _moved(
     sequences: Callable[[int], Any] | None = None,
     linear: bool = False,
 ) -> torch.fx.Node:
-    """``value``, in place of ``start``, through the calls up to ``end``; ``sequences`` says sizes of so many times
-    its sequences, where these are not those of the step.
+    """Repeat the calls from ``start`` to ``end`` on ``value`` in place of ``start``.
+
+    Args:
+        w: the writer.
+        start: a value that is kept.
+        end: what the attention call reads, made of ``start`` alone.
+        value: what takes the place of ``start``.
+        sequences: the size of ``n`` times the sequences of ``value``, by ``n``; ``None``: as many as the step has.
+        linear: refuse calls that do more than move numbers.
 
     Raises:
-        GraphRefused: a call on the way reads more than one value, or, where they have to be ``linear``, is none
-            that only moves numbers.
+        GraphRefused: a call on the way reads more than one value, or is not ``linear``.
     """
     if end is start:
         return value
@@ -198,7 +210,9 @@ def _moved(
 
 
 def write_eviction(w: Writer) -> None:
-    """Choose the entries to keep, and keep them and the rows that later steps compute."""
+    """Choose the entries to keep; write them, and the rows that later steps compute, to the state of keys and
+    values.
+    """
     assert w.assignment.evict is not None
     assert w.entries is not None
     choose, *settings = w.assignment.evict

@@ -58,7 +58,9 @@ def fingerprint(
 
 
 def _rows(layout: Layout | None) -> object:
-    """Where a value has its rows. One that has none is as large as what it is made of, whose sizes are said there."""
+    """The layout of a value that has rows, for any number of them; the number of dimensions of any other value, whose
+    sizes follow from its operands.
+    """
     if layout is None:
         return ""
     return opened(layout) if any(factor.kind for dim in layout for factor in dim) else len(layout)

@@ -93,7 +93,7 @@ class OneCall:
 
 
 def make_opaque(module: torch.nn.Module, width: int, dtype: torch.dtype, form: Form, nested: Any) -> None:
-    """Make a module one call in the graphs that Dynamo traces in inference; elsewhere it is what it was.
+    """Make a module one call in the graphs that Dynamo traces in inference, and nowhere else.
 
     A copy of it, pickled or deep, is of its former class.
 

@@ -23,7 +23,7 @@ Scored = dict[Node, tuple[Node, ...]]
 
 
 def scored_attention(live: Sequence[Node], axes: Axes) -> Scored:
-    """The attentions among ``live`` nodes that are written by several calls, in the order of the graph.
+    """The attentions among ``live`` nodes that are written as several calls, in the order of the graph.
 
     Calls that read whole values elsewhere are no attention: their rows count as unproven from here on.
     """

@@ -142,7 +142,7 @@ class Batch:
         return sum(t.nbytes for tensors in self.layers.values() for t in tensors)
 
     def logits_bytes(self) -> int:
-        """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
+        """Bytes of the kept outputs of graphs, and of the copies handed out."""
         return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.output_buffers.values())
 
     # -- the ids of a call -------------------------------------------------------------------------------------------

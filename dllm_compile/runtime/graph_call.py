@@ -147,7 +147,7 @@ class GraphCall:
         return known[place]
 
     def _can_narrow(self) -> bool:
-        """Whether the planned step, which carries the stream for fewer rows, has what it reads of the others."""
+        """Whether the planned step, whose residual stream has fewer rows, can read what it needs of the other rows."""
         if not self.step.assignment.alone:
             return self._known() and self._rows_are_kept()
         layers = [code for unit, code in zip(self.program.units, self.program.codes, strict=True) if unit.is_layer]
@@ -208,7 +208,9 @@ class GraphCall:
         return COUNTED if self.capacity is None and self.step.assignment.salient else None
 
     def overflowed(self) -> bool:
-        """Whether a layer had more salient rows than its capacity, which is then larger from now on."""
+        """Whether a layer had more salient rows than its capacity; the capacity is then larger from the next step
+        on.
+        """
         session, step = self.batch.session, self.step
         if self.capacity is None and step.assignment.salient:
             session.grow_salient_capacity(step, 2 * self.most_salient)

@@ -59,7 +59,9 @@ def positions(rows: torch.Tensor, least: int = 0, empty: bool = True, multiple: 
 
 
 def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """What is masked at the first call; for ``[x; x with a masked prompt]`` (guidance), what is masked in ``x``."""
+    """The rows ``[B, S]`` bool that are masked at the first call; for ``[x; x with a masked prompt]`` (guidance), those
+    masked in ``x``.
+    """
     half = ids.shape[0] // 2
     if ids.shape[0] % 2 or not half:
         return masked

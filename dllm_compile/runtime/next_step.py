@@ -110,7 +110,7 @@ def next_step(session: Session, batch: Batch, read: Read, program: Program) -> S
 
 
 def _evidence(session: Session, batch: Batch, read: Read, call: Call, past: Past) -> Evidence:
-    """What is known of a run of calls behind this one. The tokens that its masks were filled with are noted."""
+    """The evidence after this call that it belongs to a loop; notes the tokens that masks were filled with."""
     evidence = past.evidence
     if not (past.number >= 0 or past.missed):  # there was no call before
         return evidence

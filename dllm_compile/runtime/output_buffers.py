@@ -185,6 +185,6 @@ class OutputBuffers:
 
 
 def _is_free(memory: _Memory | _Apart) -> bool:
-    """Whether nothing outside holds any part of what was handed out."""
+    """Whether the memory that was handed out is held by nothing outside."""
     unheld = _Memory(0, torch.device("cpu"))
     return _holders(memory.storage) == _holders(unheld.storage)

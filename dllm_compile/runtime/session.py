@@ -152,7 +152,7 @@ class Session:
         return sum(each.state_bytes() for each in self.batches)
 
     def logits_bytes(self) -> int:
-        """Bytes of what is kept of the graphs' outputs, and of the copies handed out."""
+        """Bytes of the kept outputs of graphs, and of the copies handed out."""
         return sum(each.logits_bytes() for each in self.batches)
 
     # -- one call ----------------------------------------------------------------------------------------------------
@@ -259,8 +259,9 @@ class Session:
         return alike and each.loop is call.loop and free and each.inputs.fit(call.side_inputs)
 
     def _read(self, call: NewCall, candidates: list[Batch], moved: bool) -> Read:
-        """The ids, and what was computed on the device about them, in one transfer; in none where the caller says what
-        the ids are and nothing else has to be asked. Where ranks share layers, what any of them found holds for all.
+        """Read the ids, and what was computed on the device about them, in one transfer; in none where the caller says
+        what the ids are and nothing else has to be asked. Where ranks share layers, what any of them found holds for
+        all.
 
         Raises:
             RuntimeError: ranks that share layers have different ids.
@@ -312,7 +313,9 @@ class Session:
         )
 
     def _of_all_ranks(self, parts: list[torch.Tensor], group: str) -> torch.Tensor:
-        """What any rank found, ``parts`` but for the ids, which come first and have to be the same on all of them."""
+        """Combine ``parts`` but the first over the ranks: true where any rank has it. The first part, the ids, has to
+        be the same on all.
+        """
         own = checksum(parts[0]).reshape(1)
         *found, most, least = largest(torch.cat([*parts[1:], own, -own]), group)[:, None].unbind()
         if bool(most != -least):

@@ -33,7 +33,7 @@ def kind_of(value: Any) -> str:
 
 
 def check_ids(name: str, ids: Any) -> None:
-    """Refuse what are no token ids ``[B, S]`` of at least one sequence.
+    """Refuse anything but token ids ``[B, S]`` of at least one sequence.
 
     Raises:
         TypeError: it is no tensor.
@@ -276,7 +276,7 @@ def _check_values(
 
 
 def _check_tensor(name: str, value: Any, x: torch.Tensor, shape: Any, kind: str) -> None:
-    """Refuse what is no tensor of a kind and shape (``None`` is any size) on the device of ``x``."""
+    """Refuse anything but a tensor of a kind and shape (``None`` is any size) on the device of ``x``."""
     fits = isinstance(value, torch.Tensor) and value.dim() == len(shape) and value.device == x.device
     for i, size in enumerate(shape):
         fits = fits and (size is None or value.shape[i] == size)

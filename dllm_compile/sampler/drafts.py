@@ -124,7 +124,7 @@ class Drafts:
 
 
 def check(settings: Settings, options: dict[str, Any], sequences: int, shift: bool) -> bool:
-    """Refuse what drafts cannot repeat; returns whether they share what is kept of the sequence.
+    """Refuse settings that drafts cannot repeat; returns whether drafts share the kept rows of the sequence.
 
     Raises:
         ValueError: several sequences, chance, guidance, or steps that depend on more than the tokens of a block.

@@ -59,7 +59,7 @@ def quota(first: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def fraction(step: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
-    """Dream's share ``[B]`` float32 of what is masked: ``1 - s / t`` on ``linspace(1, eps)``; 1 last, 0 after that."""
+    """Dream's share ``[B]`` float32 of the masks: ``1 - s / t`` on ``linspace(1, eps)``; 1 last, 0 after that."""
     times = torch.linspace(1, eps, steps + 1)
     part = 1 - times[1:] / times[:-1]
     part[-1] = 1
@@ -67,7 +67,9 @@ def fraction(step: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
 
 
 def capped(first: torch.Tensor, left: torch.Tensor, step: torch.Tensor, steps: int) -> torch.Tensor:
-    """Counts ``[B]`` int64 of Fast-dLLM's Dream without blocks: equal parts, and what was refused before."""
+    """Counts ``[B]`` int64 of Fast-dLLM's Dream without blocks: equal parts, plus the tokens that earlier steps did not
+    write.
+    """
     return torch.minimum(first // steps * (step + 1), first) - (first - left)
 
 

@@ -22,7 +22,7 @@ class Stopping:
     padding: int | None
 
     def fill(self, eos: tuple[int, ...]) -> int:
-        """The token id that takes the place of what is behind an end: the padding, or else an end of sequence.
+        """The token id that replaces everything behind an end: the padding, or else an end of sequence.
 
         Raises:
             ValueError: neither is known.
@@ -103,7 +103,7 @@ class Stops:
         self.first = [prompt + int(each) for each in said]
 
     def behind(self, x: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """What is behind ends: ``[B, S]`` bool on the CPU.
+        """The tokens behind an end: ``[B, S]`` bool on the CPU.
 
         Args:
             x: ``[B, S]`` int64.

@@ -103,7 +103,7 @@ class ActiveRows:
         return self.options.keep_ratio is None
 
     def grow(self, response: torch.Tensor) -> None:
-        """The sequences have new tokens behind their last, and refresh: ``response`` ``[B, S]`` bool is that of all."""
+        """Append new tokens to the sequences, which refresh; ``response`` ``[B, S]`` bool is that of all tokens."""
         more = (0, response.shape[1] - self.response.shape[1])
         self.response = response
         self.since, self.current = (pad(each, more) for each in (self.since, self.current))
@@ -153,7 +153,7 @@ class ActiveRows:
         return replace(plan, assignment=assignment, fresh=self.chosen.fresh, kept=self.chosen.kept)
 
     def _readable(self, call: Call, written: torch.Tensor) -> torch.Tensor:
-        """The rows ``[B, S]`` bool that tokens are read of which were computed or are asked for."""
+        """The rows ``[B, S]`` bool whose logits are read and that were computed or asked for."""
         rows = written if call.read is None else written | (call.read & call.masked)
         return rows if self.options.shift is False else with_row_before(rows)
 
@@ -189,7 +189,7 @@ class ActiveRows:
         return rows
 
     def _present(self, call: Call) -> torch.Tensor | None:
-        """The rows ``[B, S]`` bool that no mechanism leaves out; ``None`` where none does so."""
+        """The rows ``[B, S]`` bool that are present; ``None`` where no mechanism leaves any out."""
         if not self.leaves_out:
             return None
         rows = torch.ones_like(call.masked)
@@ -253,8 +253,8 @@ class ActiveRows:
         return reasons
 
     def _full(self, call: Call, reach: torch.Tensor, present: torch.Tensor | None) -> Plan:
-        """A call that computes every row that is present; the last of several chooses what is kept beside rows within
-        ``reach``.
+        """The plan of a call that computes every row that is present; the last of several such calls also chooses the
+        entries to keep, beside rows within ``reach``.
         """
         self.follows = self.evict is None
         self.chosen = None

@@ -43,7 +43,7 @@ class KeptOutside:
         self.age = torch.zeros(len(response), 1, dtype=torch.int64)  # partial steps since it was computed
 
     def next(self, call: Call) -> Plan:
-        """Rows of the call, and which sequences compute what is kept."""
+        """The plan of a call, and which sequences compute attention over the keys outside anew."""
         plan = self.steps.next(call)
         if plan.active is None or plan.written is None or plan.refreshed is None:
             self.rows = torch.zeros_like(self.rows)
