@@ -31,8 +31,9 @@ from .runtime.lower import Compiled
 from .runtime.memory import process_peak_bytes
 from .runtime.program import Program
 from .runtime.programs import Key, Programs
+from .runtime.read import NewCall
 from .runtime.run import run
-from .runtime.session import NewCall, Session, sessions
+from .runtime.session import Session, sessions
 from .runtime.stats import Stats
 from .runtime.step import Step
 from .runtime.unchanged import Inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from .batch import Batch
 from .evidence import Evidence
 from .positions import packed, positions_of_call, positions_returned
 from .program import Program
+from .read import Read
 from .skipping import widths
 from .step import Past, Step
 
@@ -26,27 +27,6 @@ if TYPE_CHECKING:
 
 HISTORY = 8  # earlier ids that are remembered, to tell a second loop on the same prompt
 MULTIPLE = 32  # of which the rows of a recorded call are one: few kinds of calls, and a GPU is as fast for 32 as for 1
-
-
-@dataclass
-class Read:
-    """A call, as the host reads it off its inputs.
-
-    Attributes:
-        ids, on_device: ``[B, S]`` int64 token ids, on the host and where they came from.
-        same_inputs, same_head_inputs: by the batch that may go on, whether the tensors that the layers read, and those
-            that only the head reads, equal those of its last call.
-        found: of sequences in doubt, what the call's tokens say against the logits that they expected; see
-            :mod:`dllm_compile.runtime.evidence`.
-        weights_written: whether a weight was written to since the last call.
-    """
-
-    ids: torch.Tensor
-    on_device: torch.Tensor
-    same_head_inputs: dict[Batch, bool]
-    same_inputs: dict[Batch, bool]
-    found: dict[Batch, list[float]]
-    weights_written: bool
 
 
 def next_step(session: Session, batch: Batch, read: Read, program: Program) -> Step:

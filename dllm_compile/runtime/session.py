@@ -11,7 +11,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from operator import is_
 from time import perf_counter
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from dllm_compile.core.ranks import largest
-from dllm_compile.declared import Loop, NoDrafts, drafts, ids_on_host
+from dllm_compile.declared import NoDrafts, drafts
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
 from dllm_compile.passes.block_cache import BLOCK, of_drafts
@@ -28,37 +27,15 @@ from .batch import Batch, bytes_of
 from .evidence import SHORT, Evidence, begins_masked
 from .growing import grows, may_grow
 from .ids import infer_mask_id, mask_of_changes
-from .next_step import Read, next_step
-from .program import Program
+from .next_step import next_step
+from .read import NewCall, Read, read_call
 from .stats import Stats
 from .step import Past, Step
-from .unchanged import Inputs, Weights, checksum
+from .unchanged import Inputs, Weights
 
 BATCHES = 16  # alive in one model at most
 SCORED = 64  # prompts that are remembered because texts on them were scored
 LEAST_CAPACITY = 64  # salient rows that a recorded layer has memory for at least
-
-
-@dataclass(frozen=True, eq=False)
-class NewCall:
-    """The first graph of a call of the model, before it is known which sequences it is of.
-
-    Attributes:
-        ids: ``[B, S]`` integer token ids; or, of a graph that sees none, a number for each row of the hidden state that
-            enters its first layer, the same for the same row; see :func:`.ids.labels`.
-        program: the graph.
-        side_inputs: the other tensors that its stem and layers read, but parameters.
-        head_inputs: those that only its head reads; with others the same ids are no repetition.
-        args: all its arguments; empty where ``ids`` are none of them.
-        loop: what the caller says of it, see :func:`dllm_compile.loop`.
-    """
-
-    ids: torch.Tensor
-    program: Program
-    side_inputs: Sequence[torch.Tensor]
-    head_inputs: Sequence[torch.Tensor] = ()
-    args: Sequence[Any] = ()
-    loop: Loop | None = None
 
 
 class Session:
@@ -168,7 +145,7 @@ class Session:
         if drafts():
             return self._drafts(call)
         candidates = [each for each in self.batches if self._could_be(each, call)]
-        read = self._read(call, candidates, moved)
+        read = read_call(call, candidates, self.weights, moved, self.group)
         if read.weights_written:
             self._weights_changed()
         candidates = [each for each in candidates if read.same_inputs[each]]
@@ -257,73 +234,6 @@ class Session:
         alike = each.past is not None and each.past.ids.shape == call.ids.shape and each.model == call.program.signature
         free = each.thread in (None, threading.get_ident())
         return alike and each.loop is call.loop and free and each.inputs.fit(call.side_inputs)
-
-    def _read(self, call: NewCall, candidates: list[Batch], moved: bool) -> Read:
-        """Read the ids, and what was computed on the device about them, in one transfer; in none where the caller says
-        what the ids are and nothing else has to be asked. Where ranks share layers, what any of them found holds for
-        all.
-
-        Raises:
-            RuntimeError: ranks that share layers have different ids.
-        """
-        ids = call.ids
-        parts = [ids.detach().reshape(-1).long()]
-        device, said = ids.device, ids_on_host(ids)
-
-        def put(values: torch.Tensor) -> None:
-            flat = values.reshape(-1)
-            parts.append((flat.view(torch.int64) if flat.dtype == torch.float64 else flat.long()).to(device))
-
-        alone = self.group is None
-        written = [] if alone and (moved or said is not None) else self.weights.written()
-        if not alone:
-            written.append(torch.tensor(moved, device=device))
-        differ = [each.inputs.differ(call.side_inputs, counted=said is not None) for each in candidates]
-        of_heads = [each.known_head_inputs(said, call.head_inputs) for each in candidates]
-        differ_at_head = [known.differ(call.head_inputs) if known is not None else [] for known in of_heads]
-        if not alone:  # ranks may have looked at another number of things
-            differ, differ_at_head = ([[_any(flags, device)] for flags in of] for of in (differ, differ_at_head))
-            written = [_any(written, device)]
-        for flag in (flag for mine in (written, *differ, *differ_at_head) for flag in mine):
-            put(flag)
-        doubted = [each for each in candidates if each.expected is not None]
-        for each in doubted:
-            assert each.past is not None
-            assert each.expected is not None
-            put(each.expected.compare(ids.long(), each.past.on_device, each.mask_id))
-        if self.group is not None:
-            parts[1:] = [self._of_all_ranks(parts, self.group)]
-        packed, at = torch.cat(parts) if len(parts) > 1 else parts[0], ids.numel()
-        host = said.reshape(-1).long() if said is not None and len(parts) == 1 else packed.cpu()
-        flags = torch.split(
-            host[at:].bool(), [len(written), *map(len, differ), *map(len, differ_at_head), 7 * len(doubted)]
-        )
-        count = 1 + len(candidates)
-        numbers = host[len(host) - 7 * len(doubted) :].view(torch.float64).view(-1, 7).tolist() if doubted else []
-        return Read(
-            host[:at].view(ids.shape),
-            packed[:at].view(ids.shape),
-            same_head_inputs={
-                each: known is not None and not bool(mine.any())
-                for each, known, mine in zip(candidates, of_heads, flags[count:-1], strict=True)
-            },
-            same_inputs={each: not bool(mine.any()) for each, mine in zip(candidates, flags[1:count], strict=True)},
-            weights_written=bool(flags[0].any()),
-            found=dict(zip(doubted, numbers, strict=True)),
-        )
-
-    def _of_all_ranks(self, parts: list[torch.Tensor], group: str) -> torch.Tensor:
-        """Combine ``parts`` but the first over the ranks: true where any rank has it. The first part, the ids, has to
-        be the same on all.
-        """
-        own = checksum(parts[0]).reshape(1)
-        *found, most, least = largest(torch.cat([*parts[1:], own, -own]), group)[:, None].unbind()
-        if bool(most != -least):
-            raise RuntimeError(
-                "ranks that share the layers of a model were given different token ids: give each the same, such as by "
-                "the same seed where a loop draws"
-            )
-        return torch.cat([parts[0][:0], *found])
 
     def _weights_changed(self) -> None:
         """Drop the rows of all sequences: weights changed, so their next calls compute every row."""
@@ -438,10 +348,6 @@ class Session:
         needed = max((bytes_of([each]) for each in others), default=0)
         while others and bytes_of(others) + needed > self.options.max_state_bytes:
             others.pop(0).begin_anew()
-
-
-def _any(flags: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack([flag.to(device) for flag in flags]).any() if flags else torch.tensor(False, device=device)
 
 
 def _agrees(ids: torch.Tensor, first: torch.Tensor, response: torch.Tensor) -> bool:
