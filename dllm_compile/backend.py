@@ -350,7 +350,7 @@ class Backend:
         Weights that are no parameters are inputs of the sequences; the graph has a session of its own then.
         """
         with _MAKING:
-            known = [*self.sessions, *(sessions() if weights else ())]
+            known: list[Session] = [*self.sessions, *(sessions() if weights else ())]
             for session in known:
                 if session.owns(weights) and session.options == options:
                     if session not in self.sessions:

@@ -166,10 +166,12 @@ def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any
     out = Explanation()
     for backend in backends:
         out.refused += backend.refused
-        for session in backend.mine:
+        for session in backend.sessions:
             session.drop()
-        out.graphs += [_describe(program) for program in backend.programs.values() if program is not None]
-    _add_costs(out, [p for b in backends for p in b.programs.values() if p is not None], example_ids, chosen)
+    found = (program for backend in backends for program in backend.programs.known.values())
+    programs = [program for program in found if program is not None]
+    out.graphs += map(_describe, programs)
+    _add_costs(out, programs, example_ids, chosen)
     return out
 
 

@@ -137,7 +137,7 @@ class Step:
         if returned is not None:  # it lies last
             places = places[:-1]
             memory = memory[: span(places)]
-        more = {name: indices.pop(name) for name in IN_MEMORY if name in indices}
+        more: dict[str, Any] = {name: indices.pop(name) for name in IN_MEMORY if name in indices}
         step = cls(past, repeat, assignment, indices, sizes, shape, **more)
         step.memory, step.places, step.returned = memory, places, returned
         return step
