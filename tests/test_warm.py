@@ -16,8 +16,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import dllm_compile
-from dllm_compile.backend import PROGRAMS, Backend
+from dllm_compile.backend import Backend
 from dllm_compile.runtime import session, unit_code
+from dllm_compile.runtime.programs import MOST
 
 from . import models, small_model
 from .models import MASK
@@ -110,7 +111,7 @@ def test_memory_is_bounded_over_a_hundred_sequences() -> None:
     assert held[-1][0] == held[20][0]
     assert max(batches for _, batches in held) <= session.BATCHES
     programs = [len(b.programs.known) for b in gc.get_objects() if type(b) is Backend]
-    assert max(programs) <= PROGRAMS
+    assert max(programs) <= MOST
 
 
 def test_what_it_cannot_do_is_said() -> None:
