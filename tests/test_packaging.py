@@ -181,7 +181,7 @@ def test_the_reader_of_private_names_reads_every_spelling() -> None:
     assert [line for line in fine if list(private_names(line))] == []
 
 
-SHARED_WITH_METHODS = ("emit", "assignment", "rows", "state")  # they name row sets, which methods brought
+SHARED_WITH_METHODS = ("emit", "emit_attention", "assignment", "rows", "state")  # they name the row sets of methods
 
 
 @pytest.mark.parametrize("path", in_folder("core"), ids=ident)

@@ -44,7 +44,7 @@ class FunctionFailed(RuntimeError):
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Turn an exception in the block into :class:`FunctionFailed`, which says whose function raised it.
+    """Turn an exception in its body into :class:`FunctionFailed`, which says whose function raised it.
 
     Args:
         what: who does what, as in "the rule 'dual' says rows".
@@ -74,7 +74,7 @@ def named(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def refusing(doing: str) -> Iterator[None]:
-    """Turn an exception in the block, which is a fault of this package, into a :class:`GraphRefused` that asks to
+    """Turn an exception in its body, which is a fault of this package, into a :class:`GraphRefused` that asks to
     report it.
 
     The one place that catches everything: a graph we were not made for runs plainly and does not stop the user's
