@@ -28,7 +28,7 @@ from .runtime.skipping import layers_at, widths
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
 from .schedule.method import schedule
 
-_HEADS = "variant", "query", "key", "value", "FLOPs relative to full"
+_HEADS = "variant", "query", "key", "value", "FLOPs relative to eager"
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Explanation:
         graphs: a description of each graph that Dynamo handed over, in order.
         refused: graphs that run on plain Inductor, with the reason.
         flops: closed form per variant of a whole step, in the symbols of :mod:`dllm_compile.runtime.cost`.
-        relative: the same relative to a full step, for the given lengths, half of the response still masked and a
-            tenth of it salient.
+        relative: the same relative to an eager step, which computes logits of all rows, for the given lengths, half of
+            the response still masked and a tenth of it salient.
         state_bytes: closed form of what is kept between steps.
         peak_bytes: by variant, about so many bytes beyond the weights, for the same lengths: what is kept, and the
             values of the unit that needs most. Temporaries of operations, and logits handed out, come on top.
@@ -118,9 +118,18 @@ class Explanation:
         lines += ["", *[f"FLOPs {name} = {expression}" for name, expression in self.flops.items()]]
         lines.append(f"state bytes = {self.state_bytes}")
         lines += [f"peak bytes {name} ~ {count}" for name, count in self.peak_bytes.items()]
-        if self.lengths:
-            lines.append("at " + ", ".join(f"{name} = {value}" for name, value in self.lengths.items()))
-        return lines
+        at = self.meanings()
+        return [*lines, f"at {', '.join(at)}"] if at else lines
+
+    def meanings(self) -> list[str]:
+        """What the symbols of the formulas stand for, each with its number, as in ``"S = 320 (tokens of each)"``."""
+        formulas = (*self.flops.values(), self.state_bytes)
+        read = {symbol.name for formula in formulas for symbol in formula.free_symbols}
+        return [
+            f"{name} = {value} ({cost.MEANING.get(name, 'active rows of deeper layers')})"
+            for name, value in self.lengths.items()
+            if name in read
+        ]
 
 
 def explain(model: torch.nn.Module, example_ids: torch.Tensor, /, **options: Any) -> Explanation:
@@ -293,7 +302,7 @@ def _also(method: Schedule, options: Options, skipped: dict[int, int], lengths: 
         said.append(f"from depth {depths} on, layers compute fewer rows in partial steps; FLOPs are of all rows")
     for layer, which in skipped.items():
         said.append(
-            f"in partial steps, layers from number {layer + 1} on compute A{which + 1} = "
+            f"in partial steps, layer {layer} and those behind it compute A{which + 1} = "
             f"{lengths[f'A{which + 1}']} of the A = {lengths['A']} rows"
         )
     leaving = [each.name for each in turned_on(options, "present")]

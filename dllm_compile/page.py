@@ -18,7 +18,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #1d2329 }
 h1, h2 { font-weight: 600 } table { border-collapse: collapse } th, td { padding: .2rem .8rem; text-align: left }
 tbody tr:nth-child(odd) { background: #f4f6f8 } td.number { text-align: right; font-variant-numeric: tabular-nums }
-code, svg text { font-family: ui-monospace, monospace; font-size: 12px } .wide { overflow-x: auto }
+code, pre, svg text { font-family: ui-monospace, monospace; font-size: 12px } .wide { overflow-x: auto }
+pre { white-space: pre-wrap } svg .axis { font-family: system-ui, sans-serif; fill: #56616c }
 td.bars { white-space: nowrap }
 .bar { display: inline-block; height: .7rem; background: #3b6fb6; margin-right: .4rem }
 .key span { display: inline-block; width: .9rem; height: .9rem; margin: 0 .3rem 0 1rem; vertical-align: -.1rem }
@@ -36,8 +37,14 @@ def page(title: str, found: Explanation, ran: Sequence[Ran]) -> str:
     Returns:
         HTML that refers to nothing outside of itself and runs no script.
     """
-    parts = [f"<h1>{escape(title)}</h1>", *_lines("What was found", found.graphs)]
-    parts += _lines("Runs on plain Inductor", found.refused)
+    parts = [f"<h1>{escape(title)}</h1>", *_lines("Runs on plain Inductor", found.refused)]
+    if ran:
+        parts += [
+            "<h2>Rows that each layer computes at each step</h2>",
+            "<p>A row is one token of one sequence. One column a step of a loop that fills one token a step, one line "
+            "a layer; the darker, the more rows.</p>",
+            f'<div class="wide">{_heat(ran)}</div>',
+        ]
     if found.variants:
         parts += ["<h2>Cost of each kind of step</h2>", _costs(found), *_lines("", found.more)]
     colours = _colours(found)
@@ -50,10 +57,9 @@ def page(title: str, found: Explanation, ran: Sequence[Ran]) -> str:
             _key(values, colours),
             f'<div class="wide">{_graph(values, colours)}</div>',
         ]
-    if ran:
-        parts += ["<h2>Rows that each layer computes at each step</h2>", f'<div class="wide">{_heat(ran)}</div>']
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{chr(10).join(parts)}\n</body></html>\n'
+    parts += _lines("Graphs that were found", found.graphs)
+    body = "\n".join(parts)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{_head(title)}</head><body>\n{body}\n</body></html>\n'
 
 
 def _lines(heading: str, lines: Sequence[str]) -> list[str]:
@@ -76,12 +82,21 @@ def _costs(found: Explanation) -> str:
             f'<tr><td>{escape(name)}</td>{sets}<td class="bars">{bar}{share:.3f}</td>'
             f'<td class="number">{peak}</td><td>{formula}</td></tr>'
         )
-    heads = ("kind of step", "query", "key", "value", "share of a full step", "peak MiB", "FLOPs")
-    at = ", ".join(f"{name} = {value}" for name, value in found.lengths.items())
+    heads = ("kind of step", "query", "key", "value", "FLOPs relative to eager", "peak MiB", "FLOPs")
+    at = ", ".join(found.meanings())
     return (
         f'<div class="wide"><table><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f"<p>At {escape(at)}. Kept between steps: <code>{escape(str(found.state_bytes))}</code> bytes.</p>"
+        "<p>Query, key and value: the rows that these are computed for. An eager step computes logits of every row, a "
+        f"step of this backend those that a sampler may read. At {escape(at)}. Kept between steps: "
+        f"<code>{escape(str(found.state_bytes))}</code> bytes.</p>"
+    )
+
+
+def _head(title: str) -> str:
+    return (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     )
 
 
@@ -137,15 +152,34 @@ def _heat(ran: Sequence[Ran]) -> str:
     wide = max(4, min(18, 1000 // max(len(ran), 1)))
     drawn = [
         f'<rect x="{40 + i * wide}" y="{(layers - 1 - layer) * _LINE}" width="{wide - 1}" height="{_LINE - 1}" '
-        f'fill="hsl(213 50% {94 - 64 * rows / most:.0f}%)">'
+        f'fill="{_shade(rows / most)}">'
         f"<title>step {step.number} ({escape(step.name)}), layer {layer}: {rows} rows a sequence</title></rect>"
         for i, step in enumerate(ran)
         for layer, rows in step.computed.items()
     ]
     drawn += [
-        f'<text x="34" y="{(layers - 1 - layer) * _LINE + 12}" text-anchor="end">{layer}</text>'
-        for layer in range(layers)
+        _axis(34, (layers - 1 - layer) * _LINE + 12, "end", str(layer))
+        for layer in range(0, layers, 1 if layers <= 16 else 4)
     ]
     bottom = layers * _LINE + 14
-    drawn.append(f'<text x="40" y="{bottom}">steps; the darker, the more rows of at most {most}</text>')
-    return f'<svg width="{44 + len(ran) * wide}" height="{bottom + 6}" role="img">{"".join(drawn)}</svg>'
+    every = next(n for n in (1, 5, 10, 50, 100, 1000) if n * wide >= 30 or n == 1000)
+    drawn += [_axis(40 + i * wide + wide // 2, bottom, "middle", str(i)) for i in range(0, len(ran), every)]
+    drawn.append(f'<text class="axis" transform="translate(12 {layers * _LINE / 2:.0f}) rotate(-90)" ')
+    drawn[-1] += 'text-anchor="middle">layer</text>'
+    drawn.append(_axis(40, bottom + 18, "start", "step"))
+    shown = sorted({0, round(most / 4), round(most / 2), most})
+    for i, rows in enumerate(shown):
+        x = 100 + i * 110
+        drawn.append(f'<rect x="{x}" y="{bottom + 7}" width="14" height="14" fill="{_shade(rows / most)}"/>')
+        drawn.append(_axis(x + 20, bottom + 18, "start", f"{rows} rows"))
+    width = max(44 + len(ran) * wide, 100 + len(shown) * 110)
+    return f'<svg width="{width}" height="{bottom + 28}" role="img">{"".join(drawn)}</svg>'
+
+
+def _shade(share: float) -> str:
+    """The colour of a share of all rows."""
+    return f"hsl(213 50% {94 - 64 * share:.0f}%)"
+
+
+def _axis(x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text class="axis" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'

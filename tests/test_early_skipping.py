@@ -351,5 +351,5 @@ def test_less_is_computed() -> None:
 
 def test_explain_tells_of_it() -> None:
     found = str(dllm_compile.explain(model_of(0), start(1, 0), mask_id=MASK, **ES))
-    assert "in partial steps, layers from number 2 on compute A1 = 3 of the A = 7 rows" in found
-    assert "in partial steps, layers from number 3 on compute A2 = 2 of the A = 7 rows" in found
+    assert "in partial steps, layer 1 and those behind it compute A1 = 3 of the A = 7 rows" in found
+    assert "in partial steps, layer 2 and those behind it compute A2 = 2 of the A = 7 rows" in found

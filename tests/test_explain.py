@@ -211,7 +211,7 @@ def test_explain_says_how_many_rows_deeper_layers_compute() -> None:
     found = dllm_compile.explain(build("small"), ids, mask_id=models.MASK, **SKIPPING)
     active = found.lengths["A"]
     assert [found.lengths[name] for name in ("A1", "A2")] == [active // 2, int(0.4 * active)]
-    rows = f"in partial steps, layers from number 2 on compute A1 = {active // 2} of the A = {active} rows"
+    rows = f"in partial steps, layer 1 and those behind it compute A1 = {active // 2} of the A = {active} rows"
     assert rows in found.more
     dual = {name: value for name, value in SKIPPING.items() if not name.startswith("row_")}
     every = dllm_compile.explain(build("small"), ids, mask_id=models.MASK, **dual)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
+import subprocess
 from functools import cache
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import pytest
 import rich.console
 import torch
 
@@ -110,9 +115,42 @@ def test_a_terminal_gets_a_table_that_says_the_same() -> None:
         cells = [name, variant.query.name, variant.key.name, variant.value.name, f"{explanation.relative[name]:.3f}"]
         assert cells in [re.findall(r"[\w.+]+", line) for line in shown.splitlines()]
         assert cells in [line.split() for line in said.splitlines()]
-    for line in (*explanation.graphs, f"state bytes = {explanation.state_bytes}"):
+    for line in (*explanation.graphs, f"state bytes = {explanation.state_bytes}", "S = 14 (tokens of each)"):
         assert line in shown
         assert line in said
+
+
+def test_what_formulas_are_made_of_is_said() -> None:
+    explanation, _ = found()
+    read_by = {symbol.name for formula in explanation.flops.values() for symbol in formula.free_symbols}
+    said = [re.fullmatch(r"(\w+) = (\d+) \(.+\)", line) for line in explanation.meanings()]
+    assert {match[1]: int(match[2]) for match in said if match} == {n: explanation.lengths[n] for n in read_by}
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MEASURED = """<script>
+const drawn = [...document.querySelectorAll("svg")].map(each => {
+  const box = each.getBBox(), size = each.getBoundingClientRect();
+  return [-box.x, -box.y, box.x + box.width - size.width, box.y + box.height - size.height];
+});
+const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+document.body.replaceChildren(JSON.stringify({ wide, drawn }));
+</script>"""
+"""In place of a page, how much wider it is than the window, and how far each drawing reaches beyond its four sides."""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_shows_all_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(read("a long title " * 20)[1] + MEASURED)
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=900,700", f"--user-data-dir={tmp_path}"]
+    done = subprocess.run(
+        [str(BROWSER), *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=600, check=True
+    )
+    found = json.loads(done.stdout.partition("<body>")[2].partition("</body>")[0])
+    assert found["wide"] <= 0
+    assert len(found["drawn"]) == 2
+    assert max(map(max, found["drawn"])) <= 0
 
 
 def test_text_is_escaped() -> None:

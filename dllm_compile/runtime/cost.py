@@ -2,10 +2,7 @@
 
 A token-wise call costs the same for every row, so its count for all ``S`` rows, taken once with
 ``torch.utils.flop_counter`` on fake tensors, gives it for any number of rows. Attention costs ``2 (h + h_v)`` FLOPs
-per query row, key row and query head. Symbols: ``B`` batch, ``S`` tokens, ``P`` prompt, ``G`` response, ``n``
-selected rows, ``A`` active rows, ``s`` salient rows, ``E`` entries kept by eviction, ``F`` those of fresh rows beside
-them, ``R`` readable rows, ``W`` rows that are present in a full step that leaves some out, ``A1``, ``A2`` and so on
-active rows from each depth on, where deeper layers skip some.
+per query row, key row and query head. ``MEANING`` says what the symbols stand for.
 """
 
 from __future__ import annotations
@@ -33,6 +30,20 @@ from dllm_compile.core.state import outside_shape, shape
 from dllm_compile.core.units import Attention, Unit
 
 B, S, P, G, N, A, T, E, F, R, W = sympy.symbols("B S P G n A s E F R W", positive=True, integer=True)
+MEANING = {
+    "B": "sequences",
+    "S": "tokens of each",
+    "P": "tokens of the prompt",
+    "G": "tokens of the response",
+    "R": "readable rows",
+    "n": "selected rows",
+    "A": "active rows",
+    "s": "salient rows",
+    "E": "entries kept by eviction",
+    "F": "entries of fresh rows beside them",
+    "W": "rows that are present where a full step leaves some out",
+}
+"""Of symbols. ``A1``, ``A2`` and so on are active rows from each depth on, where deeper layers skip some."""
 ROWS = {
     "all": S,
     "none": sympy.Integer(0),
