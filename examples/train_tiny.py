@@ -302,6 +302,8 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save({**state, "step": step + 1, "seconds": elapsed, "rows": rows}, args.checkpoint)
+            # Prompts hold fillers, which transformers' generate would take for padding.
+            average.module.config.pad_token_id = tokenizer.eos_token_id
             average.module.save_pretrained(args.out)
             (args.out / "generation_config.json").unlink(missing_ok=True)  # nothing here uses transformers' generate
             tokenizer.save_pretrained(args.out)

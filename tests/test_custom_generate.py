@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
 import dllm_compile
-from dllm_compile import Generated, generate
+from dllm_compile import Generated, generate, tiny
 from dllm_compile.sampler.handed import REFUSED
 
 from . import models
@@ -162,6 +162,30 @@ def test_a_streamer_gets_the_prompt_once_and_the_rest_in_order() -> None:
     direct = Streamer()
     generate(model, prompt, generation_config=transformers.GenerationConfig(max_new_tokens=8), streamer=direct)
     assert direct.given == streamer.given
+
+
+def test_padding_that_transformers_sees_in_a_prompt_is_asked_about() -> None:
+    """Without a mask it takes every token that is also the one for padding to be padding."""
+    model, prompts = causal_lm(), torch.tensor([[4, 5, 6, 7, 8, 9]])
+    with pytest.raises(ValueError, match="hold the padding token 6 behind other tokens"):
+        through(model, prompts, max_new_tokens=8, pad_token_id=6)
+    want = tokens(model, prompts, gen_length=8)
+    assert torch.equal(
+        through(model, prompts, max_new_tokens=8, pad_token_id=6, attention_mask=torch.ones_like(prompts)), want
+    )
+    mask = (prompts != 4).long()
+    want = tokens(model, prompts, gen_length=8, attention_mask=mask)
+    assert torch.equal(through(model, prompts, max_new_tokens=8, pad_token_id=4), want)
+
+
+@cached
+def test_the_embedded_model_generates_as_any_other() -> None:
+    model, tokenizer = tiny.load()
+    prompts = tiny.encode(tiny.problems(2, seed=3), tokenizer)
+    assert (prompts == tokenizer.convert_tokens_to_ids(tiny.FILLER)).any()
+    want = tokens(model, prompts, gen_length=tiny.RESPONSE_LENGTH, threshold=0.9)
+    got = through(model, prompts, {"threshold": 0.9}, max_new_tokens=tiny.RESPONSE_LENGTH, use_cache=True)
+    assert torch.equal(got, want)
 
 
 # -- stopping criteria -------------------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def taken(
     for name in ("assistant_model", "synced_gpus"):
         if caller.get(name):
             raise ValueError(f"generate has no {name}; leave it out")
+    if caller.get("kwargs_has_attention_mask") is False and attention_mask is not None:
+        _check_made(attention_mask, config)
     kept = {name: given[name] for name in CACHES if hasattr(given.get(name), "get_seq_length")}
     own = {name: value for name, value in given.items() if name in known and name not in kept}
     bound = getattr(caller.get("custom_generate"), "keywords", {})  # by functools.partial; a call's go before them
@@ -114,6 +116,15 @@ def _check_processors(processors: Iterable[Any], config: Any) -> None:
                 f"logits_processor holds a {kind}, and generate runs none: tokens are not written one after another; "
                 "leave it out" + (f", and give {field} with do_sample=True" if field else "")
             )
+
+
+def _check_made(mask: torch.Tensor, config: Any) -> None:
+    """Refuse a mask that transformers made of a token that is padding and more."""
+    if bool((mask[:, :-1] > mask[:, 1:]).any()):
+        raise ValueError(
+            f"input_ids hold the padding token {config.pad_token_id} behind other tokens, and transformers made an "
+            "attention_mask that hides it; give one, such as torch.ones_like(input_ids)"
+        )
 
 
 def _check_inputs(others: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor | None) -> None:
