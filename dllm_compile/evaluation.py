@@ -36,7 +36,8 @@ class DiffusionLM(LM):  # type: ignore[misc]  # its package is not always instal
         loop: what generates, :func:`dllm_compile.generate` by default; called as :data:`Loop` says.
         batch_size: prompts of a generation, and samples of a likelihood, in one call.
         max_batch_size: of the harness, for ``batch_size=auto``, which is refused.
-        device: of the model; a GPU by default, where there is one. A model that is given stays where it is.
+        device: of the model; a GPU by default, where there is one. The harness says ``cuda:0`` where nothing is said,
+            so that this means a CPU where there is none. A model that is given stays where it is.
         dtype: of the weights, such as ``"bfloat16"``; by default what the checkpoint says.
         revision: of the checkpoint.
         trust_remote_code: whether code of the checkpoint runs, as LLaDA's and Dream's must.
@@ -88,7 +89,7 @@ class DiffusionLM(LM):  # type: ignore[misc]  # its package is not always instal
         self.mc_num, self.seed = _whole("mc_num", mc_num), _whole("seed", seed, least=0)
         self.check_greedy, self.add_special_tokens = check_greedy, add_special_tokens
         if isinstance(pretrained, str):
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            place = _place(device)
             code = {"revision": revision, "trust_remote_code": trust_remote_code}
             model, own = _load(pretrained, place, _dtype(dtype), is_causal, code)
             if isinstance(tokenizer, str):
@@ -293,6 +294,13 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
     if not is_int(number) or number < least:
         raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}")
     return int(number)
+
+
+def _place(device: str | None) -> str:
+    """Where a model is loaded to."""
+    if torch.cuda.is_available():
+        return device or "cuda"
+    return "cpu" if device is None or device.startswith("cuda") else device
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -183,6 +183,8 @@ def test_the_embedded_model_generates_as_any_other() -> None:
     model, tokenizer = tiny.load()
     prompts = tiny.encode(tiny.problems(2, seed=3), tokenizer)
     assert (prompts == tokenizer.convert_tokens_to_ids(tiny.FILLER)).any()
+    with pytest.raises(ValueError, match=r"cannot look for them with this tokenizer \(.+\); give stopping_criteria"):
+        tokens(model, prompts, stop_strings="ba", tokenizer=tokenizer)
     want = tokens(model, prompts, gen_length=tiny.RESPONSE_LENGTH, threshold=0.9)
     got = through(model, prompts, {"threshold": 0.9}, max_new_tokens=tiny.RESPONSE_LENGTH, use_cache=True)
     assert torch.equal(got, want)

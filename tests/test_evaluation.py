@@ -52,7 +52,7 @@ def test_both_kinds_of_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_the_command(tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     words = "-m dllm_compile lm_eval --model dllm --model_args pretrained=tiny,preset=fastest,lowering=eager,mc_num=2"
-    words += f" --tasks tiny_generate,tiny_choice --include_path {TASKS} --limit 1 --batch_size 2 --device cpu"
+    words += f" --tasks tiny_generate,tiny_choice --include_path {TASKS} --limit 1 --batch_size 2"
     done = subprocess.run(
         [sys.executable, *words.split()],
         cwd=ROOT,

@@ -63,14 +63,25 @@ def stopping_of(given: Iterable[Any] | None, strings: Any, tokenizer: Any, confi
                 f"stop_strings are {strings!r}, and there is no tokenizer (transformers hands a custom loop none); "
                 "give stopping_criteria=[transformers.StopStringCriteria(tokenizer, stop_strings)]"
             )
-        from transformers import StopStringCriteria
-
-        criteria.append(StopStringCriteria(tokenizer, strings))
+        criteria.append(_of_strings(strings, tokenizer))
     if config is not None and config.max_time is not None and "MaxTimeCriteria" not in there:
         from transformers import MaxTimeCriteria
 
         criteria.append(MaxTimeCriteria(config.max_time))
     return Stopping(tuple(criteria), getattr(config, "pad_token_id", None)) if criteria else None
+
+
+def _of_strings(strings: Any, tokenizer: Any) -> Criterion:
+    from transformers import StopStringCriteria
+
+    try:
+        criterion: Criterion = StopStringCriteria(tokenizer, strings)
+    except ValueError as error:  # it spells letters with the tokenizer, which one of whole words cannot
+        raise ValueError(
+            f"stop_strings are {strings!r}, and transformers cannot look for them with this tokenizer ({error}); give "
+            "stopping_criteria of your own, such as [lambda ids, scores: tokenizer.decode(ids[0]).endswith(string)]"
+        ) from error
+    return criterion
 
 
 def _is_setting(criterion: Any, config: Any) -> bool:
