@@ -28,6 +28,8 @@ from .runtime.skipping import layers_at, widths
 from .sampler.check import check_ids, check_inputs, check_model, check_range, embedded
 from .schedule.method import schedule
 
+_COLOURS = "blue", "yellow", "green", "red", "magenta", "cyan"
+"""Of row sets in a terminal, in the order in which they are met."""
 _HEADS = "variant", "query", "key", "value", "FLOPs relative to eager"
 
 
@@ -86,14 +88,18 @@ class Explanation:
         return "\n".join([*self._above(), *([""] if lines else []), *lines, *self._below()])
 
     def __rich__(self) -> Any:
-        """The same for ``rich.print``, with a table in colours."""
+        """The same for ``rich.print``: a table with a colour for each row set, and bars."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         table = Table(*_HEADS, title="kinds of steps, and the rows that they compute")
-        for name, cells in self._rows().items():
-            table.add_row(name, *cells, style="bold" if self.relative[name] < 1 else "")
+        rows = self._rows()
+        names = [*dict.fromkeys(name for *sets, _ in rows.values() for name in sets)]
+        colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+        for name, (*sets, relative) in rows.items():
+            bar = "\N{FULL BLOCK}" * round(20 * min(self.relative[name], 1.5))
+            table.add_row(name, *(Text(each, colours[each]) for each in sets), f"{relative} {bar}")
         above, below = Text("\n".join(self._above())), Text("\n".join(self._below()))
         return Group(above, *([table] if self.variants else []), below)
 
