@@ -4,13 +4,17 @@
     after:   matmul(q.transpose(1, 2), k.transpose(1, 2).transpose(-2, -1))
 
 So attention that is written by ``einsum`` reads as any other to the passes behind. Taken are equations of two operands
-with one letter that is summed over, one of each operand alone, and all others in both and in the result. The rest, such
-as a projection, stays as it is. The result is the same up to rounding.
+with one letter that is summed over, one of each operand alone, and all others in both and in the result. One operand
+may have one letter more, as queries whose heads share keys in groups do: the other is expanded along it, as if it had
+it, too. The rest, such as a projection, stays as it is. The result is the same up to rounding.
+
+    before:  einsum("bgnqd,bgkd->bgnqk", q, k)
+    after:   matmul(q, k.unsqueeze(-1).expand(..., n).permute(0, 1, 4, 2, 3).transpose(-2, -1))
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +32,8 @@ class _Product(NamedTuple):
         left, right: the operands.
         terms: the letters of each.
         out: those of the result.
-        batch: the letters of both, in the order of the result.
+        batch: the letters of both, and that of groups, in the order of the result.
+        group: a letter that one operand alone has beside ``row`` or ``column``, and how many entries it stands for.
         row, column, summed: the letter of the left side alone, of the right side alone, and that which is summed over.
     """
 
@@ -37,6 +42,7 @@ class _Product(NamedTuple):
     terms: tuple[Term, Term]
     out: Term
     batch: Term
+    group: dict[str, int]
     row: str
     column: str
     summed: str
@@ -73,16 +79,34 @@ def _read(node: torch.fx.Node, fake: dict[torch.fx.Node, Any]) -> _Product | Non
     left, right, out = terms
     own = [[each for each in a if each not in b] for a, b in ((left, right), (right, left))]
     summed = [each for each in left if each in right and each not in out]
-    batch = tuple(each for each in out if each in left and each in right)
-    if [len(own[0]), len(own[1]), len(summed)] != [1, 1, 1] or {*out} != {*batch, *own[0], *own[1]} or not batch:
+    both = [each for each in out if each in left and each in right]
+    if len(summed) != 1 or {*out} != {*both, *own[0], *own[1]} or not both:
         return None
-    extents = {fake[each].shape[term.index(summed[0])] for each, term in zip(nodes, (left, right), strict=True)}
-    if len(extents) != 1:
+    sizes = [dict(zip(term, fake[each].shape, strict=True)) for each, term in zip(nodes, (left, right), strict=True)]
+    if sizes[0][summed[0]] != sizes[1][summed[0]]:
         return None  # one of them is repeated
+    extent = {**sizes[0], **sizes[1]}
+    group = {each: extent[each] for each in _groups(own, summed[0], out, extent)}
+    own = [[each for each in letters if each not in group] for letters in own]
+    if [*map(len, own)] != [1, 1]:
+        return None
+    batch = tuple(each for each in out if each in both or each in group)
     pair = [(nodes[0], left, own[0][0]), (nodes[1], right, own[1][0])]
     pair.sort(key=lambda each: out.index(each[2]))  # rows come first in the result
     (a, a_term, row), (b, b_term, column) = pair
-    return _Product(a, b, (a_term, b_term), out, batch, row, column, summed[0])
+    return _Product(a, b, (a_term, b_term), out, batch, group, row, column, summed[0])
+
+
+def _groups(own: Sequence[Sequence[str]], summed: str, out: Term, extent: Mapping[str, int]) -> list[str]:
+    """Of the letters that each operand has alone, two of one and one of the other: that which is not the tokens' own.
+
+    Scores have as many rows as columns, and are summed over with values along as many as they have rows.
+    """
+    if sorted(map(len, own)) != [1, 2]:
+        return []
+    (one,), two = sorted(own, key=len)
+    tokens = [each for each in sorted(two, key=out.index) if extent[each] in (extent[one], extent[summed])]
+    return [each for each in two if tokens and each != tokens[-1]]
 
 
 def _terms(equation: str, ranks: Sequence[int]) -> list[Term] | None:
@@ -121,14 +145,23 @@ def _rewrite(graph: torch.fx.Graph, node: torch.fx.Node, product: _Product, fake
             return made(graph.call_method("transpose", (x, *swapped)), fake[x].transpose(*swapped))
         return made(graph.call_method("permute", (x, *order)), fake[x].permute(order))
 
-    a_term, b_term = product.terms
+    def with_groups(x: torch.fx.Node, term: Term) -> tuple[torch.fx.Node, Term]:
+        """``x`` expanded along the groups that it has no letter of."""
+        for letter, count in product.group.items():
+            if letter not in term:
+                x = made(graph.call_method("unsqueeze", (x, -1)), fake[x].unsqueeze(-1))
+                sizes = (*[-1] * len(term), count)
+                x, term = made(graph.call_method("expand", (x, *sizes)), fake[x].expand(sizes)), (*term, letter)
+        return x, term
+
     with graph.inserting_before(node):
-        left = moved(product.left, a_term, (*batch, row, summed))
+        (left, a_term), (keys, b_term) = map(with_groups, (product.left, product.right), product.terms)
+        left = moved(left, a_term, (*batch, row, summed))
         if b_term.index(column) < b_term.index(summed):  # keys, as other models write them
-            keys = moved(product.right, b_term, (*batch, column, summed))
+            keys = moved(keys, b_term, (*batch, column, summed))
             right = made(graph.call_method("transpose", (keys, -2, -1)), fake[keys].transpose(-2, -1))
         else:
-            right = moved(product.right, b_term, (*batch, summed, column))
+            right = moved(keys, b_term, (*batch, summed, column))
         at_out = tuple(product.out.index(each) for each in (*batch, row, column))
         out = made(graph.call_function(torch.matmul, (left, right)), fake[node].permute(at_out))
         out = moved(out, (*batch, row, column), product.out)

@@ -366,6 +366,28 @@ def test_a_second_loop_on_the_same_prompt_is_a_sequence_of_its_own() -> None:
             assert found["steps"] == {"full": number, "block": number * (RESPONSE - 1)}
 
 
+class Gained(Made):
+    """Its logits are multiplied by a number that it is handed."""
+
+    def forward(self, ids: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Logits ``[B, S, V]``."""
+        return super().forward(ids) * gain
+
+
+@pytest.mark.parametrize(("rising", "sequences"), [(False, 1), (True, 2)])
+def test_what_only_the_head_reads_has_to_stay_for_a_window_to_go_on(rising: bool, sequences: int) -> None:
+    """So do floats, such as the epsilon of a norm, that ``dynamic=True`` makes inputs."""
+    model = build(Gained, SMALL)
+    call = compiled(model, **DUAL, dynamic=True)
+
+    def run(model: Any) -> Call:
+        return lambda ids: model(ids, torch.tensor(float(ids.shape[1] if rising else 1)))
+
+    assert windows(run(call), run(model), models.start(PROMPT, 2 * BLOCK), every) < 1e-9
+    found = dllm_compile.stats(model)
+    assert (found["sequences"], found["steps"]["full"]) == (sequences, sequences)
+
+
 def test_a_growing_window_goes_on_through_inductor() -> None:
     model, mask = build(Given, SMALL), block_causal(PROMPT + 2 * BLOCK)[None, None]
     call = compiled(model, **DUAL, lowering="inductor")

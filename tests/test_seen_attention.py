@@ -207,6 +207,10 @@ EQUATIONS = {
     "dots": ("...qd, ...kd -> ...qk", "...qk, ...kd -> ...qd"),
     "heads last": ("bqhd,bkhd->bqhk", "bqhk,bkhd->bqhd"),
     "keys on the left": ("bhkd,bhqd->bhqk", "bhkd,bhqk->bhqd"),
+    "groups": ("bgnqd,bgkd->bgnqk", "bgnqk,bgkd->bgnqd"),
+    "groups, tokens first": ("bqgnd,bkgd->bgnqk", "bgnqk,bkgd->bqgnd"),
+    "groups, keys on the left": ("bgkd,bgnqd->bgnqk", "bgkd,bgnqk->bgnqd"),
+    "one group": ("bnqd,bkd->bnqk", "bnqk,bkd->bnqd"),
 }
 """Of scores, and of what is made of them and the values."""
 
@@ -219,16 +223,21 @@ class Summed(Model):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Logits ``[B, S, V]``."""
         x, (scores_of, mixed) = self.embed(ids), EQUATIONS[self.how]
-        left = self.how == "keys on the left"
+        left, groups = "keys on the left" in self.how, "group" in self.how
+        tokens_first = self.how.endswith(("tokens first", "heads last"))
         for layer in self.layers:
             a = layer.norm_a(x)
             q, k, v = (layer.heads(each(a)) for each in (layer.q, layer.k, layer.v))
-            if self.how in ("tokens first", "heads last"):
-                q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+            if groups:  # the first of every two heads serves both
+                q, k, v = q.unflatten(1, (-1, 2)), k[:, ::2], v[:, ::2]
+            if self.how == "one group":
+                q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            elif tokens_first:
+                q, k, v = (each.movedim(-2, 1) for each in (q, k, v))
             scores = torch.einsum(scores_of, *((k, q) if left else (q, k))) * 0.7
             shares = (torch.tanh(scores) if self.capped else scores).softmax(-1)
             out = torch.einsum(mixed, *((v, shares) if left else (shares, v)))
-            out = out if self.how in ("tokens first", "heads last") else out.transpose(1, 2)
+            out = out if tokens_first else out.movedim(-2, 1)
             x = x + layer.o(out.reshape(x.shape))
         logits: torch.Tensor = self.head(self.norm(x))
         return logits

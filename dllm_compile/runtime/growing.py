@@ -59,8 +59,11 @@ def grows(batch: Batch, side_inputs: Sequence[torch.Tensor], program: Program, a
     was = batch.past.caller
     assert isinstance(was, Program)
     size, tokens = program.size[1], batch.past.ids.shape[1]
-    if program.stand_ins is None or program.head_inputs or program.decision is not None:
+    if program.stand_ins is None or program.decision is not None:
         return None
+    of_head, known = [args[i] for i in program.head_inputs], batch.head_inputs
+    if known is None or not known.fit(of_head) or any(map(bool, known.differ(of_head))):
+        return None  # logits are kept that were made with others
     found = program.depends(args, batch.session.vocabulary)
     if found is None or bool((found[0][:, :tokens] > tokens).any()):
         return None
