@@ -22,7 +22,6 @@ import torch
 
 import dllm_compile
 from dllm_compile import checkpoint
-from dllm_compile.backend import dllm
 from dllm_compile.interface.mechanism import nearest
 from dllm_compile.opaque_modules import CALL_FAILS
 from dllm_compile.quota_loop import quota_loop
@@ -33,7 +32,7 @@ ABOUT = "which models of transformers are cached under which sampling loops, bes
 
 VOCABULARY = 256
 MASK = VOCABULARY - 1
-PROMPT, RESPONSE, BLOCK, STEPS = 16, 16, 8, 8
+TOKENS, PROMPT, CANVAS_LENGTH, EACH = 32, 16, 8, 4  # in all, of a prompt, of a canvas, and those that a step writes
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 128,
@@ -61,7 +60,7 @@ CANVAS: dict[str, Any] = {
         "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
     },
-    "canvas_length": BLOCK, "boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 5,
+    "canvas_length": CANVAS_LENGTH, "boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 5,
 }  # fmt: skip
 
 CLASSES: dict[str, dict[str, Any]] = {
@@ -103,9 +102,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Rows of the table: a class of transformers, and its configuration."""
 
-CACHED = {"cache": "dual", "block_length": BLOCK}
-NEUTRAL = {"prompt_interval": 1, "response_interval": 100, "transfer_ratio": 1.0}
-"""Partial steps that compute every row: what a sampler reads equals eager's, and comes by way of the cached rows."""
+OPTIONS: dict[str, Any] = {"cache": "dual", "mask_id": MASK}
 FAILS = (*CALL_FAILS, KeyError, ImportError, NotImplementedError)
 COLUMNS = "model", "sampler", "cached layers", "dtype", "largest error", "tokens as eager", "remark"
 
@@ -114,15 +111,18 @@ COLUMNS = "model", "sampler", "cached layers", "dtype", "largest error", "tokens
 class Row:
     """What one model did under one sampler.
 
+    A loop runs twice, in one block. Without a prompt a partial step computes every row, by code that is written for
+    some: then what a sampler reads equals eager's. With a prompt it computes the response.
+
     Attributes:
         model: the name of the class, or of the folder.
         sampler: the name of the loop.
-        cached: layers that computed fewer rows than all in a partial step of Fast-dLLM's dual cache.
+        cached: layers that read rows kept of an earlier step, in a partial step of each.
         layers: of the model.
         dtype: of the weights: float64, or float32 where the model computes in no other.
-        error: largest difference of a logit that the loop may read from eager's, at a neutral setting; ``None`` where
-            nothing was compiled.
-        same: whether the tokens at this setting were those of the loop in eager.
+        error: largest difference of a logit that the loop may read from eager's, without a prompt; ``None`` where
+            nothing was compiled, or the loop sees no logits.
+        same: whether the tokens without a prompt were those of the loop in eager.
         remark: why graphs run on plain Inductor, or what failed.
     """
 
@@ -144,28 +144,20 @@ class Row:
 
 
 class Beside(torch.nn.Module):
-    """A model as a loop calls it: each call also runs in eager, and the logits of the masks are compared.
-
-    Dynamo traces it once for both settings. No sampler is offered the mask token, which these random models would write
-    now and then.
+    """A model as a loop calls it. No sampler is offered the mask token, which these random models would write.
 
     Attributes:
-        model: what is called, ``[B, S]`` ids to an output with ``logits``.
-        options: of the backend for the calls from now on, one of ``settings``; ``None`` calls the model in eager alone.
+        model: ``[B, S]`` ids to an output with ``logits``.
+        options: of the backend; ``None`` calls the model in eager.
+        compares: whether each call also runs in eager, and the logits of the masks are compared.
         error: the largest difference of a logit of a mask so far.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, model: torch.nn.Module, options: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.model, self.settings, self.error = model, settings, 0.0
-        self.options: dict[str, Any] | None = None
-        compiled: Any = torch.compile(model, backend=self._compile)
+        self.model, self.options, self.compares, self.error = model, options, options is not None, 0.0
+        compiled: Any = model if options is None else torch.compile(model, backend="dllm", options=options)
         self.call: Callable[..., Any] = lambda ids, **more: compiled(ids, **more)  # no second child module
-
-    def _compile(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """A graph under each setting, by the one that counts when it is called."""
-        made = [dllm(module, inputs, options={**each, "mask_id": MASK}) for each in self.settings]
-        return lambda *args: made[[each is self.options for each in self.settings].index(True)](*args)
 
     @property
     def device(self) -> torch.device:
@@ -174,10 +166,9 @@ class Beside(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor, **more: Any) -> Any:
         """As the model; ``more`` is what else a loop hands it."""
-        out = self.model(ids, **more)
-        if self.options is not None:
-            wanted, out = out.logits, self.call(ids, **more)
-            apart = (out.logits - wanted)[ids == MASK].abs()
+        out = self.call(ids, **more)
+        if self.compares:
+            apart = (out.logits - self.model(ids, **more).logits)[ids == MASK].abs()
             self.error = max([self.error, *apart.max().reshape(-1).tolist()]) if apart.numel() else self.error
         out.logits = out.logits.index_fill(-1, torch.tensor([MASK]), -1e9)
         return out
@@ -186,43 +177,36 @@ class Beside(torch.nn.Module):
 # -- samplers ----------------------------------------------------------------------------------------------------------
 
 Sampler = Callable[[Beside, torch.Tensor], torch.Tensor]
-"""Fills ``[1, PROMPT]`` ids by a model with its options, and returns all ids."""
+"""Fills ``TOKENS`` behind ids ``[1, P]`` and with them, by a model with its options, and returns all that it wrote."""
 
 
 def own_loop(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
     """LLaDA's loop in plain PyTorch, as a user has it."""
-    x = torch.nn.functional.pad(prompt, (0, RESPONSE), value=MASK)
-    for _ in quota_loop(lambda ids: beside(ids).logits, x, PROMPT, RESPONSE, BLOCK, MASK, STEPS):
+    begin, response = prompt.shape[1], TOKENS - prompt.shape[1]
+    x = torch.nn.functional.pad(prompt, (0, response), value=MASK)
+    for _ in quota_loop(lambda ids: beside(ids).logits, x, begin, response, response, MASK, response // EACH):
         pass
     return x
 
 
 def generate(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
-    """``dllm_compile.generate``, whose step is compiled as a whole: its error is the one that ``verify`` finds."""
-    options: dict[str, Any] = {"block_length": BLOCK, **(beside.options or {})}
-    neutral = beside.options is not None and "cache" not in options
-    more: dict[str, Any] = {
-        "steps": STEPS,
-        "gen_length": RESPONSE,
-        "mask_id": MASK,
-        **({"verify": 1} if neutral else {}),
-    }
-    out: Any = dllm_compile.generate(beside.model, prompt, **options, **more)
-    if neutral:
-        found = dllm_compile.stats(beside.model)
-        beside.error = found["max_logit_error"] if found["checked"] else math.nan
-    return out  # type: ignore[no-any-return]
+    """``dllm_compile.generate``, whose step is compiled as a whole, and returns no logits."""
+    beside.error = math.nan
+    response = TOKENS - prompt.shape[1]
+    more = {"gen_length": response, "steps": response // EACH, "mask_id": MASK, **(beside.options or {})}
+    return dllm_compile.generate(beside.model, prompt, **more)  # type: ignore[return-value]
 
 
 def pipeline(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
-    """diffusers' ``LLaDA2Pipeline``, which hands the model a growing window, a mask and positions."""
+    """diffusers' ``LLaDA2Pipeline``, which hands the model a mask and positions, too; in one block."""
     diffusers: Any = importlib.import_module("diffusers")
     pipe = diffusers.LLaDA2Pipeline(model=beside, scheduler=diffusers.BlockRefinementScheduler())
     pipe.set_progress_bar_config(disable=True)
+    response = TOKENS - prompt.shape[1]
     out = pipe(
-        input_ids=prompt, gen_length=RESPONSE, block_length=BLOCK, num_inference_steps=STEPS // 2, temperature=0.0,
-        sampling_method="greedy", threshold=2.0, editing_threshold=None, eos_early_stop=False, mask_token_id=MASK,
-        output_type="seq",
+        input_ids=prompt, gen_length=response, block_length=response, num_inference_steps=response // EACH,
+        temperature=0.0, sampling_method="greedy", threshold=2.0, editing_threshold=None, eos_early_stop=False,
+        mask_token_id=MASK, output_type="seq",
     )  # fmt: skip
     return out.sequences  # type: ignore[no-any-return]
 
@@ -231,10 +215,10 @@ def canvas(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
     """The model's own ``generate``, which renoises with random tokens and knows no mask."""
     model: Any = beside.model
     if beside.options is not None:
-        model.compile(backend="dllm", options={**beside.options, "mask_id": MASK})
+        model.compile(backend="dllm", options=beside.options)
     beside.error = math.nan
     torch.manual_seed(0)
-    found = model.generate(prompt, max_new_tokens=BLOCK, disable_compile=True)
+    found = model.generate(prompt, max_new_tokens=CANVAS_LENGTH, disable_compile=True)
     return getattr(found, "sequences", found)  # type: ignore[no-any-return]
 
 
@@ -330,31 +314,34 @@ def rows(name: str, samplers: Sequence[str], lowering: str) -> Iterator[Row]:
 
 
 def _row(name: str, model: Any, sampler: str, run: Sampler, prompt: torch.Tensor, lowering: str) -> Row:
-    weight = next(model.parameters())
+    weight, nothing = next(model.parameters()), prompt if run is canvas else prompt[:, :0]
     config = model.config.get_text_config()
     layers = getattr(config, "num_hidden_layers", getattr(config, "n_layers", 0))
     row = partial(Row, name, sampler, layers=layers, dtype=str(weight.dtype).removeprefix("torch."))
-    settings = [{**each, "lowering": lowering} for each in (NEUTRAL, CACHED)]
-    beside = Beside(model, settings)
     try:
-        wanted = run(beside, prompt)
+        wanted = run(Beside(model), nothing)
     except FAILS as error:
         return row(remark=f"does not run in eager: {_line(error)}")
     try:
         with _fresh() as said:
-            beside.options = settings[0]
-            got = run(beside, prompt)
-            apart, before = beside.error, dllm_compile.stats(model)
-            beside.options = settings[1]
+            beside = Beside(model, {**OPTIONS, "lowering": lowering})
+            with dllm_compile.loop():  # nothing shows it without a prompt
+                got = run(beside, nothing)
+            before, beside.compares = dllm_compile.stats(model), False
             run(beside, prompt)
             found = dllm_compile.stats(model)
     except FAILS as error:
         return row(remark=f"fails: {_line(error)}")
-    steps = Counter(found["steps"]) - Counter(before["steps"])
-    partial_steps = sum(count for kind, count in steps.items() if kind not in ("full", "exact", "repeat"))
-    cached = (found["layers"]["cached"] - before["layers"]["cached"]) // max(partial_steps, 1)
-    shown = None if math.isnan(apart) or not found["steps"] else apart
+    cached = min(_cached(before), _cached(found, before))
+    shown = None if math.isnan(beside.error) or not found["steps"] else beside.error
     return row(cached=cached, error=shown, same=torch.equal(got, wanted), remark=_remark(said, found))
+
+
+def _cached(found: dict[str, Any], before: dict[str, Any] | None = None) -> int:
+    """Layers a partial step that read rows kept of other steps, by counters now and ``before``."""
+    steps = Counter(found["steps"]) - Counter(before["steps"] if before else {})
+    layers = found["layers"]["cached"] - (before["layers"]["cached"] if before else 0)
+    return int(layers // max(sum(n for kind, n in steps.items() if kind not in ("full", "exact", "repeat")), 1))
 
 
 @contextlib.contextmanager
@@ -419,6 +406,7 @@ def write(path: str, text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Print the table, a row as soon as it is known."""
+    torch._dynamo.config.run_gc_after_compile = False  # nothing here is large
     parser = Parser(prog="dllm_compile models", description=ABOUT)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--model", nargs="+", help="classes of transformers, or folders with a config.json, and code")
