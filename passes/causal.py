@@ -40,6 +40,12 @@ def masks_of(graph: torch.fx.Graph, axes: Axes) -> tuple[list[Mask], bool]:
     return found, len(found) == len(nodes)
 
 
+def token_masks(graph: torch.fx.Graph, axes: Axes) -> list[Mask]:
+    """The attention masks of a graph that are made of the tokens and have a row for each query."""
+    read = {mask: call for call, mask in axes.whole if call.target is attention and (call, mask) in axes.beside}
+    return [(read[node], outline(graph, [node])) for node in graph.nodes if node in read]
+
+
 def score_masks(units: Iterable[Unit], graph: torch.fx.Graph, axes: Axes) -> list[Mask]:
     """What depends on no tokens and may hide keys in attention that is written by several calls: whatever has an entry
     for each query and key.
@@ -72,7 +78,7 @@ def refuse_causal_masks(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any
     Raises:
         GraphRefused: a mask lets no token see a later one.
     """
-    for call, value in _values(masks, given):
+    for call, value in values_of(masks, given):
         if is_causal(value) or (call.target is not attention and _hides_later(value)):
             raise GraphRefused(
                 "the attention mask is causal; set is_causal=False in the config (transformers reads it from 5.2 on), "
@@ -95,7 +101,7 @@ def hide(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> bool:
         masks: of a graph, one or more.
         given: the value of each placeholder of the graph.
     """
-    found = _values(masks, given)
+    found = values_of(masks, given)
     return any(bool(~value.all() if value.dtype == torch.bool else value.any()) for _, value in found)
 
 
@@ -116,7 +122,7 @@ def depends_on(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any], size: 
     """
     batch, tokens = size
     sees: torch.Tensor | None = None
-    for _, value in _values(masks, given):
+    for _, value in values_of(masks, given):
         if value.dim() < 2 or value.shape[-1] != tokens or value.shape[-2] not in (1, tokens):
             return None
         seen = value if value.dtype == torch.bool else value > max(torch.finfo(value.dtype).min / 2, HIDDEN)
@@ -136,7 +142,8 @@ def depends_on(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any], size: 
     return None
 
 
-def _values(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> list[tuple[torch.fx.Node, torch.Tensor]]:
+def values_of(masks: Sequence[Mask], given: Mapping[torch.fx.Node, Any]) -> list[tuple[torch.fx.Node, torch.Tensor]]:
+    """Attention masks of a graph, each with a call that reads it, for the values of its placeholders."""
     with torch.no_grad():
         return [(call, *mask(given)) for call, mask in masks]
 

@@ -23,7 +23,7 @@ from dllm_compile.core.graph import output_node
 from dllm_compile.core.layout import position
 from dllm_compile.core.products import Scored, scored_attention, scores_of
 from dllm_compile.core.stand_ins import expressions
-from dllm_compile.core.units import MOVES, Attention, Branch, Unit, closure
+from dllm_compile.core.units import MOVES, Attention, Branch, Unit, closure, of_tokens
 from dllm_compile.debug import log
 from dllm_compile.kernels.confidence import confidence
 
@@ -79,6 +79,8 @@ def _check_attention(node: torch.fx.Node, axes: Axes) -> None:
                 )
                 raise TokensUnseen(reason, join)
             raise TokensUnseen(f"the tokens of attention's {name} cannot be followed back to the input", node)
+    if (node, given.attn_mask) in axes.whole and not of_tokens(given.attn_mask):
+        axes.whole.discard((node, given.attn_mask))
 
 
 def _join_of(query: torch.fx.Node, axes: Axes) -> torch.fx.Node | None:
@@ -130,9 +132,11 @@ def _is_stream(node: torch.fx.Node, axes: Axes) -> bool:
 
 
 def _is_side_value(node: torch.fx.Node, axes: Axes) -> bool:
-    """Ids, and what compares or counts them: cheap, and no part of the residual stream."""
+    """Ids, what compares or counts them, and masks made of them: cheap, and no part of the residual stream."""
     value = axes.fake[node]
-    return isinstance(value, torch.Tensor) and value.dim() <= 2 and not value.is_floating_point()
+    small = isinstance(value, torch.Tensor) and (value.dim() <= 2 or value.dtype == torch.bool)
+    masks = any((user, node) in axes.whole and user.target is attention for user in node.users)
+    return (small and not value.is_floating_point()) or masks
 
 
 Segment = tuple[list[torch.fx.Node], "torch.fx.Node | None", "torch.fx.Node | None"]

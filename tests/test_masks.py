@@ -158,25 +158,110 @@ def test_each_sequence_looks_at_its_mask_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 class OfTokens(Model):
-    """Hides a token wherever it is, by a mask ``[B, 1, S, S]``."""
+    """Makes its mask ``[B, 1, S, S]`` of its tokens: 1 is hidden from all others, or stands between texts."""
+
+    kind = "hidden"
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[B, S, V]``."""
         tokens = ids.shape[1]
         angles = torch.arange(tokens, device=ids.device)[:, None] * self.get_buffer("rates")
-        seen, x = (ids != 1)[:, None, None, :].expand(-1, 1, tokens, tokens), self.embed(ids)
+        seen, x = self.seen(ids), self.embed(ids)
         for layer in self.layers:
             x = layer(x, angles.cos(), angles.sin(), seen)
         logits: torch.Tensor = self.head(self.norm(x))
         return logits
 
+    def seen(self, ids: torch.Tensor) -> torch.Tensor:
+        tokens = ids.shape[1]
+        there = (ids != 1)[:, None, None, :].expand(-1, 1, tokens, tokens)
+        itself = torch.eye(tokens, dtype=torch.bool)
+        text = (ids == 1).cumsum(1)
+        if self.kind == "keys":
+            return (ids != 1)[:, None, None, :]
+        if self.kind == "texts":
+            return (text[:, :, None] == text[:, None, :])[:, None]
+        if self.kind == "added":
+            return (
+                torch.where(there | itself, 0.0, -1e9).double() + (text[:, :, None] * text[:, None, :])[:, None] * 0.1
+            )
+        if self.kind == "masks":
+            return (ids != MASK)[:, None, None, :] | itself
+        if self.kind == "causal":
+            return there & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        return there
+
+
+def of_tokens(kind: str, layers: int = 2) -> Model:
+    """A random model with ``layers``."""
+    model = Model(Shape(layers=layers, heads=2, groups=1, head_dim=4, seed=0))
+    model.__class__, model.kind = OfTokens, kind  # type: ignore[assignment]
+    return model
+
+
+def generated_apart(call: Any, **more: Any) -> list[torch.Tensor]:
+    """:func:`generated` on a prompt with two tokens 1, at other places in each sequence."""
+    return generated(lambda ids: call(ids.index_put((torch.arange(2), torch.tensor([4, 7])), torch.tensor(1))), **more)
+
+
+EXACT_IN_BLOCK = {
+    "neutral": {"prompt_interval": 1, "response_interval": 100, "transfer_ratio": 1.0, "shift": False},
+    "dual": FAST_DLLM,
+    "streaming": {"method": "streaming-dllm", "block_length": 4, "suffix_window": 8, "shift": False},
+}
+"""Settings whose partial steps equal eager in the block, if a layer's keys and values are made of tokens alone."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*((kind, "dual") for kind in ("keys", "hidden", "texts", "added")), ("texts", "neutral"), ("texts", "streaming")],
+)
+def test_one_that_is_made_of_the_tokens_is_read_on_the_rows_of_a_step(kind: str, name: str) -> None:
+    model = of_tokens(kind, layers=2 if name == "neutral" else 1)
+    call = torch.compile(model, backend="dllm", options={**EXACT_IN_BLOCK[name], "mask_id": MASK, "lowering": "eager"})
+    for a, b in zip(generated_apart(call), generated_apart(model), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    found = dllm_compile.stats(model)
+    assert found["steps"]["full"] <= 2  # one a block
+    assert found["layers"]["cached"] >= 6
+
+
+@pytest.mark.parametrize("method", ["sparse-dllm", "dyllm", "flashblock"])
+def test_one_that_is_made_of_the_tokens_is_as_one_that_is_handed_over(method: str) -> None:
+    """Far from eager, and the same."""
+    options = {"method": method, "shift": False, "mask_id": MASK, "lowering": "eager"}
+    options |= {"full_steps": 1, "saliency_threshold": 0.9} if method == "dyllm" else {"block_length": 4}
+    model, handed = of_tokens("texts"), of_tokens("texts")
+    seen, handed.__class__ = model.seen, Whole
+    call, other = (torch.compile(each, backend="dllm", options=options) for each in (model, handed))
+    got, want = generated_apart(call), generated_apart(lambda ids: other(ids, seen(ids)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    assert max(float((a - b).abs().max()) for a, b in zip(got, generated_apart(model), strict=True)) > 1e-3
+    mine, others = (dllm_compile.stats(each) for each in (model, handed))
+    assert mine["rows"] == others["rows"]
+
+
+def test_layers_behind_the_first_read_it_on_the_rows_of_a_step() -> None:
+    model = of_tokens("texts", layers=3)
+    call = torch.compile(model, backend="dllm", options={**FAST_DLLM, "mask_id": MASK, "lowering": "eager"})
+    generated_apart(call)
+    assert dllm_compile.stats(model)["rows"] == {"full": 2 * 18, "block": 6 * 4}
+
 
 @pytest.mark.parametrize("options", [FAST_DLLM, SPARSE], ids=["fast-dllm", "sparse-dllm"])
-def test_one_that_is_made_of_the_tokens_for_each_query_computes_every_row(options: dict[str, Any]) -> None:
-    model = built(None)
-    model.__class__ = OfTokens
+def test_one_that_is_another_at_each_step_computes_every_row(options: dict[str, Any]) -> None:
+    """What is kept of rows was made with the mask before."""
+    model = of_tokens("masks")
     call = torch.compile(model, backend="dllm", options={**options, "mask_id": MASK, "lowering": "eager"})
-    with pytest.warns(UserWarning, match="computes every row at every step"):
+    for a, b in zip(generated(call), generated(model), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_one_that_is_made_of_the_tokens_and_causal_is_refused() -> None:
+    model = of_tokens("causal")
+    call = torch.compile(model, backend="dllm", options={**FAST_DLLM, "mask_id": MASK, "lowering": "eager"})
+    with pytest.warns(UserWarning, match="the attention mask is causal"):
         got = generated(call)
     for a, b in zip(got, generated(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)

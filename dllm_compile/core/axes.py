@@ -46,7 +46,7 @@ class Axes:
         made: constants sized by the token count that an unproven node writes or reads by position; an input, such as a
             weight, is as large by chance, or else a trial shows it.
         whole: live operands that a node reads every row of, whichever it is computed for, with the node: keys and
-            values of attention that is written by several calls.
+            values of attention that is written by several calls, and masks that are made of the tokens.
         random: nodes that draw random numbers, live or not.
         shards: live nodes whose value differs between the ranks of tensor parallelism: whether it is a shard, see
             :mod:`dllm_compile.core.ranks`, or something unknown.
@@ -147,8 +147,10 @@ def _role_call(mode: _Follow, node: torch.fx.Node, args: Any, kwargs: Any) -> to
         attended: torch.Tensor = query.new_empty((*query.shape[:-1], value.shape[-1]))
         mode.known.tag(attended, (*layout[:-1], plain(value.shape[-1])))
         mask = given.attn_mask
-        if isinstance(mask, torch.Tensor) and mode.known.of(mask) is None:
+        if isinstance(mask, torch.Tensor):
             note_constant(mode.known, mask, (*layout[:-1], plain(mask.shape[-1])))
+            if mode.known.of(mask) is not None:
+                mode.known.whole.add(id(mask))
         return attended
     if len(args) == 2 and called(node) in ("matmul", "bmm"):
         return _product(mode, node, *args)

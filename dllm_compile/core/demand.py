@@ -112,13 +112,14 @@ def rows_read(
 ) -> RowSet:
     """Rows of an operand that ``node`` reads for ``rows`` of its own.
 
-    Attention reads the keys and values of the assignment, or all where it is written by several calls; a call without a
+    Attention reads the keys and values of the assignment, or all where it is written by several calls, and all of a
+    mask that is made of the tokens; a call without a
     token axis reads every row, unless something mixes the rows of the stream, and it may be a part of that.
     """
-    if node.target is attention:
-        return rows if operand is attention_arguments(node.args, node.kwargs).query else assignment.keys
     if (node, operand) in axes.whole:
         return ALL
+    if node.target is attention:
+        return rows if operand is attention_arguments(node.args, node.kwargs).query else assignment.keys
     layout = axes.layout.get(node)
     no_tokens = layout is not None and position(layout, "T") is None
     whole = operand in unit.beside or not unit.mixing(axes)

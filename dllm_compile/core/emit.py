@@ -231,7 +231,7 @@ class Writer:
         def operand(n: torch.fx.Node) -> torch.fx.Node:
             if n in self.axes.live:
                 value = self.on(n, rows_read(self.unit, self.axes, self.assignment, node, n, rows))
-                return self._of_queries(node, n, value, rows)
+                return self.of_queries(node, n, value, rows)
             return self.constant(n, node, rows)
 
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), operand)
@@ -274,9 +274,7 @@ class Writer:
                 return self.graph.create_node("call_function", torch.arange, (extent,), node.kwargs)
         return self.plain(node)
 
-    def _of_queries(
-        self, node: torch.fx.Node, read: torch.fx.Node, value: torch.fx.Node, rows: RowSet
-    ) -> torch.fx.Node:
+    def of_queries(self, node: torch.fx.Node, read: torch.fx.Node, value: torch.fx.Node, rows: RowSet) -> torch.fx.Node:
         """``value``, of which ``node`` reads every key (see :attr:`.axes.Axes.whole`), for the queries in ``rows``."""
         layout = self.axes.beside.get((node, read))
         if layout is None or rows in (ALL, NONE):

@@ -13,7 +13,6 @@ Functions get the :class:`.emit.Writer` of the unit, which says the value of a n
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +58,8 @@ def write_attention(w: Writer, node: torch.fx.Node, args: tuple[Any, ...], kwarg
     values.
     """
     own = attention_arguments(node.args, node.kwargs).attn_mask
-    if own in w.axes.live and w.axes.fake[own].shape[-2:-1] != (1,) and w.computed[node] != ALL:
-        raise GraphRefused("an attention mask that is made of the tokens has a row for each query", node)
+    if own in w.axes.live and (node, own) not in w.axes.whole and w.computed[node] != ALL:
+        raise GraphRefused("an attention mask is made of hidden states", node)
     if not w.assignment.masked:
         kwargs = {name: value for name, value in kwargs.items() if name != "attn_mask"}
     given = attention_arguments(args, kwargs)
@@ -73,7 +72,7 @@ def write_attention(w: Writer, node: torch.fx.Node, args: tuple[Any, ...], kwarg
         if mask is not None or w.assignment.gaps or w.assignment.hides:
             entries = None if w.entries is None else _seen(w, w.entries)
     elif w.assignment.alone:
-        mask = _among_active(w, own, mask)
+        mask = _among_active(w, mask)
         kwargs = {**kwargs, "attn_mask": mask} if mask is not None else kwargs
     elif w.assignment.hides:
         mask = w.call(row_ops.hide_keys, (mask, w.slot["visible"]))
@@ -98,20 +97,11 @@ def _seen(w: Writer, positions: torch.fx.Node) -> torch.fx.Node:
     return w.call(row_ops.visible_entries, (positions, w.slot["visible"], w.tokens))
 
 
-def _among_active(w: Writer, own: Any, mask: Any) -> Any:
-    """The mask of attention over the active rows alone.
-
-    Args:
-        own: the model's mask in its graph, if it has one.
-        mask: what it is here: over the active keys where it is made of the tokens, else over all.
-    """
+def _among_active(w: Writer, mask: Any) -> Any:
+    """The mask of attention over the active rows alone, of ``mask`` over all keys, if there is one."""
     if mask is None and not w.assignment.hides:
         return None
-    at = _seen(w, w.slot["index:active"])
-    if own not in w.axes.live:
-        return w.call(row_ops.mask_keys, (mask, at, w.tokens))
-    there = w.call(operator.lt, (at, w.tokens))
-    return w.call(row_ops.hide_keys, (mask, there))
+    return w.call(row_ops.mask_keys, (mask, _seen(w, w.slot["index:active"]), w.tokens))
 
 
 def _in_two_parts(w: Writer, node: torch.fx.Node, given: Attended, outside: Outside) -> torch.fx.Node:
@@ -221,11 +211,12 @@ def write_eviction(w: Writer) -> None:
     rows = w.assignment.query
     query, key = w.on(given.query, rows), w.on(given.key, rows)
     own = given.attn_mask if w.assignment.masked else None
-    mask = w.on(own, rows) if own in w.axes.live else None
-    if mask is None and isinstance(own, torch.fx.Node):
-        mask = w.constant(own, call, rows)
+    mask = None
+    if isinstance(own, torch.fx.Node):
+        live = own in w.axes.live
+        mask = w.of_queries(call, own, w.on(own, ALL), rows) if live else w.constant(own, call, rows)
     if w.assignment.alone:
-        mask = _among_active(w, own, mask)
+        mask = _among_active(w, mask)
     elif w.assignment.hides:
         mask = w.call(row_ops.hide_keys, (mask, w.slot["visible"]))
     block, outside, fresh = (w.slot[f"index:{name}"] for name in ("block", "outside", "fresh"))

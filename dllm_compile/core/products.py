@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 
-from .arguments import called
+from .arguments import attention, called
 from .axes import Axes, linear
 from .layout import holds
 
@@ -29,7 +29,8 @@ def scored_attention(live: Sequence[Node], axes: Axes) -> Scored:
     """
     reads: dict[Node, list[Node]] = {}
     for node, operand in axes.whole:
-        reads.setdefault(node, []).append(operand)
+        if node.target is not attention:
+            reads.setdefault(node, []).append(operand)
     order = {node: i for i, node in enumerate(live)}
     found: Scored = {}
     for node in live:

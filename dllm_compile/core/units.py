@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from .arguments import attention
 from .assignment import FEATURES
-from .axes import Axes
+from .axes import Axes, linear
 from .fingerprint import fingerprint
 
 MOVES = {
@@ -140,6 +141,11 @@ def closure(nodes: Iterable[torch.fx.Node], stop: set[torch.fx.Node]) -> set[tor
         seen.add(node)
         todo.extend(node.all_input_nodes)
     return seen
+
+
+def of_tokens(node: torch.fx.Node) -> bool:
+    """Whether a value is made of token ids or other inputs without a layer, as a mask is that hides some tokens."""
+    return not any(each.target in (linear, attention) for each in closure([node], set()))
 
 
 def weights_key(unit: Unit, inputs: list[Any]) -> Any:

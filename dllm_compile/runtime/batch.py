@@ -111,6 +111,7 @@ class Batch:
         self.kept: dict[Any, torch.Tensor] = {}
         self.output_buffers: dict[Any, OutputBuffers] = {}
         self.masked: dict[Any, bool] = {}  # of graphs and layers, whether an attention mask hides something
+        self.token_masks: dict[Any, list[torch.Tensor]] = {}  # likewise, what masks made of the tokens were
         self.looked: set[Any] = set()  # graphs and layers whose masks were seen not to be causal
         self.held = 0  # rows that there is memory for of attention over the keys outside
         self.without_outside: set[Any] = set()  # layers that keep none of it that is good

@@ -54,7 +54,7 @@ class CallValues:
     def whole(self, node: torch.fx.Node) -> Any:
         """All rows of a value: those computed in this call, and kept ones for the rest."""
         value, rows = self.env[node], self.have.get(node)
-        if rows is None or not self.may_narrow(node):
+        if rows is None or not self.may_narrow(node) or (rows == ALL and node in self.program.read_whole):
             return value
         layout = opened(self.program.axes.layout[node])  # of a program at other sizes
         kept = self.kept(node)

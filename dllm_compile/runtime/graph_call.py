@@ -33,6 +33,7 @@ from dllm_compile.core.state import allocate, allocate_outside, grown
 from dllm_compile.core.units import Unit, weights_key
 from dllm_compile.debug import labelled
 from dllm_compile.interface.plan import Measured
+from dllm_compile.passes.causal import values_of
 from dllm_compile.passes.feature_cache import KEEP
 
 from .batch import Batch
@@ -132,6 +133,8 @@ class GraphCall:
         self.full = plans.variants[0]
         self.rest = step.assignment
         self.first = plans.first or self.rest
+        if self._masks_differ(env):
+            step.anew = batch.stale = True
         if step.anew or step.deeper_rows or (step.assignment.enter != ALL and not self._can_narrow()):
             self.first = self.rest = self.full
         decides = step.repeat and program.decision is not None
@@ -145,6 +148,16 @@ class GraphCall:
         if place not in known:
             known[place] = self.program.masked(env)
         return known[place]
+
+    def _masks_differ(self, env: dict[torch.fx.Node, Any]) -> bool:
+        """Whether an attention mask that is made of the tokens is another than at the call before: rows that are kept
+        were made with that.
+        """
+        if not self.program.token_masks:
+            return False
+        place, kept = (self.program.signature, self.step.layer), self.batch.token_masks
+        old, kept[place] = kept.get(place), [value for _, value in values_of(self.program.token_masks, env)]
+        return self.step.number > 0 and (old is None or not all(map(torch.equal, old, kept[place])))
 
     def _can_narrow(self) -> bool:
         """Whether the planned step, whose residual stream has fewer rows, can read what it needs of the other rows."""

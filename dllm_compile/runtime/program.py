@@ -29,7 +29,15 @@ from dllm_compile.core.units import Unit, closure
 from dllm_compile.debug import asked, keep, part
 from dllm_compile.options import Options
 from dllm_compile.passes import analyzed
-from dllm_compile.passes.causal import all_masked, depends_on, hide, masks_of, refuse_causal_masks, score_masks
+from dllm_compile.passes.causal import (
+    all_masked,
+    depends_on,
+    hide,
+    masks_of,
+    refuse_causal_masks,
+    score_masks,
+    token_masks,
+)
 
 from .cost import whole
 from .unchanged import SMALL
@@ -84,6 +92,8 @@ class Program:
         reads: places of the arguments that are read, not those whose number the graph was analyzed for.
         masks: attention masks that depend on no tokens; see :func:`dllm_compile.passes.causal.masks_of`.
         knows_masks: whether there are no others.
+        token_masks: those made of the tokens, with a row for each query; see
+            :func:`dllm_compile.passes.causal.token_masks`.
         score_masks: the same where attention is several calls; see :func:`dllm_compile.passes.causal.score_masks`.
         masks_all: whether every attention call reads one of them.
         depth: layers with attention.
@@ -138,7 +148,7 @@ class Program:
         self.constants = [n for n in constants if any(user not in constants for user in n.users)]
         self.prelude = outline(graph, self.constants) if self.constants else None
         self.masks, self.knows_masks = masks_of(graph, self.axes)
-        self.score_masks = score_masks(self.units, graph, self.axes)
+        self.score_masks, self.token_masks = score_masks(self.units, graph, self.axes), token_masks(graph, self.axes)
         several = any(each.scored for unit in self.units for each in unit.attentions)
         self.masks_all = self.knows_masks and bool(self.masks) and all_masked(graph) and not several
         self.result = output_node(graph).args[0]
@@ -174,6 +184,7 @@ class Program:
         other.first = self.first.at(sizes) if self.first is not None else None
         other.masks = [(call, mask.at(sizes)) for call, mask in self.masks]
         other.score_masks = [(call, mask.at(sizes)) for call, mask in self.score_masks]
+        other.token_masks = [(call, mask.at(sizes)) for call, mask in self.token_masks]
         other.result = at_values(self.result, sizes)
         other.signature = replace(self.signature, constants=fingerprint(*self.made, self.axes, sizes))
         return other
@@ -244,7 +255,14 @@ class Program:
         Raises:
             GraphRefused: attention is causal by its mask.
         """
-        refuse_causal_masks([*self.masks, *self.score_masks], dict(zip(self.index, args, strict=True)))
+        refuse_causal_masks(
+            [*self.masks, *self.score_masks, *self.token_masks], dict(zip(self.index, args, strict=True))
+        )
+
+    @cached_property
+    def read_whole(self) -> set[torch.fx.Node]:
+        """Values that are read on all rows, whichever are computed; see :attr:`dllm_compile.core.axes.Axes.whole`."""
+        return {read for _, read in self.axes.whole}
 
     @cached_property
     def opaque(self) -> bool:
@@ -341,9 +359,9 @@ class Program:
 
     @memoized
     def has_rows(self, node: torch.fx.Node) -> bool:
-        """Whether a value has a token axis and a batch axis."""
-        layout = self.axes.layout.get(node, ())
-        return None not in (position(layout, "T"), position(layout, "B"))
+        """Whether a value has one token axis and a batch axis."""
+        kinds = [factor.kind for dim in self.axes.layout.get(node, ()) for factor in dim]
+        return (kinds.count("T"), kinds.count("B")) == (1, 1)
 
     def _width(self, node: torch.fx.Node) -> int:
         """Numbers that a value has in each row."""

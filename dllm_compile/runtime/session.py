@@ -190,7 +190,7 @@ class Session:
             batch.inputs = inputs
             read = Read(ids.detach().cpu().long(), ids.detach().long(), {}, {}, {}, weights_written=False)
             step = next_step(self, batch, read, program)
-            if step.assignment != BLOCK or step.refresh or program.head(self.vocabulary) is None:
+            if step.assignment != BLOCK or step.refresh or program.token_masks or not program.head(self.vocabulary):
                 break
             step.assignment, step.head_inputs = of_drafts(step.assignment), Inputs(())
             return batch, step
