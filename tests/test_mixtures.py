@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def _no_gradients_and_no_warnings() -> Iterator[None]:
     torch._dynamo.config.ignore_logging_functions = before
 
 
+@cache
+def ready(name: str, dtype: torch.dtype = torch.float64) -> Model:
+    """A prepared model, for tests that change nothing of it: to prepare one takes Dynamo as long as to trace it."""
+    return prepare(build(name, dtype))
+
+
 def opaque(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_opaque(module)]
 
@@ -65,38 +72,24 @@ def denoised(model: torch.nn.Module, call: Callable[..., Any]) -> tuple[float, f
 GRID = in_turn(mixture_models.PUBLISHED, [torch.float64, torch.float32])
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("options", [NEUTRAL, {"method": "exact"}], ids=["neutral", "exact"])
 @pytest.mark.parametrize(("name", "dtype"), GRID)
 def test_a_prepared_model_is_one_graph_and_neutral_settings_equal_eager(
     name: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    model = build(name, dtype)
-    assert prepare(model) is model
+    model = ready(name, dtype)
     assert opaque(model) == [f"layers.{i}.block" for i in range(mixture_models.LAYERS)]
     assert max(denoised(model, models.compiled_loop(model, **options))) < (1e-9 if dtype == torch.float64 else 1e-4)
     assert dllm_compile.stats(model)["graphs_per_step"] == 1
     assert under_way().number == RESPONSE - 1
 
 
-@pytest.mark.parametrize(("name", "dtype"), GRID[:1])
-def test_inductor_compiles_the_layers_once_with_the_blocks_as_calls(name: str, dtype: torch.dtype) -> None:
-    """Of one model: how the blocks of the others are written is behind the calls, where Inductor does not look."""
-    model, made = prepare(build(name, dtype)), []
-    unit_code.LISTENERS.append(made.append)
-    try:
-        first, later = denoised(model, models.compiled_loop(model, lowering="inductor", **METHODS["dual"]))
-    finally:
-        unit_code.LISTENERS.remove(made.append)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    assert first < tolerance < later
-    assert made == ["exact", "full", "exact", "block", "head", "head"]  # all layers share their code
-    assert dllm_compile.stats(model)["graphs_per_step"] == 1
-
-
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", mixture_models.PUBLISHED)
 def test_experts_compute_the_rows_of_the_step_alone(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = prepare(build(name))
+    model = ready(name)
     call, widths = models.compiled_loop(model, **METHODS[method]), set()
     forward = Mixture.forward
 
@@ -118,6 +111,21 @@ def test_experts_compute_the_rows_of_the_step_alone(name: str, method: str, monk
     assert min(widths) <= BLOCK + 1
     assert len(under_way().layers) >= mixture_models.LAYERS - 1
     assert len({each.name for each in ran}) > 1
+
+
+@pytest.mark.parametrize(("name", "dtype"), GRID[:1])
+def test_inductor_compiles_the_layers_once_with_the_blocks_as_calls(name: str, dtype: torch.dtype) -> None:
+    """Of one model: how the blocks of the others are written is behind the calls, where Inductor does not look."""
+    model, made = ready(name, dtype), []
+    unit_code.LISTENERS.append(made.append)
+    try:
+        first, later = denoised(model, models.compiled_loop(model, lowering="inductor", **METHODS["dual"]))
+    finally:
+        unit_code.LISTENERS.remove(made.append)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    assert first < tolerance < later
+    assert made == ["exact", "full", "exact", "block", "head", "head"]  # all layers share their code
+    assert dllm_compile.stats(model)["graphs_per_step"] == 1
 
 
 def test_generate_runs_a_prepared_model() -> None:
@@ -149,7 +157,7 @@ def test_experts_whose_weights_change_in_mid_sequence_are_computed_anew() -> Non
 
 
 def test_flops_of_experts_are_counted_by_row() -> None:
-    model = prepare(build("where"))
+    model = ready("where")
     models.compiled_loop(model, **METHODS["dual"])(models.start(PROMPT, RESPONSE))
     tokens, chosen, each = PROMPT + RESPONSE, mixture_models.CHOSEN, 3 * 2 * 24 * WIDTH
     layer = 2 * 4 * WIDTH**2 + 4 * tokens * WIDTH + chosen * each + 2 * WIDTH * mixture_models.EXPERTS
@@ -159,7 +167,7 @@ def test_flops_of_experts_are_counted_by_row() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_steps_of_eager_blocks_are_not_recorded() -> None:
-    model = prepare(build("item"))
+    model = ready("item")
     call = models.compiled_loop(model, cuda_graphs=True, **METHODS["dual"])
     with pytest.warns(UserWarning, match="a module that breaks graphs runs in eager"):
         denoised(model, call)
@@ -301,7 +309,8 @@ def test_a_copy_is_of_its_former_class() -> None:
 
 
 def test_preparing_again_changes_nothing() -> None:
-    model = prepare(build("split"))
+    model = build("split")
+    assert prepare(model) is model
     before = [type(layer.block) for layer in model.layers]
     assert [type(layer.block) for layer in prepare(model).layers] == before
 
