@@ -55,13 +55,7 @@ def test_every_step_equals_the_plain_model(
     plain = DyLLM(model, calls[0][0] == mask_id, threshold, 3, response_only, before=bool(shift))
     options: dict[str, Any] = {"saliency_threshold": threshold, "full_steps": 3, "response_only": response_only}
     dllm_compile.reset()
-    compiled = in_a_loop(
-        torch.compile(
-            model,
-            backend="dllm",
-            options={**options, "method": "dyllm", "mask_id": mask_id, "shift": shift, "lowering": "eager"},
-        )
-    )
+    compiled = models.compiled_loop(model, **options, method="dyllm", mask_id=mask_id, shift=shift)
     with torch.no_grad():
         for i, ids in enumerate(calls):
             want, got = plain.step(ids), compiled(ids).logits[0]
@@ -102,8 +96,7 @@ def test_every_step_of_another_measure_equals_its_plain_model(bound: float, name
     calls = steps_of(11, 14, mask_id, 9)
     plain = Moved(model, calls[0][0] == mask_id, bound, 3)
     dllm_compile.reset()
-    options = {"method": "drift", "drift": bound, "full_steps": 3, "mask_id": mask_id, "lowering": "eager"}
-    compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
+    compiled = models.compiled_loop(model, method="drift", drift=bound, full_steps=3, mask_id=mask_id)
     with torch.no_grad():
         for i, ids in enumerate(calls):
             want, got = plain.step(ids), compiled(ids).logits[0]
@@ -133,8 +126,7 @@ def test_another_measure_under_inductor_finds_the_same_rows() -> None:
 def test_its_neutral_setting_equals_eager(drift: Mechanism) -> None:
     model, mask_id = golden_models.model("llada_a"), MASK_IDS["llada_a"]
     dllm_compile.reset()
-    options = {**(drift.neutral or {}), "mask_id": mask_id, "lowering": "eager"}
-    compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
+    compiled = models.compiled_loop(model, **(drift.neutral or {}), mask_id=mask_id)
     with torch.no_grad():
         for ids in steps_of(11, 14, mask_id, 5):
             want, got = model(ids).logits, compiled(ids).logits
@@ -161,9 +153,7 @@ def test_the_prompt_is_computed_in_the_first_four_steps_and_every_so_many(whole_
     plain = DyLLM(model, calls[0][0] == mask_id, 0.99, 1, whole_interval=whole_interval)
     options: dict[str, Any] = {"full_steps": 1, "whole_interval": whole_interval, "mask_id": mask_id}
     dllm_compile.reset()
-    compiled = in_a_loop(
-        torch.compile(model, backend="dllm", options={"method": "dyllm", **options, "lowering": "eager"})
-    )
+    compiled = models.compiled_loop(model, method="dyllm", **options)
     with torch.no_grad():
         for ids in calls:
             want, got = plain.step(ids), compiled(ids).logits[0]
@@ -188,8 +178,8 @@ def test_more_salient_rows_than_room_run_the_step_again_with_every_row(monkeypat
 
     def run(threshold: float, **more: Any) -> list[torch.Tensor]:
         dllm_compile.reset()
-        options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
-        compiled = in_a_loop(torch.compile(model, backend="dllm", options={**options, "shift": False, **more}))
+        options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "shift": False, **more}
+        compiled = models.compiled_loop(model, **options)
         with torch.no_grad():
             return [compiled(ids).logits[ids == mask_id].clone() for ids in calls]
 
@@ -215,8 +205,7 @@ def test_fewer_rows_are_salient_as_the_threshold_falls() -> None:
 
         def salient(threshold: float) -> int:
             dllm_compile.reset()
-            options = {"method": "dyllm", "saliency_threshold": threshold, "mask_id": mask_id, "lowering": "eager"}
-            compiled = in_a_loop(torch.compile(model, backend="dllm", options=options))
+            compiled = models.compiled_loop(model, method="dyllm", saliency_threshold=threshold, mask_id=mask_id)
             before: int = dllm_compile.stats(model)["salient"]
             for ids in calls:
                 compiled(ids)
