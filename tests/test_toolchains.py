@@ -86,6 +86,7 @@ def steered(number: bool) -> tuple[torch.nn.Module, Steered]:
     return model, hook
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize(("name", "number"), in_turn([*EQUAL, *LOSSY], [False, True]))
 def test_a_strength_may_change_between_sequences_and_within_them(name: str, number: bool) -> None:
     """A method is what it is on a model that always had this strength; where it changes, every row is computed."""
@@ -167,6 +168,7 @@ def test_a_list_that_grows_is_said_to_be_why_dynamo_stops() -> None:
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("name", [*EQUAL, *LOSSY])
 def test_adapters_may_be_switched_in_the_middle_of_a_sequence(name: str) -> None:
     peft = pytest.importorskip("peft")
@@ -224,6 +226,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=ids).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("name", [*EQUAL, *LOSSY])
 def test_an_exported_model_is_cached_as_the_model_is(name: str) -> None:
     model, options = llama(), {**EQUAL, **LOSSY}[name]
@@ -293,6 +296,7 @@ def test_offloaded_weights_give_full_steps_and_a_warning(where: str, tmp_path: P
 # -- FlexAttention ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize(("name", "padded"), in_turn([*EQUAL, *LOSSY], [False, True]))
 def test_flex_attention_is_cached_as_other_attention_is(name: str, padded: bool) -> None:
     model, other, options = llama(), llama(), {**EQUAL, **LOSSY}[name]
@@ -446,6 +450,7 @@ def with_embeddings(model: Sees, declared: bool, **options: Any) -> Callable[[in
     return call
 
 
+@pytest.mark.shares_graphs
 @pytest.mark.parametrize("name", [*EQUAL, *LOSSY])
 def test_embeddings_of_images_and_text_are_cached_as_tokens_are(name: str) -> None:
     """Another image is another sequence; a model that gets the same rows by ids alone makes the same logits."""
