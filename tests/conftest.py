@@ -21,11 +21,6 @@ torch.set_num_threads(1)  # the models are tiny: a second thread costs more than
 
 
 quick_inductor.begin()
-torch._dynamo.config.run_gc_after_compile = False  # a collection a graph takes longer than some graphs
-
-
-RARELY = 100_000, 10, 10
-"""Objects before the collector looks at the young ones, as tracing makes many that live on: a fifth of all time."""
 
 
 def _unheard() -> None:
@@ -38,13 +33,10 @@ _unheard()  # for the session; and for each test, as tests that set logs undo it
 
 @pytest.fixture(scope="session", autouse=True)
 def _imports_stay() -> Iterator[None]:
-    """What is imported is never garbage: the collector need not walk through it, and seldom through the rest."""
-    before = gc.get_threshold()
+    """What is imported is never garbage: the collector need not walk through it."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*RARELY)
     yield
-    gc.set_threshold(*before)
     gc.unfreeze()
 
 
@@ -71,6 +63,15 @@ def no_gradients_no_warnings() -> Iterator[None]:
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "dllm: a graph broke at ")
         yield
+
+
+LONG = "test_lowering", "test_numerics", "test_tensor_parallel", "test_commands"
+"""Files with tests that take long: the last of them to begin would run while other workers have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; each file stays together."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture

@@ -224,7 +224,6 @@ def _group(rank: int, port: int) -> Iterator[DeviceMesh]:
 def work(rank: int, port: int, folder: str) -> None:
     """Do everything, and leave what came of it in a file of ``folder``."""
     shared.MODULES[:] = [__name__]
-    torch._dynamo.config.run_gc_after_compile = False
     quick_inductor.begin()
     parts: tuple[Callable[[DeviceMesh], dict[str, Any]], ...] = (methods, compiled, disagreeing, refused)
     with _group(rank, port) as mesh:
