@@ -2,8 +2,8 @@
 
 The C++ compiler is called once a graph for plain Inductor, too, as this package has it called for its own graphs, and
 optimizes less. What it makes is linked by gold, where there is one: the usual linker takes half as long as the
-compiler, to read the names in PyTorch's libraries. And what Inductor finds out about an index is kept for all graphs: it
-keeps 128 of its answers, fewer than a model has.
+compiler, to read the names in PyTorch's libraries. And what Inductor finds out about an index is kept for all graphs:
+it keeps 128 of its answers, fewer than a model has.
 
 It changes Inductor itself, so it is done with the release it was written for. With another, tests compile as users do.
 With any, garbage is seldom looked for: tracing makes many objects that live on, and a fifth of all time went into it.
