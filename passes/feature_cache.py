@@ -86,6 +86,7 @@ class FeatureCache:
         self.intervals, self.transfer_ratio, self.shift = (prompt_interval, response_interval), transfer_ratio, shift
         self._follow(response)
         self.anew = False  # whether a sequence of the batch begins
+        self.owed: frozenset[str] = frozenset()  # refreshes that fell on repeated calls, which compute nothing
         partial = ("select", "prompt+select") if transfer_ratio > 0 else ("keep", "prompt")
         self.variants = tuple(VARIANTS[name] for name in ("full", "response", *partial))
 
@@ -103,21 +104,17 @@ class FeatureCache:
         return True
 
     def next(self, call: Call) -> Plan:
-        """The plan of a call; one that repeats the ids before it counts, too."""
+        """The plan of a call; one that repeats the ids before it counts, but leaves its refreshes to the next."""
         if self.anew:
             self.anew = False
             return Plan(FULL, self.selected, refresh=("block",))
-        if self.prompt_interval:
-            assignment = variant(call.number, self.prompt_interval, self.response_interval, self.most)
-        elif due(self.response_interval, call.number):
-            assignment = FULL  # with nothing before the response there is no prompt to refresh or to keep
-        else:
-            assignment = variant(1, 2, 2, self.most)
         intervals = {"prompt": self.prompt_interval, "response": self.response_interval}
-        why = (
-            [name for name, each in intervals.items() if each and due(each, call.number)] if call.number else ["block"]
-        )
-        return Plan(assignment, self.selected, refresh=tuple(why))
+        why = {name for name, each in intervals.items() if each and due(each, call.number)} | self.owed
+        self.owed = frozenset(why if call.repeat else ())
+        response = "response" in why
+        prompt = "prompt" in why if self.prompt_interval else response  # with nothing before it there is none to keep
+        assignment = variant(1, 1 if prompt else 2, 1 if response else 2, self.most)
+        return Plan(assignment, self.selected, refresh=tuple(sorted(why)) if call.number else ("block",))
 
 
 def share(options: Any) -> float:

@@ -28,6 +28,8 @@ from dllm_compile.debug import log
 from dllm_compile.kernels.confidence import confidence
 
 _ADDS = (operator.add, torch.add)
+_PRODUCTS = (operator.mul, torch.mul)
+_QUOTIENTS = (operator.truediv, torch.div)
 
 
 def regions(graph: torch.fx.Graph, axes: Axes, halves: bool) -> list[Unit]:
@@ -51,7 +53,7 @@ def regions(graph: torch.fx.Graph, axes: Axes, halves: bool) -> list[Unit]:
     if live and _is_stream(live[-1], axes) and (not cuts or cuts[-1][1] is not live[-1]):
         cuts.append((len(live) - 1, live[-1]))  # a layer traced alone hands its stream to the caller
     segments = _segments(live, cuts)
-    groups = _group(segments, calls, halves)
+    groups = _group(segments, calls, axes, halves)
     if groups:
         groups[-1:] = _split_tail(groups[-1], calls, axes)
     units = [_unit(nodes, entering, leaving, axes, halves, scored) for nodes, entering, leaving in groups]
@@ -157,14 +159,14 @@ def _segments(live: list[torch.fx.Node], cuts: list[Cut]) -> list[Segment]:
     return out
 
 
-def _group(segments: list[Segment], calls: list[torch.fx.Node], halves: bool) -> list[Segment]:
+def _group(segments: list[Segment], calls: list[torch.fx.Node], axes: Axes, halves: bool) -> list[Segment]:
     """Join segments into stem, layers (each from one attention to before the next, or in two parts) and head."""
     attends = [any(n in calls for n in nodes) for nodes, _, _ in segments]
     starts = [i for i, has in enumerate(attends) if has]
     if not starts:
         return [_joined(segments)] if segments else []
     ends = [*starts[1:], 0]
-    ends[-1] = _last_layer_end(segments, starts)
+    ends[-1] = _last_layer_end(segments, starts, axes)
     groups = [_joined(segments[: starts[0]])] if starts[0] else []
     for a, b in zip(starts, ends, strict=True):
         parts = [segments[a : a + 1], segments[a + 1 : b]] if halves else [segments[a:b]]
@@ -174,7 +176,7 @@ def _group(segments: list[Segment], calls: list[torch.fx.Node], halves: bool) ->
     return groups
 
 
-def _last_layer_end(segments: list[Segment], starts: list[int]) -> int:
+def _last_layer_end(segments: list[Segment], starts: list[int], axes: Axes) -> int:
     """The last layer is as long as the one before it; an only layer ends at its last residual add."""
     first = starts[-1]
     if len(starts) > 1:
@@ -183,7 +185,7 @@ def _last_layer_end(segments: list[Segment], starts: list[int]) -> int:
             return first + length
     end = first + 1
     for i in range(first + 1, len(segments)):
-        if _residual_branch(segments[i]) is not None:
+        if _added(segments[i], axes):
             end = i + 1
     return end
 
@@ -216,14 +218,53 @@ def _joined(segments: list[Segment]) -> Segment:
     return [n for nodes, _, _ in segments for n in nodes], segments[0][1], segments[-1][2]
 
 
-def _residual_branch(segment: Segment) -> torch.fx.Node | None:
-    """``b`` when the segment ends in ``entering + b``."""
-    _, entering, leaving = segment
-    if leaving is None or entering is None or leaving.target not in _ADDS or len(leaving.args) != 2 or leaving.kwargs:
-        return None
-    a, b = leaving.args
-    branch = b if a is entering else a if b is entering else None
-    return branch if isinstance(branch, torch.fx.Node) and branch is not entering else None
+def _added(segment: Segment, axes: Axes) -> list[torch.fx.Node]:
+    """What is added to ``entering``, or to a multiple of it, where the segment ends in a sum of it and values made of
+    it, in any order; empty where it does not. What is made of ids alone is at hand for all rows, and left out.
+    """
+    nodes, entering, leaving = segment
+    if leaving is None or entering is None:
+        return []
+    found = _addends(leaving, set(nodes))
+    made = [node for node in found if node in axes.live and entering in closure([node], set())]
+    rest = [node for node in made if _unscaled(node, axes) is not entering]
+    return rest if len(rest) == len(made) - 1 else []
+
+
+def _unscaled(node: torch.fx.Node, axes: Axes) -> torch.fx.Node:
+    """What a multiple is one of; factors that depend on no token may be numbers or tensors."""
+    while node.target in (*_PRODUCTS, *_QUOTIENTS):
+        factors = [each for each in node.args if isinstance(each, torch.fx.Node) and each in axes.live]
+        if len(factors) != 1 or (node.target in _QUOTIENTS and factors[0] is not node.args[0]):
+            break
+        (node,) = factors
+    return node
+
+
+def _addends(node: torch.fx.Node, inside: set[torch.fx.Node]) -> list[torch.fx.Node]:
+    """What a sum of any number is made of; a part that is read elsewhere, too, is one."""
+    if node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
+        return [node]
+    out: list[torch.fx.Node] = []
+    for each in node.args:
+        if isinstance(each, torch.fx.Node):
+            out += _addends(each, inside) if each in inside and len(each.users) == 1 else [each]
+    return out
+
+
+def _attended(node: torch.fx.Node, leaving: torch.fx.Node, inside: set[torch.fx.Node], axes: Axes) -> torch.fx.Node:
+    """The last value that is made of attention's output ``node`` and no other row by row: what a layer keeps that ends
+    in no sum with its stream; ``leaving`` where there is none.
+    """
+    found = leaving
+    while node in inside and node is not leaving:
+        users = [user for user in node.users if user in axes.live]
+        beside = [each for user in users for each in user.all_input_nodes if each in axes.live and each is not node]
+        if len(users) != 1 or beside or users[0] in axes.unproven:
+            break
+        (node,) = users
+        found = node if _is_stream(node, axes) else found
+    return found
 
 
 def _unit(
@@ -289,18 +330,18 @@ def _branches(
     axes: Axes,
     calls: set[torch.fx.Node],
 ) -> list[Branch]:
-    """What the layer adds to the stream, one a residual add; attention without an add replaces the stream."""
+    """What the layer adds to the stream, one an addend; what attention alone makes where nothing is added."""
     cuts = [(nodes.index(n), n) for _, n in _cuts([entering, *nodes] if entering else nodes, axes) if n is not entering]
     if leaving is not None:
         cuts.append((len(nodes) - 1, leaving))
     out: list[Branch] = []
     for inside, before, after in _segments(nodes, cuts):
-        segment = (inside, before or entering, after)
-        attends = any(n in calls for n in inside)
-        branch = _residual_branch(segment) or (after if attends else None)
-        if branch is not None and _is_stream(branch, axes):  # one row of it added to all is kept for none
-            out.append(Branch(branch, attends))
-    return out
+        attends = [n for n in inside if n in calls]
+        found = _added((inside, before or entering, after), axes)
+        if not found and attends and after is not None:
+            found = [_attended(attends[0], after, set(inside), axes) if len(attends) == 1 else after]
+        out += [Branch(node, bool(attends)) for node in found if _is_stream(node, axes)]
+    return out  # one row that is added to all is kept for none
 
 
 def _several(node: torch.fx.Node, axes: Axes, scored: Scored, inside: set[torch.fx.Node]) -> Attention | None:

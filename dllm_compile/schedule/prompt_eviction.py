@@ -44,6 +44,7 @@ class PromptEviction:
         """The plan of a call; one that repeats the ids before it counts, too."""
         plan = replace(self.features.next(call), fresh=self.response, kept=self.kept)
         if _reads_prompt(plan.assignment):
+            self.features.owed = frozenset()  # it is computed in this call, repeated or not
             return replace(plan, assignment=self.evict, block=self.response, same=False)
         return replace(plan, assignment=evicted(plan.assignment, self.gaps))
 
