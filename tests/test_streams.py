@@ -416,6 +416,77 @@ def test_a_loop_that_begins_anew_on_another_prompt_and_shape() -> None:
             call(fill(model(x), x))
 
 
+# -- guidance ----------------------------------------------------------------------------------------------------------
+
+
+def guided(call: Callable[[torch.Tensor], torch.Tensor], order: str, prompt: int) -> list[torch.Tensor]:
+    """The logits ``[2, S, V]`` of a loop in blocks of 4, with and without its prompt, ``b`` and ``a``: from one call of
+    both, or from two calls; ``order`` says which comes first.
+    """
+    x, out = start(batch=1, prompt=prompt, response=12), []
+    for place in range(prompt, prompt + 12):
+        blank = x.clone()
+        blank[:, :prompt] = MASK
+        given = {"b": x, "a": blank}
+        if len(order) == 2:
+            found = dict(zip(order, call(torch.cat([given[each] for each in order])).clone().chunk(2), strict=True))
+        else:
+            found = {each: call(given[each]).clone() for each in order[::2]}
+        out.append(torch.cat([found["b"], found["a"]])[:, place : place + 4])
+        best = out[-1].sum(0).argmax(-1)
+        x = x.clone()
+        x[:, place] = best[0] % MASK
+    return out
+
+
+@pytest.mark.parametrize("prompt", [1, 6])
+@pytest.mark.parametrize("order", ["ab", "b+a", "a+b"])
+@pytest.mark.parametrize("name", ["dual", "dyllm"])
+def test_guidance_is_the_same_in_one_call_and_in_two(name: str, order: str, prompt: int) -> None:
+    """Rows of a call without the prompt are never those of one with it, and both have the same blocks."""
+    wanted, model = guided(models.compiled_loop(build(), **METHODS[name]), "ba", prompt), build()
+    got = guided(models.compiled_loop(model, **METHODS[name]), order, prompt)
+    again = order == "a+b"  # the call without the prompt is known to be one when the other has come, and begins anew
+    for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        same = torch.tensor([True, step == 0 or not again])
+        assert off(a[:, 0], b[:, 0], same) < TOLERANCE, step
+    assert partial(model) == (11 if order == "ab" else 22 - again) - (2 if name == "dual" else 0) * (
+        1 + (order != "ab")
+    )
+
+
+def test_a_loop_of_masks_alone_that_fills_the_first_keeps_its_blocks() -> None:
+    """What it filled first could be a prompt, until the calls go on with it."""
+    model = build()
+    call, x = models.compiled_loop(model, **METHODS["dual"]), start(prompt=0, response=12)
+    for _ in range(12):
+        x = fill(call(x), x)
+    assert steps(model) == {"full": 5, "block": 7}  # the first call, two in doubt, two blocks
+
+
+def test_two_lengths_of_response_to_one_prompt_are_no_guidance() -> None:
+    model = build()
+    call, x = models.compiled_loop(model, **METHODS["dual"]), start(batch=1).expand(2, -1).clone()
+    x[0, PROMPT + 4 :] = 1  # padding; in the other row there are masks behind the response of this one
+    for step in range(RESPONSE):
+        got = call(x).clone()
+        assert step not in (0, 4, 5) or off(got, model(x), readable(x)) < TOLERANCE
+        x = fill(got, x)
+    assert steps(model) == {"full": 3, "block": 5}
+
+
+def test_blocks_stay_where_they_were_behind_a_token_that_was_masked_again() -> None:
+    """Such a call fills masks of an earlier one and is in doubt, so that it computes every row, but has the blocks."""
+    model = build()
+    call, x = models.compiled_loop(model, **METHODS["dual"]), start(batch=1)
+    for step, place in enumerate([0, 1, 2, 1, 3, 7, 5, 6, 4]):
+        got = call(x).clone()
+        x[:, PROMPT + place] = got[:, PROMPT + place].argmax(-1)
+        if step == 2:
+            x[:, PROMPT + 1] = MASK
+    assert steps(model) == {"full": 3, "block": 6}
+
+
 # -- batches whose sequences come and go ------------------------------------------------------------------------------
 
 

@@ -59,17 +59,22 @@ def positions(rows: torch.Tensor, least: int = 0, empty: bool = True, multiple: 
 
 
 def response_rows(ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """The rows ``[B, S]`` bool that are masked at the first call; for ``[x; x with a masked prompt]`` (guidance), those
-    masked in ``x``.
+    """The rows ``[B, S]`` bool that are masked at the first call; for ``[x; x with a masked prompt]`` (guidance), or
+    the other way round, those masked in ``x``.
     """
     half = ids.shape[0] // 2
-    if ids.shape[0] % 2 or not half:
-        return masked
-    cond, uncond = ids[:half], masked[half:]
-    mirrors = (ids[half:] == cond) | uncond
-    if bool(mirrors.all()) and bool((uncond | ~masked[:half]).all()) and not torch.equal(uncond, masked[:half]):
-        return torch.cat([masked[:half], masked[:half]])
+    for x, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))) if half else ():
+        if ids.shape[0] == 2 * half and masks_prompt(ids[other], ids[x], masked[other], masked[x]):
+            return torch.cat([masked[x], masked[x]])
     return masked
+
+
+def masks_prompt(ids: torch.Tensor, others: torch.Tensor, masked: torch.Tensor, response: torch.Tensor) -> bool:
+    """Whether ``ids`` are ``others`` with more masks, all of them outside of the ``response``, as a call without the
+    condition of guidance has them; ``[B, S]`` each, ``masked`` of ``ids``.
+    """
+    changed = ids != others
+    return bool(changed.any()) and not bool((changed & (~masked | response)).any())
 
 
 def mask_of_changes(before: torch.Tensor | None, now: torch.Tensor, known: int | None = None) -> int | None:

@@ -156,6 +156,8 @@ class Session:
         batch, branched = self._longer(read, call), False
         if batch is None:
             batch, branched = self._found(read.ids, candidates)
+        if batch is not None:
+            batch.judge_prompt(read.ids)
         if batch is None and not branched:
             batch = self._smaller(read.ids, call)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
@@ -250,6 +252,8 @@ class Session:
         Some of the sequences of a batch may begin anew.
         """
         fitting = [each for each in candidates if bool(each.goes_on(ids).all())]
+        if not fitting and (wrong := next((each for each in candidates if each.fills_prompt(ids)), None)) is not None:
+            fitting = [wrong]
         fitting.sort(key=lambda each: each.distance(ids))
         best = fitting[0] if fitting else None
         last = self.batches[-1] if self.batches else None
@@ -324,6 +328,8 @@ class Session:
         declared_so = branched or call.loop is not None or call.program.fills or isinstance(plans, Exact)
         evidence = Evidence(declared_so, begins, scores, self.options.shift, short, fills)
         batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
+        for each in self.batches:
+            batch.meet(each)
         if begins or evidence.declared:
             self.weights.sum()
         return batch
