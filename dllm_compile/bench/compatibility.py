@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import dllm_compile
-from dllm_compile import checkpoint
+from dllm_compile import checkpoint, compat
 from dllm_compile.interface.mechanism import nearest
 from dllm_compile.opaque_modules import CALL_FAILS
 from dllm_compile.quota_loop import quota_loop
@@ -406,7 +406,7 @@ def write(path: str, text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Print the table, a row as soon as it is known."""
-    torch._dynamo.config.run_gc_after_compile = False  # nothing here is large
+    compat.dynamo_config.run_gc_after_compile = False  # nothing here is large
     parser = Parser(prog="dllm_compile models", description=ABOUT)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--model", nargs="+", help="classes of transformers, or folders with a config.json, and code")
