@@ -70,7 +70,7 @@ graph_break: Callable[[], None]
 TorchDynamoException: type[Exception]
 """Dynamo cannot trace something whole."""
 dynamo_config: Any
-"""Read and written: ``ignore_logging_functions``, and in a command ``run_gc_after_compile``."""
+"""Read and written: ``ignore_logging_functions``."""
 AsyncCompile: Any
 """What code that Inductor wrote has its kernels compiled with; ``cpp_pybinding`` is replaced for a while."""
 CppPythonBindingsCodeCache: Any

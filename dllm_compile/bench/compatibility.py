@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import dllm_compile
-from dllm_compile import checkpoint, compat
+from dllm_compile import checkpoint
 from dllm_compile.interface.mechanism import nearest
 from dllm_compile.opaque_modules import CALL_FAILS
 from dllm_compile.quota_loop import quota_loop
@@ -190,11 +190,13 @@ def own_loop(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
 
 
 def generate(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
-    """``dllm_compile.generate``, whose step is compiled as a whole, and returns no logits."""
+    """``dllm_compile.generate``, whose step is compiled as a whole, and returns no logits. Places are drawn: rows of
+    masks alone may be alike, and as sure up to rounding.
+    """
     beside.error = math.nan
-    response = TOKENS - prompt.shape[1]
+    response, draws = TOKENS - prompt.shape[1], torch.Generator().manual_seed(0)
     more = {"gen_length": response, "steps": response // EACH, "mask_id": MASK, **(beside.options or {})}
-    return dllm_compile.generate(beside.model, prompt, **more)  # type: ignore[return-value]
+    return dllm_compile.generate(beside.model, prompt, remasking="random", generator=draws, **more)  # type: ignore[return-value]
 
 
 def pipeline(beside: Beside, prompt: torch.Tensor) -> torch.Tensor:
@@ -406,7 +408,6 @@ def write(path: str, text: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Print the table, a row as soon as it is known."""
-    compat.dynamo_config.run_gc_after_compile = False  # nothing here is large
     parser = Parser(prog="dllm_compile models", description=ABOUT)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--model", nargs="+", help="classes of transformers, or folders with a config.json, and code")
