@@ -18,7 +18,8 @@ from dllm_compile.schedule.method import response_of, schedule
 
 from . import recordings
 from .evidence import Expected, begins_masked
-from .ids import masks_prompt, positions, response_rows
+from .ids import positions, response_rows
+from .one_response import begins_prompt
 from .output_buffers import OutputBuffers
 from .step import Past, Step
 from .unchanged import Inputs
@@ -67,67 +68,20 @@ class Batch:
         masked = ids == self.mask_id
         self.first = ids
         self.response = response_rows(ids, masked)
-        self.supposed = not torch.equal(self.response, masked)  # to be the response of other sequences
-        self.unless: tuple[Batch, Past | None] | None = None  # see :meth:`judge_prompt`
+        self.taken_over = not torch.equal(self.response, masked)  # the response is that of other sequences
+        self.without_prompt: tuple[Batch, Past | None] | None = None  # see :func:`.one_response.goes_on_alone`
         self._locate()
 
     def _locate(self) -> None:
         self.answer = response_of(self.options, self.response)
         self.fixed = {"response": positions(self.answer), "prompt": positions(~self.answer)}
 
-    def suppose(self, response: torch.Tensor) -> None:
-        """Begin anew with another response: that of sequences which this one is without their prompt."""
+    def respond_in(self, response: torch.Tensor) -> None:
+        """Begin anew with another ``response`` ``[B, S]``, where it differs."""
         if not torch.equal(response, self.response):
-            self.response, self.supposed = response, not torch.equal(response, self.first == self.mask_id)
+            self.response, self.taken_over = response, not torch.equal(response, self.first == self.mask_id)
             self._locate()
             self.begin_anew()
-
-    def meet(self, other: Batch) -> None:
-        """Share one response with sequences of an earlier call: where one of the two has the prompt of the other
-        masked, or where this one begins in the middle of a response to the same prompt.
-        """
-        assert self.past is not None
-        assert other.past is not None
-        mine, theirs = self.past.ids, other.past.ids
-        if mine.shape != theirs.shape or self.loop is not other.loop or other.thread is not None:
-            return
-        masked, prompt = mine == self.mask_id, ~other.response
-        if masks_prompt(mine, theirs, masked, other.response):
-            self.suppose(other.response)
-        elif masks_prompt(theirs, mine, theirs == self.mask_id, self.response):
-            other.suppose(self.response)
-            self.unless = (other, other.past) if bool((theirs == self.mask_id).all()) else None
-        elif not (begins_masked(masked, mine) or bool((prompt & (masked | (mine != other.first))).any())):
-            self.suppose(other.response)
-
-    def judge_prompt(self, ids: torch.Tensor) -> None:
-        """Take what was filled between a call of masks alone and the first of this sequence for filled by a loop, and
-        its response over, where calls go on with this one, here with ``ids``, and not with the masks.
-        """
-        assert self.past is not None
-        if self.unless is None or torch.equal(ids, self.past.ids):
-            return
-        (masks, past), self.unless = self.unless, None
-        if masks.past is past:
-            self.suppose(masks.first == self.mask_id)
-
-    def fills_prompt(self, ids: torch.Tensor) -> bool:
-        """Whether a call with ``ids`` fills masks of what was supposed to be a prompt, and does nothing else; then it
-        is none.
-        """
-        assert self.past is not None
-        changed, masked = ids != self.past.ids, self.past.ids == self.mask_id
-        found = self.supposed and bool((changed & ~self.response).any()) and not bool((changed & ~masked).any())
-        if found and not self._begins_prompt(ids):
-            self.suppose(self.first == self.mask_id)
-            return True
-        return False
-
-    def _begins_prompt(self, ids: torch.Tensor) -> bool:
-        """Whether ``ids`` begin a sequence with a prompt, where those of the last call are masks alone."""
-        assert self.past is not None
-        alone = bool((self.past.ids == self.mask_id).all()) and bool((ids[:, 0] != self.mask_id).all())
-        return alone and begins_masked(ids == self.mask_id, ids)
 
     def follow_masks(self, program: Program, args: Sequence[Any]) -> None:
         """Find out how far rows depend on tokens, where attention masks show it; schedules are told from the next call
@@ -214,7 +168,7 @@ class Batch:
         before = self.past.ids
         changed = ids != before
         filled = changed & (before == self.mask_id)
-        if self._begins_prompt(ids):
+        if begins_prompt(self, ids):
             return torch.zeros(len(ids), dtype=torch.bool)
         if not self.past.evidence.declared:
             many = filled.sum(1) * 4 > self.response.sum(1)
@@ -285,7 +239,7 @@ class Batch:
         at = rows.unsqueeze(1)
         self.first = torch.where(at, ids, self.first)
         self.response = torch.where(at, ids == self.mask_id, self.response)
-        self.supposed, self.unless = False, None
+        self.taken_over, self.without_prompt = False, None
         self._locate()
         plans = copied(self.past.schedule)
         old = torch.where(at, ids, self.past.ids)
@@ -319,7 +273,7 @@ class Batch:
             model: what tells the graphs of the smaller batch.
         """
         assert self.past is not None
-        past, self.inputs, self.model, self.unless = self.past, inputs, model, None
+        past, self.inputs, self.model, self.without_prompt = self.past, inputs, model, None
         size = len(past.ids)
 
         def some(value: torch.Tensor) -> torch.Tensor:
@@ -370,7 +324,7 @@ class Batch:
         before = torch.cat([past.ids, masks], 1)
         new.past = replace(past, ids=before, on_device=here, schedule=plans, history=(), caller=None, read=None)
         new.last, new.head_inputs = None, None  # what was noted behind its layers is of fewer rows
-        new.depends, new.unless = None, None
+        new.depends, new.without_prompt = None, None
         new.follow_masks(program, args)
         return new
 

@@ -28,6 +28,7 @@ from .evidence import SHORT, Evidence, begins_masked
 from .growing import grows, may_grow
 from .ids import infer_mask_id, mask_of_changes
 from .next_step import next_step
+from .one_response import fills_prompt, goes_on_alone, share
 from .read import NewCall, Read, read_call
 from .stats import Stats
 from .step import Past, Step
@@ -157,7 +158,7 @@ class Session:
         if batch is None:
             batch, branched = self._found(read.ids, candidates)
         if batch is not None:
-            batch.judge_prompt(read.ids)
+            goes_on_alone(batch, read.ids)
         if batch is None and not branched:
             batch = self._smaller(read.ids, call)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
@@ -252,7 +253,7 @@ class Session:
         Some of the sequences of a batch may begin anew.
         """
         fitting = [each for each in candidates if bool(each.goes_on(ids).all())]
-        if not fitting and (wrong := next((each for each in candidates if each.fills_prompt(ids)), None)) is not None:
+        if not fitting and (wrong := next((each for each in candidates if fills_prompt(each, ids)), None)) is not None:
             fitting = [wrong]
         fitting.sort(key=lambda each: each.distance(ids))
         best = fitting[0] if fitting else None
@@ -329,7 +330,7 @@ class Session:
         evidence = Evidence(declared_so, begins, scores, self.options.shift, short, fills)
         batch.past = Past(ids, ids, -1, plans, None, evidence, missed=False, history=())
         for each in self.batches:
-            batch.meet(each)
+            share(batch, each)
         if begins or evidence.declared:
             self.weights.sum()
         return batch
