@@ -65,6 +65,12 @@ def no_gradients_no_warnings() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def generate_shares_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file that is marked ``shares_graphs``, see :func:`tests.shared.steps_of_generate`."""
+    shared.steps_of_generate(monkeypatch)
+
+
 LONG = "test_lowering", "test_numerics", "test_tensor_parallel", "test_commands"
 """Files with tests that take long: the last of them to begin would run while other workers have nothing to do."""
 

@@ -39,6 +39,7 @@ def both(model: Any, ids: torch.Tensor, drafts: int, **how: Any) -> tuple[Any, A
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 @pytest.mark.parametrize(
     ("drafts", "how"),
     [
@@ -58,7 +59,9 @@ def test_the_ids_after_each_step_are_those_without_drafts(drafts: int, how: dict
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-def test_fewer_calls_make_the_same_ids(lowering: str) -> None:
+def test_fewer_calls_make_the_same_ids(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lowering == "inductor":  # in eager it is traced as generate does it
+        shared.steps_of_generate(monkeypatch)
     model, ids = llama(), start()
     common = {**COMMON, **PLAIN, "cache": "dual", "output_history": True}
     without = dllm_compile.generate(model, ids[:, :PROMPT], **common)
@@ -78,6 +81,7 @@ def test_without_a_compiler_too() -> None:
     assert found.tokens_per_forward == RESPONSE / found.nfe
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 def test_an_end_that_is_written_is_seen_between_two_states_of_one_call() -> None:
     model, ids = llama(), start()
     whole = dllm_compile.generate(model, ids[:, :PROMPT], **COMMON, **PLAIN, cache="dual")
@@ -86,6 +90,7 @@ def test_an_end_that_is_written_is_seen_between_two_states_of_one_call() -> None
     assert torch.equal(found.history, without.history)
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 def test_a_padded_prompt_is_padded_for_each_draft() -> None:
     model, ids = llama(), start()
     mask = torch.ones(1, PROMPT, dtype=torch.int64)

@@ -16,7 +16,7 @@ from dllm_compile import Mechanism, Option
 from dllm_compile.interface.mechanism import count
 from dllm_compile.mechanisms import register, unregister
 
-from . import models
+from . import models, shared
 from .flashblock_model import FlashBlock
 from .models import MASK, start
 from .test_block_cache import filled
@@ -275,8 +275,10 @@ def test_what_has_no_meaning_is_refused(given: dict[str, Any], sentence: str) ->
 
 
 @pytest.mark.parametrize("interval", [None, 1])
-def test_generate_with_a_threshold(interval: int | None) -> None:
+def test_generate_with_a_threshold(interval: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept goes with any number of tokens a call; where it is kept for no step, the tokens are the cache's."""
+    if interval == 1:  # the other is traced as generate does it
+        shared.steps_of_generate(monkeypatch)
     model, prompt = models.build("llama"), start(7, 1, 2)[:, :7]
     more: dict[str, Any] = {"gen_length": 16, "block_length": 8, "threshold": 0.5, "lowering": "eager", "mask_id": MASK}
     dual = dllm_compile.generate(model, prompt, method="fast-dllm", cache="dual", **more)

@@ -74,6 +74,8 @@ def test_generate_writes_by_it_beside_any_cache(options: dict[str, Any]) -> None
     assert not (some.sequences == MASK).any()
 
 
+@pytest.mark.shares_graphs
+@pytest.mark.usefixtures("generate_shares_graphs")
 @pytest.mark.parametrize("rule", [{}, {"threshold": 0.8}, {"factor": 1.0}, {"frechet_delta": 0.5}], ids=str)
 def test_the_rule_of_a_preset_is_that_of_the_caller_if_he_names_one(rule: dict[str, Any]) -> None:
     model, prompt = build(), start(prompt=8)[:, :8]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ import dllm_compile
 from dllm_compile.runtime.batch import Batch
 from dllm_compile.runtime.session import Session
 from dllm_compile.runtime.step import Step
-from dllm_compile.sampler import stepper
 
-from . import golden_models, shared
+from . import golden_models
 
-pytestmark = pytest.mark.shares_graphs
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("generate_shares_graphs")]
 
 LLADA, DREAM = golden_models.names("llada_fastdllm"), golden_models.names("dream_fastdllm")
 VANILLA = golden_models.names("llada_vanilla") + golden_models.names("dream_vanilla")
@@ -55,16 +53,6 @@ def repeat(name: str, **options: Any) -> None:
     for step, (got, want) in enumerate(zip(result.history, trace.tensors["tokens"].long(), strict=True)):
         assert torch.equal(got, want), f"tokens before call {step}"
     assert torch.equal(result.sequences, result.history[-1])
-
-
-@pytest.fixture(autouse=True)
-def _steps_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One trace of a step for all lengths and models; ``generate`` itself has one for each model and its options."""
-
-    def compiled(function: Callable[..., Any], model: Any, options: dict[str, Any]) -> Callable[..., Any]:
-        return shared.compiled(function, dynamic=True, **options)
-
-    monkeypatch.setattr(stepper, "compiled", compiled)
 
 
 @pytest.mark.parametrize("name", [n for n in VANILLA + LLADA + DREAM if cache(golden_models.trace(n)) is None])

@@ -69,6 +69,7 @@ def as_options(how: dict[str, Any]) -> dict[str, Any]:
     return {"method": "dsb", "sliding": sliding, "block_length": how["block"], "rows_before": how["window"]}
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 @pytest.mark.parametrize("how", PLAIN, ids=str)
 def test_generate_repeats_the_plain_model_step_by_step(how: dict[str, Any]) -> None:
     model, ids = llama(), start()
@@ -262,6 +263,7 @@ def test_it_goes_with_other_mechanisms_and_a_batch_is_its_sequences(more: dict[s
             assert not masked.any() or off(got[0], want[row], masked) < TOLERANCE
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 def test_evicting_nothing_is_dsb() -> None:
     model, ids = llama(), start()
     common = {"gen_length": RESPONSE, "mask_id": MASK, "shift": False, "lowering": "eager", "threshold": 0.6}
@@ -312,6 +314,7 @@ def test_a_loop_without_blocks_is_told_and_has_current_logits() -> None:
 # -- the sampler -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 @pytest.mark.parametrize(
     "more", [{"sliding": "greedy", "threshold": 0.9}, {"sliding": "constant", "steps": 7, "schedule": "time"}], ids=str
 )

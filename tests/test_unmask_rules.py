@@ -16,7 +16,7 @@ from dllm_compile.mechanisms import register, tables, unregister
 from .callers import build, start
 from .models import MASK
 
-pytestmark = pytest.mark.usefixtures("no_gradients_no_warnings")
+pytestmark = [pytest.mark.shares_graphs, pytest.mark.usefixtures("no_gradients_no_warnings")]
 
 
 def surest_together(told: Confidences) -> torch.Tensor:
@@ -43,13 +43,15 @@ def _registered() -> Iterator[None]:
         unregister(name)
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 @pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"method": "dllm-cache"}], ids=str)
 def test_generate_writes_what_the_rule_says(options: dict[str, Any]) -> None:
+    """Through Inductor a rule is seen to do so in ``test_frechet``."""
     model, prompt = build(), start(2)[:, :4]
     common = {"gen_length": 8, "mask_id": MASK, "shift": False, "return_dict": True, **options}
-    lowering = {"lowering": "eager"} if options else {}
-    one = dllm_compile.generate(model, prompt, joint=0.99, **common, **lowering)
-    all_at_once = dllm_compile.generate(model, prompt, joint=0.0, **{**common, "lowering": "eager"})
+    lowering = {"lowering": "eager"} if options else {}  # an option alone would ask for the default method
+    one = dllm_compile.generate(model, prompt, joint=0.99, **common, lowering="eager")
+    all_at_once = dllm_compile.generate(model, prompt, joint=0.0, **common, lowering="eager")
     plain = dllm_compile.generate(model, prompt, steps=8, **common, **lowering)
     assert one.nfe == plain.nfe == 8
     assert torch.equal(one.sequences, plain.sequences)
@@ -99,7 +101,9 @@ def test_what_a_rule_raises_names_it(tried: int) -> None:
     register(Mechanism("wrong", "a test", options=(flag,), switches=("wrong",), unmask=fails))
     said = "the mechanism 'wrong' says tokens to write by a function that raised KeyError: 'window'"
     with pytest.raises(RuntimeError, match=said):
-        dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, wrong=0.3, top_k=3)
+        dllm_compile.generate(
+            build(), start(1)[:, :4], gen_length=4, mask_id=MASK, wrong=0.3, top_k=3, lowering="eager"
+        )
 
 
 # -- which candidates there are ---------------------------------------------------------------------------------------
@@ -115,6 +119,7 @@ def restrict(name: str, candidates: Any = ahead) -> None:
     register(Mechanism(name, "a test", options=(option,), switches=(name,), candidates=candidates))
 
 
+@pytest.mark.usefixtures("generate_shares_graphs")
 @pytest.mark.parametrize("how", [{"threshold": 2.0}, {"factor": 0.0}, {"joint": 0.99}], ids=str)
 @pytest.mark.parametrize("more", [{}, {"cache": "dual", "refresh_interval": 1}, {"top_k": 3}], ids=str)
 def test_the_surest_is_one_of_the_candidates_that_are_left(how: dict[str, Any], more: dict[str, Any]) -> None:
@@ -147,13 +152,15 @@ def test_a_sequence_without_candidates_waits() -> None:
 def test_a_loop_that_waits_for_ever_ends() -> None:
     restrict("none", lambda told: told.candidates & False)
     with pytest.raises(RuntimeError, match=r"nothing was written in 64 calls in a row: .*the mechanism 'none'"):
-        dllm_compile.generate(build(), start(1)[:, :4], gen_length=4, mask_id=MASK, threshold=0.9, none=1)
+        dllm_compile.generate(
+            build(), start(1)[:, :4], gen_length=4, mask_id=MASK, threshold=0.9, none=1, lowering="eager"
+        )
 
 
 def test_several_mechanisms_leave_what_each_of_them_leaves() -> None:
     restrict("ahead")
     restrict("last", lambda told: told.masked & (told.masked.flip(1).cumsum(1).flip(1) <= told.options.last))
-    common = {"gen_length": 4, "mask_id": MASK, "factor": 0.0, "output_history": True}
+    common = {"gen_length": 4, "mask_id": MASK, "factor": 0.0, "output_history": True, "lowering": "eager"}
     made = dllm_compile.generate(build(), start(1)[:, :4], ahead=3, last=2, **common)
     (at,) = (made.history[1] != made.history[0])[0].nonzero()
     assert int(at) == 4 + 2  # of four masks the third is among the first three and the last two
