@@ -24,7 +24,10 @@ pytestmark = [
 ]
 READ = "runtime/read.py: host = said.reshape(-1).long() if said is not None and len(parts) == 1 else packed.cpu()"
 COUNT = "runtime/graph_call.py: capacity = int(counts.max())"
-MOST = "runtime/graph_call.py: counts: list[int] = torch.stack(self.salient_counts).tolist() if self.salient_counts else []"
+MOST = (
+    "runtime/graph_call.py: "
+    "counts: list[int] = torch.stack(self.salient_counts).tolist() if self.salient_counts else []"
+)
 COPY = "runtime/positions.py: return tensor.to(device, non_blocking=True)"
 PARTIAL = {"block", "select", "response", "sparse", "salient", "inside"}
 
