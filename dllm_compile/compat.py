@@ -71,18 +71,8 @@ TorchDynamoException: type[Exception]
 """Dynamo cannot trace something whole."""
 dynamo_config: Any
 """Read and written: ``ignore_logging_functions``."""
-AsyncCompile: Any
-"""What code that Inductor wrote has its kernels compiled with; ``cpp_pybinding`` is replaced for a while."""
-CppPythonBindingsCodeCache: Any
-"""Compiles and loads a kernel in C++."""
-CppCompileError: type[Exception]
-"""The C++ compiler refused something."""
-LambdaFuture: Callable[[Callable[[], Any]], Any]
-"""A function that Inductor calls where it waits."""
-get_compile_threads: Callable[[], int]
-"""Files that Inductor compiles at once."""
 inductor_config: Any
-"""Read: ``pre_grad_fusion_options``, and a hash of all; patched: ``unsafe_marked_cacheable_functions``."""
+"""Read: ``pre_grad_fusion_options``; patched: ``unsafe_marked_cacheable_functions``."""
 LATE = {
     "compile_lock": "torch._dynamo.convert_frame",
     "cached_backends": "torch._dynamo.eval_frame",
@@ -96,11 +86,6 @@ LATE = {
     "compile_fx": "torch._inductor.compile_fx",
     "clear_caches": "torch._inductor.utils",
     "fresh_cache": "torch._inductor.utils",
-    "AsyncCompile": "torch._inductor.async_compile",
-    "CppPythonBindingsCodeCache": "torch._inductor.codecache",
-    "CppCompileError": "torch._inductor.exc",
-    "LambdaFuture": "torch._inductor.codecache",
-    "get_compile_threads": "torch._inductor.async_compile",
     "inductor_config": "torch._inductor.config",
 }
 """Modules of names that are read as ``compat.NAME``: Dynamo and Inductor take 1.5 seconds to import, and are imported

@@ -7,7 +7,7 @@
 3. ``next_step``                the ``step`` that it is: the rows that the schedule plans, as ``positions``
 4. ``run``                      compute the step, replay it (``recordings``), or return what is kept of the last call
 5. ``graph_call``               the variant that each part runs, on which rows (``skipping``), and its ``call_values``
-6. ``unit_code``, ``lower``     the compiled code of a part, for one variant; its kernels for a CPU in ``one_file``
+6. ``unit_code``, ``lower``     the compiled code of a part, for one variant
 
 Where a graph broke, ``chain`` joins the graphs of one call. ``stats`` counts, ``cost`` counts FLOPs and bytes.
 """

@@ -17,8 +17,6 @@ from dllm_compile import compat
 from dllm_compile.compat import DimDynamic, FakeTensorMode, ShapeEnv, is_traceable_wrapper_subclass
 from dllm_compile.core.sizes import BROADCAST, PACKED, SPARE, Extent, Size, form
 
-from .one_file import joined
-
 Compiled = Callable[..., Any]
 IN_ORDER = {"reorder_for_locality": False}
 """A read of the rows kept that moves behind their overwriting costs a copy of all of them, there and back."""
@@ -137,7 +135,7 @@ def lower(
 
 def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) -> Compiled:
     ours = _made_cacheable(module, next((each.device for each in example if isinstance(each, torch.Tensor)), None))
-    with torch.no_grad(), joined(), compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours):
+    with torch.no_grad(), compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours):
         return compat.compile_fx(module, example, config_patches=IN_ORDER if writes else None)
 
 
