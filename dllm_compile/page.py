@@ -164,8 +164,8 @@ def _heat(ran: Sequence[Ran]) -> str:
     bottom = layers * _LINE + 14
     every = next(n for n in (1, 5, 10, 50, 100, 1000) if n * wide >= 30 or n == 1000)
     drawn += [_axis(40 + i * wide + wide // 2, bottom, "middle", str(i)) for i in range(0, len(ran), every)]
-    drawn.append(f'<text class="axis" transform="translate(12 {layers * _LINE / 2:.0f}) rotate(-90)" ')
-    drawn[-1] += 'text-anchor="middle">layer</text>'
+    turned = f"translate(12 {layers * _LINE / 2:.0f}) rotate(-90)"
+    drawn.append(f'<text class="axis" transform="{turned}" text-anchor="middle">layer</text>')
     drawn.append(_axis(40, bottom + 18, "start", "step"))
     shown = sorted({0, round(most / 4), round(most / 2), most})
     for i, rows in enumerate(shown):

@@ -120,7 +120,6 @@ def _noted(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
 
 def begin() -> None:
     """From here on, in this process."""
-    gc.freeze()
     gc.set_threshold(*RARELY)
     torch._dynamo.config.run_gc_after_compile = False  # a collection a graph takes longer than some graphs
     if not WRITTEN_FOR:
