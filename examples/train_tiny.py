@@ -1,8 +1,10 @@
 """Trains the small masked-diffusion model that ships in ``dllm_compile/tiny/weights``.
 
     python examples/train_tiny.py --out dllm_compile/tiny/weights
+    python examples/train_tiny.py --out dllm_compile/tiny/weights --stage 2
 
-It checkpoints every 500 steps; --resume goes on from there, --eval-only just evaluates the model in --out.
+It checkpoints every 500 steps; --resume goes on from there, --eval-only just evaluates the model in --out. The second
+stage goes on from the model that the first one left in --out.
 
 Recipe
     Model   Llama layers without the causal mask: 6 layers, width 160, 5 heads of 32, SwiGLU of 448, tied
@@ -21,9 +23,13 @@ Recipe
             tokens of the context, at the positions they have in the full sequence: a true problem, and a cheaper one.
     Keys    in half of the samples attention does not see a random share of the context that the answer does not need,
             nor of the masks behind the current block: what they hold is of no use, so nothing may depend on them.
+    Layers  in the second stage each layer's queries of the current block do not see a random share of the keys outside
+            of it, drawn for each layer, in most samples: what an answer needs is then read in several layers, as large
+            models do, and no answer hangs on a key that one layer hardly looks at.
     Steps   Muon (the layers' matrices, 3e-3) and AdamW (the rest, 1.5e-3), warm-up and cosine decay, gradient norm at
             most 1, bf16 autocast.  The saved weights are a running average over about 500 steps.  Every step has a
-            seed of its own: a resumed run sees the same data as one that was never stopped.
+            seed of its own: a resumed run sees the same data as one that was never stopped.  The second stage has two
+            thirds of these rates.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +62,12 @@ SHARES = 3, 7
 """Of TASKS."""
 LEAST_SHOWN = 5
 """Cells of a sudoku."""
+STEPS = 2400, 1500
+"""Of each stage."""
+DROPPED = 0.6
+"""The largest share of keys that a layer does not see in the second stage."""
+WHOLE = 0.2
+"""The share of its samples in which every layer sees all keys."""
 INDEX = {token: i for i, token in enumerate(VOCABULARY)}  # as the tokenizer has it, only faster
 
 
@@ -106,13 +119,14 @@ def crop(problem: Problem, width: int, rng: random.Random) -> tuple[list[int], l
     return [*kept, *rest], [*(i in needed for i in kept), *[True] * len(rest)]
 
 
-def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which response tokens are hidden, how much each counts in the loss, and which lie behind the current block.
+def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Which response tokens are hidden, how much each counts in the loss, which lie behind the current block, and which
+    are in it.
 
-    The first half of the samples are states of block-wise decoding.
+    The first half of the samples are states of block-wise decoding. The whole response is the block of the others.
 
     Returns:
-        Three tensors ``[B, width]``.
+        Four tensors ``[B, width]``.
     """
     noise = torch.rand(batch, width, generator=rng)
     random_hidden = noise < torch.rand(batch, 1, generator=rng)
@@ -128,15 +142,16 @@ def draw_hidden(batch: int, width: int, rng: torch.Generator) -> tuple[torch.Ten
     ordered = torch.arange(batch)[:, None] < batch // 2
     hidden = torch.where(ordered, block_hidden, random_hidden)
     weight = torch.where(ordered, current, True) * hidden
-    return hidden, weight / weight.sum(), ordered & behind
+    inside = (place >= start) & ~behind | ~ordered
+    return hidden, weight / weight.sum(), ordered & behind, inside
 
 
 def make_batch(step: int, width: int, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, ...]:
     """Training data of one step.
 
     Returns:
-        Tasks ``[B]``, positions and ids with masks ``[B, S]``, keys that attention sees ``[B, 1, 1, S]`` bool, true ids
-        and loss weights ``[B, width]``.
+        Tasks ``[B]``, positions and ids with masks ``[B, S]``, keys that attention sees ``[B, 1, 1, S]`` bool, rows of
+        the current block ``[B, S]`` bool, true ids and loss weights ``[B, width]``.
     """
     rng, noise = random.Random(TRAIN_STREAM + step), torch.Generator().manual_seed(TRAIN_STREAM + step)
     whole = width >= SUDOKU_LENGTH  # half a sudoku has no one solution
@@ -148,14 +163,48 @@ def make_batch(step: int, width: int, tokenizer: PreTrainedTokenizerFast) -> tup
     positions = torch.tensor(kept)
     ids = torch.tensor([[INDEX[token] for token in text] for text in texts]).gather(1, positions)
     tasks = torch.tensor([TASKS.index(problem.task) for problem in drawn])
-    hidden, weight, behind = draw_hidden(len(ids), width, noise)
+    hidden, weight, behind, inside = draw_hidden(len(ids), width, noise)
     target = ids[:, -width:].clone()
     ids[:, -width:][hidden] = tokenizer.mask_token_id
     useful = torch.tensor(needed)
     useful[:, -width:] &= ~behind
     unseen = torch.rand(len(ids), 1, generator=noise) * 2 - 1  # the share of what is of no use; none in half of them
     seen = useful | (torch.rand(ids.shape, generator=noise) >= unseen)
-    return tasks, positions, ids, seen[:, None, None], target, weight
+    block = F.pad(inside, (ids.shape[1] - width, 0))
+    return tasks, positions, ids, seen[:, None, None], block, target, weight
+
+
+def drop_keys(seen: torch.Tensor, block: torch.Tensor, layers: int, step: int) -> torch.Tensor:
+    """Which keys each layer sees in the second stage: a random share of those outside of the block is dropped for the
+    queries in the block.
+
+    Args:
+        seen: ``[B, 1, 1, S]`` bool.
+        block: ``[B, S]`` bool.
+        layers: of the model.
+        step: whose random numbers.
+
+    Returns:
+        ``[layers, B, 1, S, S]`` bool.
+    """
+    noise = torch.Generator().manual_seed(step)
+    batch = len(block)
+    share = DROPPED * torch.rand(layers, batch, 1, generator=noise)
+    share *= torch.rand(batch, 1, generator=noise) >= WHOLE
+    dropped = (torch.rand(layers, *block.shape, generator=noise) < share) & ~block
+    return seen & ~(block[:, None, :, None] & dropped[:, :, None, None])
+
+
+def see_by_layer(model: LlamaForCausalLM) -> None:
+    """Lets a call of the model give masks for each layer: ``seen_by_layer``, ``[layers, B, 1, S, S]``."""
+
+    def with_own_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "seen_by_layer" in kwargs:
+            kwargs["attention_mask"] = kwargs.pop("seen_by_layer")[module.layer_idx]
+        return args, kwargs
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(with_own_mask, with_kwargs=True)
 
 
 @torch.no_grad()
@@ -195,19 +244,22 @@ def evaluate(
     return {**result, "all": sum(map(sum, exact.values())) / max(count, 1)}
 
 
-def draw_width(step: int, steps: int) -> int:
-    """Tokens of the response that a step keeps: few at first, mostly all of them at the end."""
+def draw_width(step: int, steps: int, stage: int) -> int:
+    """Tokens of the response that a step keeps: few at first, mostly all of them at the end and in the second stage."""
     share = step / steps
     often = [3, 1, 0, 0] if step < RECALL else [0, max(0.1, 0.8 - share), 0.3, max(0.1, 1.2 * share - 0.2)]
+    if stage == 2:
+        often = [0, 0.1, 0.3, 0.6]
     return random.Random(step).choices([*CROPS], often)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW; Muon takes twice as much")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS[0]}, and {STEPS[1]} in the second stage")
+    parser.add_argument("--lr", type=float, help="of AdamW; Muon takes twice as much; default: 1.5e-3, and then 1e-3")
     parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for weights, config and tokenizer")
-    parser.add_argument("--curve", type=Path, default=Path(__file__).with_suffix(".csv"), help="the loss curve's file")
+    parser.add_argument("--curve", type=Path, help="the loss curve's file; default: examples/train_tiny_STAGE.csv")
     parser.add_argument("--checkpoint", type=Path, default=Path("train_tiny.pt"), help="written every 500 steps")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the model in --out and train nothing")
@@ -218,6 +270,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    args.steps = args.steps or STEPS[args.stage - 1]
+    args.lr = args.lr or (1.5e-3, 1e-3)[args.stage - 1]
+    args.curve = args.curve or Path(__file__).with_name(f"train_tiny_{args.stage}.csv")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -235,8 +290,10 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Trains (or resumes); writes the loss curve, checkpoints and, to ``args.out``, model and tokenizer."""
-    model = make_model(tokenizer).to(args.device)
+    """Trains (or resumes) a stage; writes the loss curve, checkpoints and, to ``args.out``, model and tokenizer."""
+    made = make_model(tokenizer) if args.stage == 1 else LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    model = made.to(args.device).train()
+    see_by_layer(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -259,8 +316,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
     def loss_of(
         positions: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        masks = {"attention_mask": seen} if args.stage == 1 else {"attention_mask": seen[0], "seen_by_layer": seen}
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
-            logits = model(ids, attention_mask=seen, position_ids=positions).logits[:, -target.shape[1] :]
+            logits = model(ids, position_ids=positions, **masks).logits[:, -target.shape[1] :]
         losses = F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
         return (losses * weight).sum(), losses.detach()
 
@@ -271,9 +329,13 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
         rate = args.lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for optimizer, factor in zip(optimizers, (2, 1), strict=True):
             optimizer.param_groups[0]["lr"] = factor * rate
-        drawn = make_batch(step, draw_width(step, args.steps), tokenizer)
-        tasks, *data = (x.to(args.device) for x in drawn)
-        loss, losses = step_loss(*data)
+        number = step + sum(STEPS[: args.stage - 1])
+        drawn = make_batch(number, draw_width(step, args.steps, args.stage), tokenizer)
+        tasks, positions, ids, seen, block, target, weight = drawn
+        if args.stage == 2:
+            seen = drop_keys(seen, block, len(model.model.layers), number)
+        tasks, weight = tasks.to(args.device), weight.to(args.device)
+        loss, losses = step_loss(*(x.to(args.device) for x in (positions, ids, seen, target)), weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -283,7 +345,6 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Llama
 
         # Per task, the loss at the first hidden character of decode-like samples: what in-order decoding asks for next.
         half = len(tasks) // 2
-        weight = data[-1]
         frontier = losses[:half].gather(1, weight[:half].argmax(1, keepdim=True))[:, 0]
         sums["loss"].append(loss.item())
         for i, task in enumerate(TASKS):

@@ -90,8 +90,10 @@ def _sudoku(rng: random.Random, least: int) -> tuple[list[str], list[str]]:
         solution = rng.choice(_solutions())
         order = rng.sample(range(16), 16)
         count = rng.randint(least, SHOWN[1])
-        while sum(all(other[i] == solution[i] for i in order[:count]) for other in _solutions()) > 1:
-            count += 1  # until the cells shown leave one solution
+        fitting = [other for other in _solutions() if all(other[i] == solution[i] for i in order[:count])]
+        while len(fitting) > 1:  # until the cells shown leave one solution
+            fitting = [other for other in fitting if other[order[count]] == solution[order[count]]]
+            count += 1
         shown = order[:count]
         given += _written("".join(cell if i in shown else GAP for i, cell in enumerate(solution)))
         solved += _written(solution)
