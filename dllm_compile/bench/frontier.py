@@ -102,6 +102,7 @@ def draw(rows: list[Row], path: str, problems: int = PROBLEMS) -> None:
     axes.set_title(f"Embedded model, {problems} problems, batch {BATCH}, loop in blocks of {BLOCK}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    axes.margins(x=0.08, y=0.15)  # room for labels beyond the outermost points
     place(axes, labels, [*places.values()])
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
@@ -122,25 +123,35 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def place(axes: Any, labels: Sequence[tuple[str, tuple[float, float], Any]], points: Sequence[Any]) -> list[Any]:
-    """Write each label near its point where it covers no other label and no point; returns the texts.
+    """Write each label in the axes near its point, with a thin line to it, where it covers no other label and no point;
+    returns the texts.
 
     Args:
         axes: of matplotlib, whose limits are final.
         labels: text, point and color of each.
         points: what no label may cover.
     """
+    from matplotlib.text import Text
+
     axes.figure.canvas.draw()
     marks = axes.transData.transform(points)
+    renderer = axes.figure.canvas.get_renderer()
     texts: list[Any] = []
+    boxes: list[Any] = []
     for text, at, color in labels:
-        shown = axes.annotate(text, at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=color)
-        for distance, angle in itertools.product(range(8, 60, 4), range(45, 405, 30)):
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 0}
+        shown = axes.annotate(
+            text, at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=color, arrowprops=leader
+        )
+        for distance, angle in itertools.product(range(12, 120, 4), range(45, 405, 30)):
             shown.set_position((distance * cos(radians(angle)) - 6, distance * sin(radians(angle)) - 3))
-            box = shown.get_window_extent()
-            covers = any(box.overlaps(other.get_window_extent()) for other in texts)
-            if not covers and not box.padded(3).count_contains(marks):
+            shown.update_positions(renderer)
+            box = Text.get_window_extent(shown)  # of the text alone, without its line
+            inside = axes.bbox.count_contains([box.min, box.max]) == 2
+            if inside and not box.padded(2).count_overlaps(boxes) and not box.padded(3).count_contains(marks):
                 break
         texts.append(shown)
+        boxes.append(box)
     return texts
 
 
