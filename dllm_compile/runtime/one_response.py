@@ -1,13 +1,14 @@
 """Which calls share a response: those of guidance, with the prompt and with masks in its place, and those of sequences
 that begin in the middle of a response to the same prompt.
 
-A call of masks alone may be either: one without its prompt, or one of a loop that has no prompt. It is taken for the
-first as soon as a call with a prompt follows, which :func:`goes_on_alone` and :func:`fills_prompt` undo where later
-calls show that it was the second.
+Where the call without the prompt, or without a part of it, comes first, the one with it looks like the next step of the
+same loop, which fills the prompt: :func:`may_have_prompt` notes that, and :func:`parts` sees it as soon as a call comes
+in which these places are masked again.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,26 +30,53 @@ def share(batch: Batch, earlier: Batch) -> None:
     if ids.shape != before.shape or batch.loop is not earlier.loop or earlier.thread is not None:
         return
     masked, prompt = ids == mask, ~earlier.response
-    if masks_prompt(ids, before, masked, earlier.response):
+    if parts(earlier, ids):
+        assert earlier.filled_second is not None
+        evidence = replace(earlier.past.evidence, begins=True, fills=0, in_order=True, ratios=(0.0,) * 4)
+        earlier.past, batch.past = replace(earlier.past, evidence=evidence), replace(batch.past, evidence=evidence)
+        batch.first, earlier.first = earlier.first, torch.where(earlier.filled_second, before, earlier.first)
+        earlier.filled_second = None
+        earlier.respond_in(earlier.first == mask)
+        batch.respond_in(earlier.response)
+    elif masks_prompt(ids, before, masked, earlier.response):
         batch.respond_in(earlier.response)
     elif masks_prompt(before, ids, before == mask, batch.response):
         earlier.respond_in(batch.response)
-        batch.without_prompt = (earlier, earlier.past) if bool((before == mask).all()) else None
     elif not (begins_masked(masked, ids) or bool((prompt & (masked | (ids != earlier.first))).any())):
         batch.respond_in(earlier.response)
 
 
-def goes_on_alone(batch: Batch, ids: torch.Tensor) -> None:
-    """See whether a call of masks alone, behind which ``batch`` began with what looked like a prompt, was the first of
-    the same loop: it was, if calls go on with ``batch``, here with other ``ids`` ``[B, S]``, and not with the masks.
-    Then what looked like a prompt was filled by the loop, and belongs to the response.
+def may_have_prompt(batch: Batch, ids: torch.Tensor) -> None:
+    """Note which masks the second call of a sequence, with ``ids`` ``[B, S]``, fills, where it then is a prompt with
+    masks behind it: the first may have been without the prompt. Where several tokens were filled at once, or the first
+    were masks alone, compute every row, as of a sequence that begins.
     """
     assert batch.past is not None
-    if batch.without_prompt is None or torch.equal(ids, batch.past.ids):
+    before, mask = batch.past.ids, batch.mask_id
+    filled = ids != before
+    if batch.past.number < 0 or not torch.equal(before, batch.first) or not bool(filled.any()):
         return
-    (masks, past), batch.without_prompt = batch.without_prompt, None
-    if masks.past is past:
-        batch.respond_in(masks.first == batch.mask_id)
+    batch.filled_second = None
+    if not bool((filled & (before != mask)).any()) and begins_masked(ids == mask, ids):
+        batch.filled_second = filled
+        if batch.past.evidence.is_loop and _several(batch, filled):
+            batch.begin_anew()
+
+
+def parts(batch: Batch, ids: torch.Tensor) -> bool:
+    """Whether ``ids`` ``[B, S]`` are those of the call before with all masks back that the second call of ``batch``
+    filled, which then was that of a prompt; they may fill others. A single mask may be put back by a sampler later on.
+    """
+    assert batch.past is not None
+    before, mask, filled = batch.past.ids, batch.mask_id, batch.filled_second
+    if filled is None or bool((filled & (ids != mask)).any()):
+        return False
+    known = len(batch.past.history) <= 2 or _several(batch, filled)
+    return known and not bool(((ids != before) & ~filled & (before != mask)).any())
+
+
+def _several(batch: Batch, filled: torch.Tensor) -> bool:
+    return bool((filled.sum(1) > 1).any()) or bool((batch.first == batch.mask_id).all())
 
 
 def fills_prompt(batch: Batch, ids: torch.Tensor) -> bool:
@@ -58,14 +86,6 @@ def fills_prompt(batch: Batch, ids: torch.Tensor) -> bool:
     assert batch.past is not None
     changed, masked = ids != batch.past.ids, batch.past.ids == batch.mask_id
     found = batch.taken_over and bool((changed & ~batch.response).any()) and not bool((changed & ~masked).any())
-    if found and not begins_prompt(batch, ids):
+    if found:
         batch.respond_in(batch.first == batch.mask_id)
-        return True
-    return False
-
-
-def begins_prompt(batch: Batch, ids: torch.Tensor) -> bool:
-    """Whether ``ids`` ``[B, S]`` begin a sequence with a prompt, where those of the last call were masks alone."""
-    assert batch.past is not None
-    alone = bool((batch.past.ids == batch.mask_id).all()) and bool((ids[:, 0] != batch.mask_id).all())
-    return alone and begins_masked(ids == batch.mask_id, ids)
+    return found
