@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dllm_compile.core.ranks import largest
-from dllm_compile.declared import NoDrafts, drafts
+from dllm_compile.declared import NoDrafts, drafts, to_be_read
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
 from dllm_compile.passes.block_cache import BLOCK, of_drafts
@@ -157,8 +157,8 @@ class Session:
         batch, branched = self._longer(read, call), False
         if batch is None:
             batch, branched = self._found(read.ids, candidates)
-        if batch is not None:
-            may_have_prompt(batch, read.ids)
+        if batch is not None and not call.program.fills and to_be_read(read.ids.shape) is None:
+            may_have_prompt(batch, read.ids)  # ``generate`` makes one call a step
         if batch is None and not branched:
             batch = self._smaller(read.ids, call)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
