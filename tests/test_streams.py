@@ -442,7 +442,7 @@ def guided(
     return ids, out
 
 
-@pytest.mark.parametrize(("prompt", "kept"), [(1, []), (6, []), (6, [0]), (6, [0, 1, 5]), (3, [0])])
+@pytest.mark.parametrize(("prompt", "kept"), [(1, []), (6, []), (6, [0]), (9, [0, 1, 5]), (3, [0])])
 @pytest.mark.parametrize("order", ["ab", "b+a", "a+b"])
 @pytest.mark.parametrize("name", ["dual", "dyllm"])
 def test_guidance_is_the_same_in_one_call_and_in_two(name: str, order: str, prompt: int, kept: list[int]) -> None:
@@ -450,13 +450,14 @@ def test_guidance_is_the_same_in_one_call_and_in_two(name: str, order: str, prom
     (_, wanted), model = guided(models.compiled_loop(build(), **METHODS[name]), "ba", prompt, kept), build()
     ids, got = guided(models.compiled_loop(model, **METHODS[name]), order, prompt, kept)
     again = order == "a+b"  # the two are known to be two at their second step, and begin anew there
+    few = again and prompt == 3  # tokens that are hidden: a step may fill as many
     for step, (x, a, b) in enumerate(zip(ids, got, wanted, strict=True)):
         if not again:
             place = torch.arange(x.shape[1])
             assert off(a, b, ((place >= prompt + step) & (place < prompt + step + 4)).expand(2, -1)) < TOLERANCE, step
-        elif step < 2 or (name == "dual" and step % 4 == 0):
+        elif few <= step < 2 or (name == "dual" and step in (4, 8)):
             assert off(a, model(x), x == MASK) < TOLERANCE, step
-    assert partial(model) == (11 if order == "ab" else 22 - 2 * again) - (2 if name == "dual" else 0) * (
+    assert partial(model) == (11 if order == "ab" else 22 - 2 * again + few) - (2 if name == "dual" else 0) * (
         1 + (order != "ab")
     )
 

@@ -48,8 +48,8 @@ def share(batch: Batch, earlier: Batch) -> None:
 
 def may_have_prompt(batch: Batch, ids: torch.Tensor) -> None:
     """Note which masks the second call of a sequence, with ``ids`` ``[B, S]``, fills, where it then is a prompt with
-    masks behind it: the first may have been without the prompt. Where several tokens were filled at once, or the first
-    were masks alone, compute every row, as of a sequence that begins.
+    masks behind it: the first may have been without the prompt. Where these are more than a loop fills at once, compute
+    every row, as of a sequence that begins.
     """
     assert batch.past is not None
     before, mask = batch.past.ids, batch.mask_id
@@ -59,7 +59,8 @@ def may_have_prompt(batch: Batch, ids: torch.Tensor) -> None:
     batch.filled_second = None
     if not bool((filled & (before != mask)).any()) and begins_masked(ids == mask, ids):
         batch.filled_second = filled
-        if batch.past.evidence.is_loop and _several(batch, filled):
+        most = batch.options.block_length or int(batch.response.sum(1).max()) // 4
+        if batch.past.evidence.is_loop and _many(batch, filled, most):
             batch.begin_anew()
 
 
@@ -71,12 +72,13 @@ def parts(batch: Batch, ids: torch.Tensor) -> bool:
     before, mask, filled = batch.past.ids, batch.mask_id, batch.filled_second
     if filled is None or bool((filled & (ids != mask)).any()):
         return False
-    known = len(batch.past.history) <= 2 or _several(batch, filled)
+    known = len(batch.past.history) <= 2 or _many(batch, filled, 1)
     return known and not bool(((ids != before) & ~filled & (before != mask)).any())
 
 
-def _several(batch: Batch, filled: torch.Tensor) -> bool:
-    return bool((filled.sum(1) > 1).any()) or bool((batch.first == batch.mask_id).all())
+def _many(batch: Batch, filled: torch.Tensor, most: int) -> bool:
+    """Whether more than ``most`` of a sequence's masks were ``filled``, ``[B, S]`` bool, or the first were masks alone."""
+    return bool((filled.sum(1) > most).any()) or bool((batch.first == batch.mask_id).all())
 
 
 def fills_prompt(batch: Batch, ids: torch.Tensor) -> bool:
