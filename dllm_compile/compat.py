@@ -132,6 +132,18 @@ def shared_until_written(tensor: torch.Tensor) -> torch.Tensor:
     return torch._lazy_clone(tensor)
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Where the numbers of a tensor are; unlike ``data_ptr()``, this does not end what it shares until a write."""
+    begin = int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+    return begin + tensor.storage_offset() * tensor.element_size()
+
+
+def can_share_until_written(tensor: torch.Tensor) -> bool:
+    """Whether :func:`shared_until_written` takes a tensor: not one over memory of numpy, a file or other processes."""
+    storage = tensor.untyped_storage()
+    return storage.resizable() and not storage.is_shared()
+
+
 def is_shared_until_written(tensor: torch.Tensor) -> bool:
     """Whether a tensor of :func:`shared_until_written` still has the memory that it was made of."""
     return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_compile.runtime import output_buffers
 from dllm_compile.runtime.output_buffers import OutputBuffers
+from dllm_compile.runtime.shared_rows import SharedRows
 
 from . import models
 
@@ -60,9 +60,8 @@ def test_shapes_and_strides_may_change() -> None:
     assert got.is_contiguous()
 
 
-def test_rows_that_nobody_reads_are_copied_once_a_memory_and_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_nobody_reads_are_copied_once_a_memory_and_after_a_write() -> None:
     """As on a GPU: the rows named are of this call, the others of an earlier one, never what a caller made of them."""
-    monkeypatch.setattr(OutputBuffers, "keeps_apart", staticmethod(lambda device: False))
     box, rows = OutputBuffers(), torch.tensor([[1, 3], [0, 4]])  # 4: no row, so that the last is current, too
     value = lambda i: torch.full((2, 4, 3), float(i))  # noqa: E731
     assert torch.equal(box.copy(value(1), rows), value(1))
@@ -110,20 +109,31 @@ HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], Any]]] = {
 }
 
 
-ROWS = torch.tensor([[0, 1, 2, 3]])
-"""All of a ``[1, 4, 3]``, by number."""
+def copies() -> Callable[[torch.Tensor], torch.Tensor]:
+    return OutputBuffers().copy
 
 
-@pytest.mark.parametrize("rows", [None, ROWS], ids=["all", "by row"])
+def shares() -> Callable[[torch.Tensor], torch.Tensor]:
+    """All rows are kept, and written in place but for the first time."""
+    box, every = SharedRows((1, 4, 3), torch.float32), torch.tensor([[0, 1, 2, 3]])
+
+    def hand_out(value: torch.Tensor) -> torch.Tensor:
+        box.put(value, every)
+        return box.hand_out()
+
+    return hand_out
+
+
+@pytest.mark.parametrize("made", [copies, shares])
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_whatever_holds_a_part_keeps_it(
-    hold: Callable[[torch.Tensor], Callable[[], Any]], rows: torch.Tensor | None
+    hold: Callable[[torch.Tensor], Callable[[], Any]], made: Callable[[], Callable[[torch.Tensor], torch.Tensor]]
 ) -> None:
-    box = OutputBuffers()
-    box.copy(torch.zeros(1, 4, 3), rows)
-    held = hold(box.copy(torch.ones(1, 4, 3), rows))
+    hand_out = made()
+    hand_out(torch.zeros(1, 4, 3))
+    held = hold(hand_out(torch.ones(1, 4, 3)))
     for i in range(2, 6):
-        box.copy(torch.full((1, 4, 3), float(i)), rows)
+        hand_out(torch.full((1, 4, 3), float(i)))
     assert set(torch.as_tensor(held()).reshape(-1).tolist()) == {1.0}
 
 
@@ -139,70 +149,6 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 RESIZED = {"resized": lambda copy: copy.resize_(9, 9).fill_(7)}
 """Which PyTorch refuses for a tensor that shares memory until it is written."""
-
-
-@pytest.mark.parametrize("rows", [ROWS[:, :0], ROWS[:, 2:]], ids=["no row", "two rows"])
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_rows_that_nobody_reads_are_not_what_the_caller_wrote(
-    write: Callable[[torch.Tensor], Any], rows: torch.Tensor
-) -> None:
-    """Whether PyTorch counts the write or not."""
-    box, value = OutputBuffers(), torch.randn(1, 4, 3)
-    for step in range(6):
-        value[:, 3] = step
-        copy = box.copy(value, rows)
-        assert torch.equal(copy[:, :3], value[:, :3])
-        assert not rows.numel() or torch.equal(copy, value)
-        write(copy)
-        del copy
-
-
-READS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "softmax of a block": lambda copy: copy[:, 1:3].softmax(-1).max(-1),
-    "argmax": lambda copy: copy.argmax(-1),
-    "float64": lambda copy: copy.double().softmax(-1).gather(-1, copy.argmax(-1, keepdim=True)),
-    "rows by number": lambda copy: copy[0, [1, 2]].topk(2),
-    "rows moved": lambda copy: torch.cat([copy[:, :1], copy[:, :-1]], 1),
-    "a mask": lambda copy: torch.where(copy > 0, copy, -torch.inf),
-}
-
-
-def test_a_loop_that_only_reads_gets_the_rows_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pieces of memory are copied as a whole, once; then it is rows, whichever way they are read."""
-    box, rows, copied = OutputBuffers(), torch.tensor([[1, 3]]), []
-    put = output_buffers._put_runs
-    monkeypatch.setattr(output_buffers, "_put_runs", lambda *given: (copied.append(given), put(*given)))
-    held = None  # the logits before are alive while the loop asks for the next
-    for step, read in enumerate([*READS.values(), *READS.values()]):
-        held = box.copy(torch.full((1, 4, 3), float(step)), rows)
-        read(held)
-        assert held[0, :, 0].tolist() == [step % 2, step, step % 2, step]
-    assert len(copied) == 2 * len(READS) - 2
-
-
-def test_rows_in_any_order_of_several_sequences() -> None:
-    box, rows = (
-        OutputBuffers(),
-        torch.tensor([[0, 1, 4, 3], [5, 6, 6, 2]]),
-    )  # 6: no row, so that the last is current, too
-    box.copy(torch.zeros(2, 6, 3), rows)
-    got = box.copy(torch.full((2, 6, 3), 2.0), rows)
-    assert got[:, :, 0].tolist() == [[2, 2, 0, 2, 2, 0], [0, 0, 2, 0, 0, 2]]
-
-
-@pytest.mark.parametrize("use", ["numpy", "in place"])
-def test_a_loop_that_asks_for_memory_to_write_into_gets_all_rows(use: str) -> None:
-    """Sharing with it until it writes is of no use, as it always does."""
-    box, value, places = OutputBuffers(), torch.randn(1, 4, 3), set()
-    for step in range(6):
-        value[:] = step
-        copy = box.copy(value, torch.tensor([[2]]))
-        places.add(copy.data_ptr()) if step > 1 else None
-        assert torch.equal(copy, value)
-        copy.numpy() if use == "numpy" else copy.fill_(7)
-        del copy
-    assert box.apart is None
-    assert len(places) == 1
 
 
 @pytest.mark.parametrize("write", [*WRITES.values(), *RESIZED.values()], ids=[*WRITES, *RESIZED])

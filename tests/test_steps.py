@@ -335,12 +335,12 @@ def test_reset_frees_the_state(reset: Callable[[], None]) -> None:
     pair.got(unmask(x, 2))
     session = started()
     kept = [weakref.ref(t) for state in session.layers.values() for t in state]
-    kept += [weakref.ref(t) for t in session.kept.values()]
+    kept += [weakref.ref(each.rows) for each in session.shared.values()]
     assert len(kept) > 4
     reset()
     assert not session.layers
     assert not session.outputs
-    assert not session.kept
+    assert not session.shared
     gc.collect()
     assert [ref() for ref in kept] == [None] * len(kept)
     pair.check(unmask(x, 2), everywhere=True)

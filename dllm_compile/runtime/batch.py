@@ -20,6 +20,7 @@ from . import recordings
 from .evidence import Expected, begins_masked
 from .ids import positions, response_rows
 from .output_buffers import OutputBuffers
+from .shared_rows import SharedRows
 from .step import Past, Step
 from .unchanged import Inputs
 
@@ -118,6 +119,7 @@ class Batch:
         self.layers: dict[Any, list[torch.Tensor]] = {}
         self.outputs: dict[Any, Any] = {}
         self.kept: dict[Any, torch.Tensor] = {}
+        self.shared: dict[Any, SharedRows] = {}  # the same of logits on a CPU
         self.output_buffers: dict[Any, OutputBuffers] = {}
         self.masked: dict[Any, bool] = {}  # of graphs and layers, whether an attention mask hides something
         self.token_masks: dict[Any, list[torch.Tensor]] = {}  # likewise, what masks made of the tokens were
@@ -153,7 +155,8 @@ class Batch:
 
     def logits_bytes(self) -> int:
         """Bytes of the kept outputs of graphs, and of the copies handed out."""
-        return sum(t.nbytes for t in self.kept.values()) + sum(box.bytes() for box in self.output_buffers.values())
+        kept = sum(each.nbytes for each in (*self.kept.values(), *self.shared.values()))
+        return kept + sum(box.bytes() for box in self.output_buffers.values())
 
     # -- the ids of a call -------------------------------------------------------------------------------------------
 
@@ -278,9 +281,10 @@ class Batch:
 
         layers = {key: [some(each) for each in rows] for key, rows in self.layers.items()}
         kept = {key: some(each) for key, each in self.kept.items()}
+        shared = {key: each.of(some(each.rows)) for key, each in self.shared.items()}
         outside = self.held, self.without_outside
         self.drop_rows()
-        self.layers, self.kept = layers, kept
+        self.layers, self.kept, self.shared = layers, kept, shared
         self.held, self.without_outside = outside
         self.part_inputs.clear()
         self.first, self.response = some(self.first), some(self.response)
@@ -310,6 +314,7 @@ class Batch:
         new.drop_rows()
         new.layers = {key: [grown(each, ids.shape[1]) for each in rows] for key, rows in self.layers.items()}
         new.kept = {key: grown(each, ids.shape[1]) for key, each in self.kept.items()}
+        new.shared = {key: each.longer(ids.shape[1]) for key, each in self.shared.items()}
         new.shorter, new.inputs, new.model, new.part_inputs = self, inputs, program.signature, {}
         masks = ids[:, tokens:]
         new.first = torch.cat([self.first, masks], 1)

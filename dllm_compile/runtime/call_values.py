@@ -15,7 +15,11 @@ from dllm_compile.core.state import allocate
 from .batch import Batch
 from .output_buffers import OutputBuffers
 from .program import Program
+from .shared_rows import SharedRows, can_share
 from .step import Step
+
+BY_ROW = [["B"], ["T"], [""]]
+"""The kinds of the dimensions of logits ``[B, S, V]``."""
 
 
 class CallValues:
@@ -31,6 +35,8 @@ class CallValues:
         have: the row set of each value that a unit computed.
         stored: values whose every row is kept, up to date.
         head: the unit that makes logits, if the graph has one.
+        logits: its output ``[B, S, V]`` for a sampler, if it has one.
+        shared: the same where callers share the rows that are kept.
     """
 
     def __init__(
@@ -38,7 +44,10 @@ class CallValues:
     ) -> None:
         self.program, self.env, self.batch, self.step = program, env, batch, step
         self.layer, self.narrows = layer, narrows
-        self.head = program.head(batch.session.vocabulary)
+        self.head, logits = program.head(batch.session.vocabulary), program.logits(batch.session.vocabulary)
+        by_row = logits is not None and [[f.kind for f in dim] for dim in program.axes.layout[logits]] == BY_ROW
+        self.logits = logits if by_row else None
+        self.shared = self.logits if can_share(step.counts.device) and not batch.session.records else None
         self.have: dict[torch.fx.Node, RowSet] = {}
         self.stored: set[torch.fx.Node] = set()
 
@@ -54,10 +63,12 @@ class CallValues:
     def whole(self, node: torch.fx.Node) -> Any:
         """All rows of a value: those computed in this call, and kept ones for the rest."""
         value, rows = self.env[node], self.have.get(node)
+        if node is self.shared and rows is not None:
+            return self._shared(node, value, rows)
         if rows is None or not self.may_narrow(node) or (rows == ALL and node in self.program.read_whole):
             return value
         layout = opened(self.program.axes.layout[node])  # of a program at other sizes
-        kept = self.kept(node)
+        kept = self.batch.kept.get(self._key(node))
         if kept is None:
             self.batch.recordings.clear()
             (kept,) = allocate([node], self.program.axes, self.step.shape, self.step.counts.device)
@@ -69,14 +80,32 @@ class CallValues:
         self.stored.add(node)
         return read_all(kept, layout)
 
+    def _shared(self, node: torch.fx.Node, value: Any, rows: RowSet) -> torch.Tensor:
+        """All rows of the logits that callers share."""
+        key, every = self._key(node), self.batch.shared
+        if key not in every:
+            width = self.program.axes.layout[node][-1][0].size
+            every[key] = SharedRows((*self.step.shape, width), self.program.axes.fake[node].dtype)
+        if node not in self.stored and rows == ALL:
+            every[key].put_all(value)
+            self.env[node] = every[key].rows  # or ``value`` would hold that memory, so that a write copied it
+        elif node not in self.stored and rows != NONE:
+            every[key].put(value, self.step.indices[rows.name])
+        self.stored.add(node)
+        return every[key].rows
+
     def may_narrow(self, node: torch.fx.Node) -> bool:
         """Whether a value has rows, and may be computed for some of them only."""
         of_head = self.head is not None and node in self.head.outputs[: self.head.leaving]
         return (of_head or self.narrows) and self.program.has_rows(node)
 
     def kept(self, node: torch.fx.Node) -> torch.Tensor | None:
-        """All rows ``[B, S + 1, ...]`` of a value as earlier calls left them; ``None`` where none are kept."""
-        return self.batch.kept.get(self._key(node))
+        """All rows of a value as earlier calls left them; ``None`` where none are kept."""
+        key = self._key(node)
+        if key in self.batch.shared:
+            return self.batch.shared[key].rows
+        kept = self.batch.kept.get(key)
+        return None if kept is None else read_all(kept, opened(self.program.axes.layout[node]))
 
     def _key(self, node: torch.fx.Node) -> Any:
         return self.program.origin.get(node, node), self.layer
@@ -88,12 +117,13 @@ class CallValues:
             results: the value of each output, of this step or of one like it that was recorded.
             step: this one, which says the rows of logits that are read.
         """
-        live, logits = self.program.axes.layout, self.program.logits(self.batch.session.vocabulary)
-        by_row = logits is not None and [[f.kind for f in dim] for dim in live[logits]] == [["B"], ["T"], [""]]
+        live = self.program.axes.layout
 
         def copy(node: torch.fx.Node, value: Any) -> Any:
+            if node is self.shared:
+                return self.batch.shared[self._key(node)].hand_out()
             buffers = self.batch.output_buffers.setdefault(self._key(node), OutputBuffers())
-            return buffers.copy(value, step.returned if node is logits and by_row else None)
+            return buffers.copy(value, step.returned if node is self.logits else None)
 
         copies = {node: copy(node, value) if node in live else value for node, value in results.items()}
         return torch.fx.map_arg(self.program.result, lambda n: copies[n])

@@ -6,6 +6,8 @@ import threading
 
 import torch
 
+from dllm_compile.compat import address
+
 from .batch import Batch
 from .step import Step
 
@@ -32,7 +34,7 @@ class Chain:
 
     def hands_on(self, stream: torch.Tensor) -> bool:
         """Whether ``stream`` is what the last graph returned."""
-        return any(t.data_ptr() == stream.data_ptr() and t.shape == stream.shape for t in self.passed)
+        return any(address(t) == address(stream) and t.shape == stream.shape for t in self.passed)
 
 
 _CURRENT = threading.local()

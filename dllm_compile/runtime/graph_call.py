@@ -23,12 +23,7 @@ from dllm_compile.core.assignment import (
     Assignment,
 )
 from dllm_compile.core.errors import describe, naming
-from dllm_compile.core.rows import (
-    ALL,
-    NONE,
-    RowSet,
-    read_all,
-)
+from dllm_compile.core.rows import ALL, NONE, RowSet
 from dllm_compile.core.state import allocate, allocate_outside, grown
 from dllm_compile.core.units import Unit, weights_key
 from dllm_compile.debug import labelled
@@ -194,9 +189,8 @@ class GraphCall:
         layers_alone = bool(self.keys) and self.values.head is None
         if not layers_alone or not self._known() or self._read() != list(self.program.results):
             return None
-        kept = {n: self.values.kept(n) for n in self.program.results}
-        found = {n: read_all(rows, self.program.axes.layout[n]) for n, rows in kept.items() if rows is not None}
-        if len(found) < len(kept):
+        found = {n: self.values.kept(n) for n in self.program.results}
+        if any(rows is None for rows in found.values()):
             return None
         self.step.seen |= set(self.keys.values())
         self.step.layer += len(self.keys)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from dllm_compile.compat import tree_leaves
+from dllm_compile.compat import address, tree_leaves
 
 from .batch import Batch
 from .program import Program
@@ -29,7 +29,7 @@ def compare(
         batch.shadow.clear()
     given = list(args)
     at = program.index[program.seed]
-    given[at] = batch.shadow.get(given[at].data_ptr(), (None, given[at]))[1]
+    given[at] = batch.shadow.get(address(given[at]), (None, given[at]))[1]
     with torch.no_grad():
         want = module(*given)
     for got, exact in zip(tree_leaves(result), tree_leaves(want), strict=True):
@@ -40,7 +40,7 @@ def compare(
         elif batch.session.vocabulary is not None and got.dim() == 3 and got.shape[-1] >= batch.session.vocabulary:
             _note(got, exact, batch.session, step)
         else:
-            batch.shadow[got.data_ptr()] = (got, exact)
+            batch.shadow[address(got)] = (got, exact)
 
 
 def _note(got: torch.Tensor, exact: torch.Tensor, session: Session, step: Step) -> None:

@@ -137,8 +137,8 @@ class Pretended(TorchDispatchMode):
             put = mock.patch.object
             storage = output_buffers._storage
             self.patches.enter_context(put(output_buffers, "_storage", lambda size, _: storage(size, HOST)))
-            over = output_buffers._over
-            self.patches.enter_context(put(output_buffers, "_over", lambda *of: OnDevice(over(*of))))
+            over = output_buffers.over
+            self.patches.enter_context(put(output_buffers, "over", lambda *of: OnDevice(over(*of))))
             self.patches.enter_context(put(FakeTensorMode, "from_tensor", from_tensor))
             self.patches.enter_context(put(torch.Tensor, "pin_memory", pin))
             self.patches.enter_context(put(torch.cuda, "_lazy_init", lambda: None))
