@@ -69,33 +69,38 @@ class SharedRows:
     Args:
         shape: ``[B, S, ...]``.
         dtype: of the value.
+
+    Attributes:
+        memory: the one that is up to date, and a second one.
+        behind: ``[B, S]`` bool, rows of the second that are not.
+        copies: what a caller gets who was seen to write.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.shape, self.dtype = tuple(shape), dtype
-        self._memory: list[_Memory] = []  # the one that is up to date, and a second one
-        self._behind = torch.zeros(self.shape[:2], dtype=torch.bool)  # rows of the second that are not
-        self._copies: OutputBuffers | None = None  # for a caller who was seen to write
+        self.memory: list[_Memory] = []
+        self.behind = torch.zeros(self.shape[:2], dtype=torch.bool)
+        self.copies: OutputBuffers | None = None
 
     @property
     def rows(self) -> torch.Tensor:
         """All rows ``[B, S, ...]``, not to be written into; zero where none was put so far."""
-        if not self._memory:
+        if not self.memory:
             with torch.inference_mode(False):  # a later call may write to it outside of inference mode
-                self._memory = [_Memory(torch.zeros(self.shape, dtype=self.dtype))]
-        return self._memory[0].own
+                self.memory = [_Memory(torch.zeros(self.shape, dtype=self.dtype))]
+        return self.memory[0].own
 
     @property
     def nbytes(self) -> int:
         """Bytes of all memory."""
-        return sum(each.own.nbytes for each in self._memory) + (self._copies.bytes() if self._copies else 0)
+        return sum(each.own.nbytes for each in self.memory) + (self.copies.bytes() if self.copies else 0)
 
     def put_all(self, value: torch.Tensor) -> None:
         """Keep ``value`` ``[B or 1, S, ...]`` as it is, without a copy where its memory is in that order; who holds it
         may go on to write into it.
         """
         self._look()
-        self._memory = [_Memory(_kept(value, self.shape, self.dtype))]
+        self.memory = [_Memory(_kept(value, self.shape, self.dtype))]
 
     def put(self, fresh: torch.Tensor, index: torch.Tensor) -> None:
         """Put some rows in the place of earlier ones.
@@ -110,19 +115,19 @@ class SharedRows:
         for sequence, numbers in enumerate(index.tolist()):
             for place, begin, end in _runs(numbers, self.shape[1]):
                 into[sequence, begin:end].copy_(fresh[sequence, place : place + end - begin])
-        self._behind |= given
+        self.behind |= given
 
     def hand_out(self) -> torch.Tensor:
         """A tensor with all rows, into which the caller may write without changing anything else."""
         self._look()
         rows = self.rows
-        return self._memory[0].hand_out() if self._copies is None else self._copies.copy(rows)
+        return self.memory[0].hand_out() if self.copies is None else self.copies.copy(rows)
 
     def of(self, rows: torch.Tensor) -> SharedRows:
         """The same of other ``rows`` ``[B, S, ...]``, in memory of its own."""
         new = SharedRows(rows.shape, rows.dtype)
-        new._memory = [_Memory(rows)]
-        new._copies = None if self._copies is None else OutputBuffers()
+        new.memory = [_Memory(rows)]
+        new.copies = None if self.copies is None else OutputBuffers()
         return new
 
     def longer(self, tokens: int) -> SharedRows:
@@ -134,26 +139,26 @@ class SharedRows:
 
     def _look(self) -> None:
         """Hand out copies from now on, if a caller was seen to write."""
-        if self._copies is None and any(handed.written() for each in self._memory for handed in each.handed):
-            self._copies, self._memory = OutputBuffers(), self._memory[:1]
+        if self.copies is None and any(handed.written() for each in self.memory for handed in each.handed):
+            self.copies, self.memory = OutputBuffers(), self.memory[:1]
 
     def _writable(self, given: torch.Tensor) -> torch.Tensor:
         """Memory with all rows that no caller holds, which takes the first place; rows ``given``, ``[B, S]`` bool, are
         about to be written.
         """
         into = self.rows
-        if not self._memory[0].is_held():
+        if not self.memory[0].is_held():
             return into
-        here, *others = self._memory
+        here, *others = self.memory
         free = next((each for each in others if not each.is_held()), None)
         if free is None:
             with torch.inference_mode(False):
                 free = _Memory(here.own.clone())
         else:
-            for sequence, numbers in enumerate(self._behind & ~given):
+            for sequence, numbers in enumerate(self.behind & ~given):
                 for _, begin, end in _runs(numbers.nonzero().flatten().tolist(), self.shape[1]):
                     free.own[sequence, begin:end].copy_(here.own[sequence, begin:end])
-        self._memory, self._behind = [free, here], torch.zeros_like(given)
+        self.memory, self.behind = [free, here], torch.zeros_like(given)
         return free.own
 
 
