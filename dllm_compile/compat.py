@@ -135,7 +135,7 @@ def shared_until_written(tensor: torch.Tensor) -> torch.Tensor:
 def address(tensor: torch.Tensor) -> int:
     """Where the numbers of a tensor are; unlike ``data_ptr()``, this does not end what it shares until a write."""
     begin = int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
-    return begin + tensor.storage_offset() * tensor.element_size()
+    return begin + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def can_share_until_written(tensor: torch.Tensor) -> bool:

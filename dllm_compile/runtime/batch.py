@@ -155,7 +155,7 @@ class Batch:
 
     def logits_bytes(self) -> int:
         """Bytes of the kept outputs of graphs, and of the copies handed out."""
-        kept = sum(each.nbytes for each in (*self.kept.values(), *self.shared.values()))
+        kept = sum(t.nbytes for t in self.kept.values()) + sum(each.nbytes for each in self.shared.values())
         return kept + sum(box.bytes() for box in self.output_buffers.values())
 
     # -- the ids of a call -------------------------------------------------------------------------------------------
