@@ -72,7 +72,7 @@ TorchDynamoException: type[Exception]
 dynamo_config: Any
 """Read and written: ``ignore_logging_functions``."""
 inductor_config: Any
-"""Read: ``pre_grad_fusion_options``; patched: ``unsafe_marked_cacheable_functions``."""
+"""Read: ``pre_grad_fusion_options``; patched: ``unsafe_marked_cacheable_functions``, ``cpp.vec_isa_ok``."""
 LATE = {
     "compile_lock": "torch._dynamo.convert_frame",
     "cached_backends": "torch._dynamo.eval_frame",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph_module import _format_import_statement
 from torch.package.importer import sys_importer
 
+from dllm_compile import compat
 from dllm_compile.core.layout import Factor
 from dllm_compile.core.rows import changed_rows, merge_rows
 from dllm_compile.debug import compiling
@@ -82,3 +84,19 @@ def test_pytorch_keeps_the_graphs_of_every_method_on_disk(name: str, monkeypatch
             check_cacheable(module)
         for called, function in module.recompile().globals.items():
             _format_import_statement(called, function, sys_importer)
+
+
+@pytest.mark.parametrize("decided", [None, True, False])
+def test_vector_instructions_are_those_that_the_processor_names(decided: bool | None) -> None:
+    """Inductor compiles no file of its own to see whether the compiler has them, unless the user wants it to."""
+    seen: list[bool | None] = []
+
+    def noted(module: torch.fx.GraphModule, *_: Any, **__: Any) -> torch.fx.GraphModule:
+        seen.append(inductor_config.cpp.vec_isa_ok)
+        return module
+
+    module, args = make_fx(lambda x: (x + 1,))(torch.ones(3)), [torch.ones(3)]
+    with inductor_config.patch({"cpp.vec_isa_ok": decided}), mock.patch.object(compat, "compile_fx", noted):
+        lower(module, args, "inductor")
+        assert inductor_config.cpp.vec_isa_ok is decided
+    assert seen == [decided is not False]

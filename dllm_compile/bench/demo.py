@@ -13,6 +13,7 @@ import torch
 
 from dllm_compile import tiny
 from dllm_compile.mechanisms import PRESETS
+from dllm_compile.runtime.lower import trusting_cpu
 
 from .command import Parser, require, target, whole
 from .contest import Contender, Job, Row, Show, finish, play
@@ -169,7 +170,8 @@ def main(argv: list[str]) -> None:
         parser.error(f"--block {given.block} does not divide the response of {tiny.RESPONSE_LENGTH} tokens")
     require(parser, "demo", "transformers", "safetensors", "rich")
     show = _live if sys.stdout.isatty() else None
-    rows = run(given.problems, given.batch, given.block, show, few=FEW)
+    with trusting_cpu():
+        rows = run(given.problems, given.batch, given.block, show, few=FEW)
     print_rows(
         f"{given.problems} held-out problems, batch {given.batch}, block {given.block}, dLLM-Cache with "
         f"{FEATURES}, threshold {THRESHOLD}",

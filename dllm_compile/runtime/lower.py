@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,22 @@ def lower(
 
 def _compiled(module: torch.fx.GraphModule, example: list[Any], writes: bool) -> Compiled:
     ours = _made_cacheable(module, next((each.device for each in example if isinstance(each, torch.Tensor)), None))
-    with torch.no_grad(), compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours):
+    with torch.no_grad(), trusting_cpu(), compat.inductor_config.patch(unsafe_marked_cacheable_functions=ours):
         return compat.compile_fx(module, example, config_patches=IN_ORDER if writes else None)
+
+
+def trusting_cpu() -> AbstractContextManager[object]:
+    """Let Inductor use the vector instructions that an x86 processor says it has, unless the user decided.
+
+    Inductor else sees to it, of each such set, that the compiler and PyTorch know it, too: it compiles most headers of
+    PyTorch and loads the result in a Python of its own. Compilers and builds that do not know AVX2 and AVX-512 are too
+    old for this PyTorch. What is newer (VNNI, bfloat16, AMX) Inductor tries all the same, by a few lines each.
+    """
+    decided = compat.inductor_config.cpp.vec_isa_ok
+    said: AbstractContextManager[object] = compat.inductor_config.patch(
+        {"cpp.vec_isa_ok": True if decided is None else decided}
+    )
+    return said
 
 
 def _made_cacheable(module: torch.fx.GraphModule, device: torch.device | None) -> dict[str, str]:
