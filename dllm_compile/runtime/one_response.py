@@ -77,7 +77,7 @@ def parts(batch: Batch, ids: torch.Tensor) -> bool:
 
 
 def _many(batch: Batch, filled: torch.Tensor, most: int) -> bool:
-    """Whether more than ``most`` of a sequence's masks were ``filled``, ``[B, S]`` bool, or the first were masks alone."""
+    """Whether over ``most`` masks of a sequence were ``filled``, ``[B, S]`` bool, or the first were masks alone."""
     return bool((filled.sum(1) > most).any()) or bool((batch.first == batch.mask_id).all())
 
 
