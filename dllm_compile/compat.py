@@ -133,7 +133,11 @@ def shared_until_written(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Where the numbers of a tensor are; unlike ``data_ptr()``, this does not end what it shares until a write."""
+    """Where the numbers of a tensor are; unlike ``data_ptr()``, this does not end what it shares until a write, which
+    only tensors on a CPU do.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.data_ptr()
     begin = int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
     return begin + int(tensor.storage_offset()) * tensor.element_size()
 

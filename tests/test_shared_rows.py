@@ -15,6 +15,7 @@ from dllm_compile.runtime.chain import Chain
 from dllm_compile.runtime.shared_rows import SharedRows
 
 from . import models
+from .callers import METHODS
 from .test_output_buffers import WRITES
 
 TOKENS, WIDTH = 4, 3
@@ -116,8 +117,8 @@ def test_who_made_the_rows_may_write_into_them(made: Callable[[], torch.Tensor])
 
 @pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
 def test_rows_of_inference_mode_are_written_outside_of_it(how: Callable[[], Any]) -> None:
-    shared = box()
     with how():
+        shared = box()
         shared.put_all(torch.ones(1, TOKENS, WIDTH))
         shared.hand_out().fill_(5)
     for _ in range(2):
@@ -185,6 +186,38 @@ def test_a_caller_who_asks_for_memory_to_write_into_gets_copies_in_memory_that_i
         del got
     assert len(places) == 1
     assert shared.nbytes == 2 * shared.rows.nbytes
+
+
+@pytest.mark.parametrize("name", ["dual", "dllm-cache"])
+def test_a_loop_changes_between_inference_mode_and_none(name: str) -> None:
+    """Also where one of two sequences leaves."""
+
+    def results(*modes: Any) -> list[torch.Tensor]:
+        call, ids, out = models.compiled_loop(models.build("llama"), **METHODS[name]), models.start(9, 8), []
+        for step, mode in enumerate(modes):
+            ids = (ids if step < 3 else ids[:1]).clone()
+            ids[:, 9 : 9 + step] = 5
+            with mode():
+                out.append(call(ids).logits.clone())
+        return out
+
+    other = torch.inference_mode
+    want = results(*[torch.no_grad] * 6)
+    for modes in ([other, torch.no_grad] * 3, [torch.no_grad, other, other] * 2):
+        assert all(map(torch.equal, results(*modes), want))
+
+
+def test_rows_of_one_sequence_are_those_of_all() -> None:
+    shared = box(2)
+    shared.put(torch.ones(1, 2, WIDTH), torch.tensor([[0, 1], [2, 4]]))
+    assert shared.hand_out()[:, :, 0].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0]]
+
+
+def test_rows_are_outside_of_autograd() -> None:
+    shared = box()
+    shared.put_all(torch.ones(1, TOKENS, WIDTH, requires_grad=True) * 2)
+    shared.put(torch.ones(1, 1, WIDTH, requires_grad=True), torch.tensor([[1]]))
+    assert not shared.hand_out().requires_grad
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -279,9 +279,10 @@ class Batch:
         def some(value: torch.Tensor) -> torch.Tensor:
             return value[index.to(value.device)]
 
-        layers = {key: [some(each) for each in rows] for key, rows in self.layers.items()}
-        kept = {key: some(each) for key, each in self.kept.items()}
-        shared = {key: each.of(some(each.rows)) for key, each in self.shared.items()}
+        with torch.inference_mode(False):  # a later call may write to these outside of inference mode
+            layers = {key: [some(each) for each in rows] for key, rows in self.layers.items()}
+            kept = {key: some(each) for key, each in self.kept.items()}
+            shared = {key: each.of(some(each.rows)) for key, each in self.shared.items()}
         outside = self.held, self.without_outside
         self.drop_rows()
         self.layers, self.kept, self.shared = layers, kept, shared

@@ -145,7 +145,8 @@ def _planned(
     masks |= {} if plan.renew is None else {"renew": plan.renew}
     masks |= {} if plan.going is None else _told_of_rows(call, plan.going, session.options.shift)
     sizes |= widths(plan, 8 if session.records else 1)
-    read = {} if every or can_share(device) else {"returned": positions_returned(call, session.options.shift)}
+    every |= can_share(device) and not session.records  # what is handed out has all rows then
+    read = {} if every else {"returned": positions_returned(call, session.options.shift)}
     memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices, **read}, device)
     repeat = call.repeat and plan.same
     step = Step.of(memory, places, past, repeat, plan.assignment, sizes, (size, tokens))

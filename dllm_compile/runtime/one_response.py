@@ -2,8 +2,8 @@
 that begin in the middle of a response to the same prompt.
 
 Where the call without the prompt, or without a part of it, comes first, the one with it looks like the next step of the
-same loop, which fills the prompt: :func:`may_have_prompt` notes that, and :func:`parts` sees it as soon as a call comes
-in which these places are masked again.
+same loop, which fills the prompt: :func:`may_have_prompt` notes that, and :func:`without_prompt` sees it when the third
+call has masks in these places again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def share(batch: Batch, earlier: Batch) -> None:
     if ids.shape != before.shape or batch.loop is not earlier.loop or earlier.thread is not None:
         return
     masked, prompt = ids == mask, ~earlier.response
-    if parts(earlier, ids):
+    if without_prompt(earlier, ids):
         assert earlier.filled_second is not None
-        evidence = replace(earlier.past.evidence, begins=True, fills=0, in_order=True, ratios=(0.0,) * 4)
-        earlier.past, batch.past = replace(earlier.past, evidence=evidence), replace(batch.past, evidence=evidence)
+        evidence = replace(earlier.past.evidence, fills=0, in_order=True, ratios=(0.0,) * 4)
+        batch.past = replace(batch.past, evidence=evidence)
+        earlier.past = replace(earlier.past, evidence=replace(evidence, begins=True))
         batch.first, earlier.first = earlier.first, torch.where(earlier.filled_second, before, earlier.first)
         earlier.filled_second = None
         earlier.respond_in(earlier.first == mask)
@@ -48,37 +49,34 @@ def share(batch: Batch, earlier: Batch) -> None:
 
 def may_have_prompt(batch: Batch, ids: torch.Tensor) -> None:
     """Note which masks the second call of a sequence, with ``ids`` ``[B, S]``, fills, where it then is a prompt with
-    masks behind it: the first may have been without the prompt. Where these are more than a loop fills at once, compute
-    every row, as of a sequence that begins.
+    masks behind it: the first call may have been the one without the prompt. Where these are more than a loop fills at
+    once, or the first call was masks alone, compute every row, as of a sequence that begins.
     """
     assert batch.past is not None
     before, mask = batch.past.ids, batch.mask_id
-    filled = ids != before
+    filled, masked = ids != before, ids == mask
     if batch.past.number < 0 or not torch.equal(before, batch.first) or not bool(filled.any()):
         return
     batch.filled_second = None
-    if not bool((filled & (before != mask)).any()) and begins_masked(ids == mask, ids):
+    behind = masked.cummax(1).values  # the first mask, and all tokens behind it
+    if begins_masked(masked, ids) and not bool((filled & (behind | (before != mask))).any()):
         batch.filled_second = filled
         most = batch.options.block_length or int(batch.response.sum(1).max()) // 4
-        if batch.past.evidence.is_loop and _many(batch, filled, most):
+        many = bool((filled.sum(1) > most).any()) or bool((batch.first == mask).all())
+        if many and batch.past.evidence.is_loop:
             batch.begin_anew()
 
 
-def parts(batch: Batch, ids: torch.Tensor) -> bool:
-    """Whether ``ids`` ``[B, S]`` are those of the call before with all masks back that the second call of ``batch``
-    filled, which then was that of a prompt; they may fill others. A single mask may be put back by a sampler later on.
+def without_prompt(batch: Batch, ids: torch.Tensor) -> bool:
+    """Whether a third call with ``ids`` ``[B, S]`` is without the prompt: it puts back all masks that the second one of
+    ``batch`` filled, and else only fills other masks. Then the first call was without it, too.
     """
     assert batch.past is not None
     before, mask, filled = batch.past.ids, batch.mask_id, batch.filled_second
-    if filled is None or bool((filled & (ids != mask)).any()):
+    if filled is None or len(batch.past.history) > 2 or torch.equal(ids, batch.first):
         return False
-    known = len(batch.past.history) <= 2 or _many(batch, filled, 1)
-    return known and not bool(((ids != before) & ~filled & (before != mask)).any())
-
-
-def _many(batch: Batch, filled: torch.Tensor, most: int) -> bool:
-    """Whether over ``most`` masks of a sequence were ``filled``, ``[B, S]`` bool, or the first were masks alone."""
-    return bool((filled.sum(1) > most).any()) or bool((batch.first == batch.mask_id).all())
+    back = not bool((filled & (ids != mask)).any())
+    return back and not bool(((ids != before) & ~filled & (before != mask)).any())
 
 
 def fills_prompt(batch: Batch, ids: torch.Tensor) -> bool:

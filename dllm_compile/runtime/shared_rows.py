@@ -6,8 +6,8 @@ it, by whatever way: the writer gets memory of his own (PyTorch's copy-on-write 
 computed at once are not copied at all: its output is kept as it is.
 
 A step that computes some rows writes them in place, if no caller holds an earlier result. A loop mostly holds the last
-one while it asks for the next: then a second memory takes its turn, which is the first as a whole, once, and from then
-on only gets the rows that were written since.
+one while it asks for the next: then the rows go into a second memory, all of them the first time, later only those
+written since.
 
 numpy, DLPack and compiled code ask for memory to write into even where they read. A caller who was seen to do so gets
 copies in memory that is used again; see :mod:`.output_buffers`.
@@ -30,7 +30,7 @@ def can_share(device: torch.device) -> bool:
 
 
 class _Handed:
-    """A tensor that was handed out; the caller has it by another of the same storage."""
+    """A tensor that was handed out; the caller holds a second tensor over the same storage."""
 
     def __init__(self, own: torch.Tensor) -> None:
         self.tensor = shared_until_written(own)
@@ -72,7 +72,7 @@ class SharedRows:
 
     Attributes:
         memory: the one that is up to date, and a second one.
-        behind: ``[B, S]`` bool, rows of the second that are not.
+        behind: ``[B, S]`` bool, rows that the second lacks.
         copies: what a caller gets who was seen to write.
     """
 
@@ -96,26 +96,26 @@ class SharedRows:
         return sum(each.own.nbytes for each in self.memory) + (self.copies.bytes() if self.copies else 0)
 
     def put_all(self, value: torch.Tensor) -> None:
-        """Keep ``value`` ``[B or 1, S, ...]`` as it is, without a copy where its memory is in that order; who holds it
-        may go on to write into it.
+        """Keep ``value`` ``[B or 1, S, ...]`` as it is, without a copy where it is contiguous and has a storage of its
+        own. Whoever else holds it may write into it.
         """
         self._look()
-        self.memory = [_Memory(_kept(value, self.shape, self.dtype))]
+        self.memory = [_Memory(_kept(value.detach(), self.shape, self.dtype))]
 
     def put(self, fresh: torch.Tensor, index: torch.Tensor) -> None:
         """Put some rows in the place of earlier ones.
 
         Args:
-            fresh: ``[B, K, ...]``.
+            fresh: ``[B or 1, K, ...]``.
             index: their positions ``[B, K]`` int64, ``S`` for no row.
         """
         self._look()
         given = torch.zeros(self.shape[0], self.shape[1] + 1, dtype=torch.bool).scatter_(1, index, True)[:, :-1]
-        into = self._writable(given)
+        into, fresh = self._writable(given), fresh.detach().expand(len(index), *fresh.shape[1:])
         for sequence, numbers in enumerate(index.tolist()):
             for place, begin, end in _runs(numbers, self.shape[1]):
                 into[sequence, begin:end].copy_(fresh[sequence, place : place + end - begin])
-        self.behind |= given
+        self.behind = self.behind | given  # not in place: either may have been made in inference mode
 
     def hand_out(self) -> torch.Tensor:
         """A tensor with all rows, into which the caller may write without changing anything else."""
@@ -140,7 +140,9 @@ class SharedRows:
     def _look(self) -> None:
         """Hand out copies from now on, if a caller was seen to write."""
         if self.copies is None and any(handed.written() for each in self.memory for handed in each.handed):
-            self.copies, self.memory = OutputBuffers(), self.memory[:1]
+            self.copies = OutputBuffers()
+        if self.copies is not None:
+            self.memory = self.memory[:1]
 
     def _writable(self, given: torch.Tensor) -> torch.Tensor:
         """Memory with all rows that no caller holds, which takes the first place; rows ``given``, ``[B, S]`` bool, are
