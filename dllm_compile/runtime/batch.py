@@ -19,6 +19,7 @@ from dllm_compile.schedule.method import response_of, schedule
 from . import recordings
 from .evidence import Expected, begins_masked
 from .ids import positions, response_rows
+from .one_response import begins_prompt
 from .output_buffers import OutputBuffers
 from .shared_rows import SharedRows
 from .step import Past, Step
@@ -69,7 +70,7 @@ class Batch:
         self.first = ids
         self.response = response_rows(ids, masked)
         self.taken_over = not torch.equal(self.response, masked)  # the response is that of other sequences
-        self.filled_second: torch.Tensor | None = None  # ``[B, S]`` bool; see :func:`.one_response.may_have_prompt`
+        self.without_prompt: tuple[Batch, Past | None] | None = None  # see :func:`.one_response.goes_on_alone`
         self._locate()
 
     def _locate(self) -> None:
@@ -170,6 +171,8 @@ class Batch:
         before = self.past.ids
         changed = ids != before
         filled = changed & (before == self.mask_id)
+        if begins_prompt(self, ids):
+            return torch.zeros(len(ids), dtype=torch.bool)
         if not self.past.evidence.declared:
             many = filled.sum(1) * 4 > self.response.sum(1)
             if bool(many.all()) and begins_masked(ids == self.mask_id, ids):
@@ -239,7 +242,7 @@ class Batch:
         at = rows.unsqueeze(1)
         self.first = torch.where(at, ids, self.first)
         self.response = torch.where(at, ids == self.mask_id, self.response)
-        self.taken_over, self.filled_second = False, None
+        self.taken_over, self.without_prompt = False, None
         self._locate()
         plans = copied(self.past.schedule)
         old = torch.where(at, ids, self.past.ids)
@@ -273,7 +276,7 @@ class Batch:
             model: what tells the graphs of the smaller batch.
         """
         assert self.past is not None
-        past, self.inputs, self.model, self.filled_second = self.past, inputs, model, None
+        past, self.inputs, self.model, self.without_prompt = self.past, inputs, model, None
         size = len(past.ids)
 
         def some(value: torch.Tensor) -> torch.Tensor:
@@ -327,7 +330,7 @@ class Batch:
         before = torch.cat([past.ids, masks], 1)
         new.past = replace(past, ids=before, on_device=here, schedule=plans, history=(), caller=None, read=None)
         new.last, new.head_inputs = None, None  # what was noted behind its layers is of fewer rows
-        new.depends, new.filled_second = None, None
+        new.depends, new.without_prompt = None, None
         new.follow_masks(program, args)
         return new
 

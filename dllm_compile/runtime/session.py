@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dllm_compile.core.ranks import largest
-from dllm_compile.declared import NoDrafts, drafts, to_be_read
+from dllm_compile.declared import NoDrafts, drafts
 from dllm_compile.interface.plan import Exact
 from dllm_compile.options import Options
 from dllm_compile.passes.block_cache import BLOCK, of_drafts
@@ -28,7 +28,7 @@ from .evidence import SHORT, Evidence, begins_masked
 from .growing import grows, may_grow
 from .ids import infer_mask_id, mask_of_changes
 from .next_step import next_step
-from .one_response import fills_prompt, may_have_prompt, share, without_prompt
+from .one_response import fills_prompt, goes_on_alone, share
 from .read import NewCall, Read, read_call
 from .stats import Stats
 from .step import Past, Step
@@ -157,8 +157,8 @@ class Session:
         batch, branched = self._longer(read, call), False
         if batch is None:
             batch, branched = self._found(read.ids, candidates)
-        if batch is not None and not call.program.fills and to_be_read(read.ids.shape) is None:
-            may_have_prompt(batch, read.ids)  # ``generate`` makes one call a step
+        if batch is not None:
+            goes_on_alone(batch, read.ids)
         if batch is None and not branched:
             batch = self._smaller(read.ids, call)
         if batch is not None and not bool((read.ids == batch.mask_id).any()):
@@ -262,7 +262,7 @@ class Session:
         if best is not None and again and best.distance(ids) == (0, 0):
             best = last  # a run on the same prompt comes by where one was left
         if best is not None:
-            branched = best.distance(ids)[0] > 0 and (best.branches(ids) or without_prompt(best, ids))
+            branched = best.distance(ids)[0] > 0 and best.branches(ids)
             return (None, True) if branched else (best, False)
         for each in reversed(candidates):
             rows = each.replaces(ids)
@@ -343,7 +343,7 @@ class Session:
         for each in self.batches:
             evidence = each.past.evidence if each.past is not None else None
             given_up = evidence is not None and evidence.fills > 0 and not evidence.is_loop and not each.finished
-            if given_up and _agrees(ids, each.first, each.response) and not without_prompt(each, ids):
+            if given_up and _agrees(ids, each.first, each.response):
                 self.scored = [*self.scored[1 - SCORED :], (each.first, each.response, each.inputs.checksums())]
         alike = [sums for first, response, sums in self.scored if _agrees(ids, first, response)]
         mine = inputs.checksums() if alike else None
