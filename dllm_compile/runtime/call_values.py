@@ -15,7 +15,7 @@ from dllm_compile.core.state import allocate
 from .batch import Batch
 from .output_buffers import OutputBuffers
 from .program import Program
-from .shared_rows import SharedRows, can_share
+from .shared_rows import SharedRows
 from .step import Step
 
 BY_ROW = [["B"], ["T"], [""]]
@@ -47,7 +47,7 @@ class CallValues:
         self.head, logits = program.head(batch.session.vocabulary), program.logits(batch.session.vocabulary)
         by_row = logits is not None and [[f.kind for f in dim] for dim in program.axes.layout[logits]] == BY_ROW
         self.logits = logits if by_row else None
-        self.shared = self.logits if can_share(step.counts.device) and not batch.session.records else None
+        self.shared = self.logits if batch.session.shares_logits(step.counts.device) else None
         self.have: dict[torch.fx.Node, RowSet] = {}
         self.stored: set[torch.fx.Node] = set()
 

@@ -19,7 +19,6 @@ from .evidence import Evidence
 from .positions import packed, positions_of_call, positions_returned
 from .program import Program
 from .read import Read
-from .shared_rows import can_share
 from .skipping import widths
 from .step import Past, Step
 
@@ -145,7 +144,7 @@ def _planned(
     masks |= {} if plan.renew is None else {"renew": plan.renew}
     masks |= {} if plan.going is None else _told_of_rows(call, plan.going, session.options.shift)
     sizes |= widths(plan, 8 if session.records else 1)
-    every |= can_share(device) and not session.records  # what is handed out has all rows then
+    every |= session.shares_logits(device)
     read = {} if every else {"returned": positions_returned(call, session.options.shift)}
     memory, places = packed({"counts": selected.unsqueeze(1), **masks, **indices, **read}, device)
     repeat = call.repeat and plan.same

@@ -30,6 +30,7 @@ from .ids import infer_mask_id, mask_of_changes
 from .next_step import next_step
 from .one_response import fills_prompt, goes_on_alone, share
 from .read import NewCall, Read, read_call
+from .shared_rows import can_share
 from .stats import Stats
 from .step import Past, Step
 from .unchanged import Inputs, Weights
@@ -87,6 +88,10 @@ class Session:
         if self.group is None:
             return found
         return bool(largest(torch.tensor([int(found)], device=device), self.group))
+
+    def shares_logits(self, device: torch.device) -> bool:
+        """Whether callers share the memory that keeps logits, so that what they get has all rows up to date."""
+        return can_share(device) and not self.records
 
     def owns(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether this is the session of these very weights."""
